@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the extension ``_C``, after checking that it fits the installed torch.
+
+torch must come first: it brings the libraries and the OpenMP runtime that ``_C`` uses. A
+module built for another torch would die with an unreadable symbol error, hence the check.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def rebuild_command(package: Path = _PACKAGE) -> str:
+    """What to run to build the extension anew for the installed torch.
+
+    Args:
+        package: the folder of the imported package, in a source tree or in site-packages.
+    """
+    source = package.parent
+    pip = f"{shlex.quote(sys.executable)} -m pip install"
+    if (source / "setup.py").exists():
+        return f"{pip} -e {shlex.quote(str(source))}"
+    return f"{pip} --force-reinstall --no-deps --no-cache-dir . (in the folder of pyseq's source)"
+
+
+def check_torch(built: str, installed: str) -> None:
+    """Refuse a torch of another minor version; patch and build (``+cpu``) may differ.
+
+    Args:
+        built: the version of torch that ``_C`` was compiled for.
+        installed: the version that was imported.
+
+    Raises:
+        ImportError: major or minor version differ.
+    """
+    if built.split(".")[:2] != installed.split(".")[:2]:
+        raise ImportError(
+            f"pyseq was built for torch {built}, but torch {installed} is installed; "
+            f"rebuild it with: {rebuild_command()}"
+        )
+
+
+def _check_built() -> None:
+    try:
+        from ._build import TORCH_VERSION
+    except ModuleNotFoundError:
+        TORCH_VERSION = ""
+    # _build.py may be there without _C: a tree that another Python built.
+    if not TORCH_VERSION or importlib.util.find_spec("pyseq._C") is None:
+        python = ".".join(map(str, sys.version_info[:2]))
+        raise ImportError(
+            f"pyseq's extension is not built for this Python ({python}); "
+            f"build it with: {rebuild_command()}"
+        )
+    check_torch(TORCH_VERSION, str(torch.__version__))
+
+
+_check_built()
+
+from . import _C as _C  # noqa: E402
