@@ -1,0 +1,1014 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules over the fused operators: recurrent layers, their cells, attention, its decoder.
+
+RNN, GRU, LSTM and the cells replace those of torch.nn: same arguments, parameter names and
+initialisation. Modules keep parameters and check arguments; ``functional`` computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import init
+from torch.nn.functional import dropout as apply_dropout
+from torch.nn.functional import linear
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from . import functional
+from .types import (
+    GATES,
+    SCORES,
+    CellName,
+    DecoderOutput,
+    DecoderState,
+    LayerWeights,
+    ScoreName,
+    State,
+)
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Attention",
+    "AttentionDecoder",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "Score",
+    "cell_name",
+]
+
+Device = torch.device | str | int | None
+
+#: w_ih, w_hh, b_ih, b_hh and w_hr of one layer and direction, as functional.scan takes them.
+_ScanWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def cell_name(cell: str) -> CellName:
+    """``cell`` as the operators spell it; ``"rnn"`` stands for ``"rnn_tanh"``.
+
+    Raises:
+        ValueError: there is no such cell.
+    """
+    name = "rnn_tanh" if cell == "rnn" else cell
+    if name not in GATES:
+        raise ValueError(f"cell must be one of {', '.join(GATES)}, rnn, got {cell!r}")
+    return cast(CellName, name)
+
+
+def _state_parts(cell: CellName, state: State | None) -> tuple[Tensor, ...]:
+    """``state`` as a tuple: ``()`` for None, ``(h,)``, or ``(h, c)`` for LSTM."""
+    if state is None:
+        return ()
+    if cell == "lstm":
+        if isinstance(state, Tensor) or len(state) != 2:
+            raise ValueError(f"the state of an lstm must be a pair (h, c), got {_kind(state)}")
+        return tuple(state)
+    if not isinstance(state, Tensor):
+        raise ValueError(f"the state of {cell} must be one tensor h, got {_kind(state)}")
+    return (state,)
+
+
+def _join_parts(parts: tuple[Tensor, ...]) -> State:
+    """The inverse of :func:`_state_parts` for a state that is there."""
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def _kind(value: object) -> str:
+    size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"{type(value).__name__}{size}"
+
+
+def _check_shape(name: str, tensor: Tensor, letters: str, expected: tuple[int, ...]) -> None:
+    """Raise unless ``tensor`` has the ``expected`` shape, where -1 stands for any size."""
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(expected) and all(
+        want in (-1, got) for want, got in zip(expected, shape, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("any" if want == -1 else str(want) for want in expected)
+        raise RuntimeError(f"{name} must be {letters} = ({sizes}), got {shape}")
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _scan_layers(
+    x: Tensor,
+    weights: Sequence[_ScanWeights],
+    parts: tuple[Tensor, ...],
+    *,
+    cell: CellName,
+    directions: int = 1,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Stacked layers, one scan for each layer and direction.
+
+    Args:
+        x: (T, B, I).
+        weights: those of each layer, and in it of each direction.
+        parts: the initial state, ``()`` for zero, else h (L*D, B, P) and for LSTM c.
+        cell, lengths, resets: as in ``functional.scan``.
+        directions: D, 1 or 2.
+        dropout: probability of zeroing an output of a layer that is not the last one.
+
+    Returns:
+        The output (T, B, D*P) of the last layer, and the last state in parts.
+    """
+    states: list[tuple[Tensor, ...]] = []
+    while len(states) < len(weights):
+        if states and dropout > 0:
+            x = apply_dropout(x, dropout)
+        outputs = []
+        for direction in range(directions):
+            index = len(states)
+            output, last = functional.scan(
+                x,
+                *weights[index],
+                _join_parts(tuple(part[index] for part in parts)) if parts else None,
+                cell=cell,
+                lengths=lengths,
+                resets=resets,
+                reverse=direction == 1,
+            )
+            outputs.append(output)
+            states.append(_state_parts(cell, last))
+        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+    return x, tuple(torch.stack(part) for part in zip(*states, strict=True))
+
+
+class _Recurrent(torch.nn.RNNBase):
+    """What RNN, GRU and LSTM share.
+
+    RNNBase gives the parameters, their initialisation and the argument checks. (The
+    compiler front end refuses subclasses of torch.nn.LSTM itself, not of RNNBase.)
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
+        device: Device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(
+            mode,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+        # RNNBase also keeps the weights in a list, for cuDNN. Reading them by name instead
+        # is what makes parametrizations, functional_call and deepcopy of them work.
+        self._flat_weights_names = []
+        self._init_flat_weights()
+
+    @property
+    def cell(self) -> CellName:
+        """The cell's name in ``pyseq.functional``."""
+        return cell_name(self.mode.lower())
+
+    def flatten_parameters(self) -> None:
+        """Do nothing; the operators read the weights where they lie."""
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raise unless ``input`` has this module's dtype, dimensions and input size."""
+        dtype = self.weight_ih_l0.dtype
+        if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}); "
+                f"convert the input with input.to({dtype}) or the module with "
+                f"module.to({input.dtype})"
+            )
+        expected_dim = 3 if batch_sizes is None else 2
+        if input.dim() != expected_dim:
+            raise RuntimeError(f"input must have {expected_dim} dimensions, got {input.dim()}")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {input.size(-1)}"
+            )
+
+    def _check_state(self, parts: tuple[Tensor, ...], batch: int) -> None:
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        expected = (count, batch, self.proj_size or self.hidden_size)
+        if len(parts) < 2:
+            for h in parts:
+                self.check_hidden_size(h, expected)
+        else:
+            self.check_hidden_size(parts[0], expected, "Expected hidden[0] size {}, got {}")
+            expected = (count, batch, self.hidden_size)
+            self.check_hidden_size(parts[1], expected, "Expected hidden[1] size {}, got {}")
+
+    def _weights(self) -> list[_ScanWeights]:
+        """The weights of each layer and direction as they are now."""
+        return [
+            (
+                getattr(self, f"weight_ih_{suffix}"),
+                getattr(self, f"weight_hh_{suffix}"),
+                getattr(self, f"bias_ih_{suffix}", None),
+                getattr(self, f"bias_hh_{suffix}", None),
+                getattr(self, f"weight_hr_{suffix}", None),
+            )
+            for layer in range(self.num_layers)
+            for suffix in (f"l{layer}", f"l{layer}_reverse")[: 2 if self.bidirectional else 1]
+        ]
+
+    def _scan(
+        self,
+        x: Tensor,
+        parts: tuple[Tensor, ...],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Time-major and batched: the output and the last state in parts."""
+        return _scan_layers(
+            x,
+            self._weights(),
+            parts,
+            cell=self.cell,
+            directions=2 if self.bidirectional else 1,
+            lengths=lengths,
+            resets=resets,
+            dropout=self.dropout if self.training else 0.0,
+        )
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """Run all layers and directions over ``input``.
+
+        Args:
+            input: (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) for one sequence,
+                in the dtype of the weights; or a PackedSequence of such rows.
+            hx: h (L*D, B, P), where D counts directions and P is ``proj_size`` or H; for
+                LSTM the pair of it and c (L*D, B, H). Without B for one sequence.
+                Default: zero.
+            lengths: (B,) int64, valid steps of each row, in any order, on any device.
+                Outputs at later steps are zero, the reverse direction starts at
+                ``lengths[b] - 1``, the last state is that after the last valid step.
+                Not with a PackedSequence, which has lengths of its own.
+            resets: bool, True where the row's state is set to zero before that step (as
+                each direction meets it); (T, B), (B, T) with ``batch_first``, (T,) for one
+                sequence; rows in the order before packing for a PackedSequence.
+
+        Returns:
+            The output, (T, B, D*P) or in the form of the input, and the last state in the
+            form of ``hx``.
+
+        Raises:
+            ValueError: the dtype of the input, its number of dimensions or the form of
+                ``hx`` is wrong.
+            RuntimeError: a size is wrong.
+        """
+        parts = _state_parts(self.cell, hx)
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths must be None for a PackedSequence, which has its own")
+            packed, parts = self._forward_packed(input, parts, resets)
+            return packed, _join_parts(parts)
+
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
+            )
+        batched = input.dim() == 3
+        for part in parts:
+            if part.dim() != input.dim():
+                kind = "batched" if batched else "unbatched"
+                raise RuntimeError(
+                    f"For {kind} {input.dim()}-D input, hx should also be {input.dim()}-D "
+                    f"but got {part.dim()}-D tensor"
+                )
+        batch_dim = 0 if self.batch_first else 1
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+            parts = tuple(part.unsqueeze(1) for part in parts)
+            lengths = None if lengths is None else lengths.reshape(1)
+            resets = None if resets is None else resets.unsqueeze(batch_dim)
+        self.check_input(input, None)
+        self._check_state(parts, input.size(batch_dim))
+
+        if self.batch_first:
+            input = input.transpose(0, 1)
+            resets = None if resets is None else resets.transpose(0, 1)
+        output, parts = self._scan(input, parts, lengths, resets)
+        if self.batch_first:
+            output = output.transpose(0, 1)
+        if not batched:
+            output = output.squeeze(batch_dim)
+            parts = tuple(part.squeeze(1) for part in parts)
+        return output, _join_parts(parts)
+
+    def _forward_packed(
+        self, input: PackedSequence, parts: tuple[Tensor, ...], resets: Tensor | None
+    ) -> tuple[PackedSequence, tuple[Tensor, ...]]:
+        """The same for packed rows. They stay in their sorted order inside, so that only
+        the states, which are small, need permuting."""
+        data, batch_sizes, order, inverse = input
+        self.check_input(data, batch_sizes)
+        self._check_state(parts, int(batch_sizes[0]))
+        x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+        if resets is not None and self.batch_first:
+            resets = resets.transpose(0, 1)
+        if order is not None:
+            parts = tuple(part.index_select(1, order) for part in parts)
+            resets = None if resets is None else resets.index_select(1, order)
+        output, parts = self._scan(x, parts, lengths, resets)
+        if inverse is not None:
+            parts = tuple(part.index_select(1, inverse) for part in parts)
+        packed = pack_padded_sequence(output, lengths)
+        return PackedSequence(packed.data, batch_sizes, order, inverse), parts
+
+
+class RNN(_Recurrent):
+    """Elman layers: ``h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)``, or relu.
+
+    A drop-in for torch.nn.RNN that also takes ``lengths`` and ``resets``.
+
+    Args:
+        input_size: I, features of a step.
+        hidden_size: H, units of a layer and direction.
+        num_layers: layers; each reads the outputs of the one below.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        bias: whether the layers have ``bias_ih`` and ``bias_hh``.
+        batch_first: tensors are (B, T, .) instead of (T, B, .); states are not concerned.
+        dropout: probability of zeroing an output of any layer but the last, in training.
+        bidirectional: run each layer in both directions and concatenate their outputs.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Reference:
+        Elman 1990, Finding Structure in Time.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity must be one of tanh, relu, got {nonlinearity!r}")
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+        )
+        self.nonlinearity = nonlinearity
+
+
+class GRU(_Recurrent):
+    """Gated recurrent units, with the reset gate applied after the recurrent product.
+
+    ``r, z = sigmoid(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)``,
+    ``n = tanh(W_in x_t + b_in + r * (W_hn h_{t-1} + b_hn))``,
+    ``h_t = (1 - z) * n + z * h_{t-1}``.
+    A drop-in for torch.nn.GRU that also takes ``lengths`` and ``resets``.
+
+    Args, Raises: as :class:`RNN`, without ``nonlinearity``.
+
+    Reference:
+        Cho et al. 2014, arXiv 1406.1078, who apply the reset gate before the product.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+        )
+
+
+class LSTM(_Recurrent):
+    """Long short-term memory, optionally with a projected hidden state.
+
+    ``i, f, g, o`` from ``W_ih x_t + b_ih + W_hh h_{t-1} + b_hh`` (sigmoid, tanh for g);
+    ``c_t = f * c_{t-1} + i * g``; ``h_t = o * tanh(c_t)``, or with ``proj_size``
+    ``h_t = W_hr (o * tanh(c_t))``.
+    A drop-in for torch.nn.LSTM that also takes ``lengths`` and ``resets``.
+
+    Args, Raises: as :class:`RNN`, without ``nonlinearity``, and
+        proj_size: P, size of the projected hidden state, below H; 0 for none.
+
+    Reference:
+        Hochreiter & Schmidhuber 1997; Gers et al. 2000 (forget gate); Sak et al. 2014,
+        arXiv 1402.1128, eq. 7 (projection).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+
+
+class _Cell(torch.nn.RNNCellBase):
+    """What the cells share: one step is a scan with T = 1."""
+
+    def _step(self, cell: CellName, input: Tensor, hx: State | None) -> State:
+        name = type(self).__name__
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        batched = input.dim() == 2
+        parts = _state_parts(cell, hx)
+        for part in parts:
+            if part.dim() != input.dim():
+                raise ValueError(
+                    f"{name}: Expected hx to be {input.dim()}D like the input, "
+                    f"got {part.dim()}D instead"
+                )
+        if not batched:
+            input = input.unsqueeze(0)
+            parts = tuple(part.unsqueeze(0) for part in parts)
+        _, last = functional.scan(
+            input.unsqueeze(0),
+            self.weight_ih,
+            self.weight_hh,
+            self.bias_ih,
+            self.bias_hh,
+            state=_join_parts(parts) if parts else None,
+            cell=cell,
+        )
+        if batched:
+            return last
+        return _join_parts(tuple(part.squeeze(0) for part in _state_parts(cell, last)))
+
+
+class RNNCell(_Cell):
+    """One step of :class:`RNN`; a drop-in for torch.nn.RNNCell.
+
+    Args:
+        input_size: I.
+        hidden_size: H.
+        bias: whether the cell has ``bias_ih`` and ``bias_hh``.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: the nonlinearity is unknown.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity must be one of tanh, relu, got {nonlinearity!r}")
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
+        h = self._step(cell_name(f"rnn_{self.nonlinearity}"), input, hx)
+        assert isinstance(h, Tensor)
+        return h
+
+
+class GRUCell(_Cell):
+    """One step of :class:`GRU`; a drop-in for torch.nn.GRUCell.
+
+    Args: as :class:`RNNCell`, without ``nonlinearity``.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
+        h = self._step("gru", input, hx)
+        assert isinstance(h, Tensor)
+        return h
+
+
+class LSTMCell(_Cell):
+    """One step of :class:`LSTM`; a drop-in for torch.nn.LSTMCell.
+
+    Args: as :class:`RNNCell`, without ``nonlinearity``.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """New (h, c), each (B, H) or (H,), from input (B, I) or (I,) and (h, c)."""
+        state = self._step("lstm", input, hx)
+        assert isinstance(state, tuple)
+        return state
+
+
+class Score(torch.nn.Module):
+    """The weights of an attention score, and the part of it that needs no query.
+
+    dot ``q . m``; general ``q . (W m)``; concat ``v . tanh(W_q q + W_m m)``.
+
+    Args:
+        score: ``"dot"``, ``"general"`` or ``"concat"``.
+        query_size: Q.
+        memory_size: M; for dot it must be Q.
+        attention_size: A, concat only. Default: Q.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: (Q, M), general only, else None.
+        weight_query, weight_memory, weight_v: (A, Q), (A, M) and (A,), concat only.
+        fused: the score that is left for the operators on projected keys.
+
+    Raises:
+        ValueError: the score is unknown, or a size does not go with it.
+
+    Reference:
+        Luong et al. 2015, arXiv 1508.04025, eq. 8; concat with separate matrices for query
+        and memory is Bahdanau et al. 2015, arXiv 1409.0473.
+    """
+
+    weight: Tensor | None
+    weight_query: Tensor | None
+    weight_memory: Tensor | None
+    weight_v: Tensor | None
+
+    def __init__(
+        self,
+        score: str,
+        query_size: int,
+        memory_size: int,
+        attention_size: int | None = None,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        if score == "dot" and query_size != memory_size:
+            raise ValueError(
+                "score 'dot' needs the query as long as the memory is wide, "
+                f"got query size {query_size} and memory_size {memory_size}"
+            )
+        if attention_size is None:
+            attention_size = query_size
+        elif score != "concat":
+            raise ValueError(f"attention_size goes with score 'concat', got {score!r}")
+        _check_positive(attention_size=attention_size)
+        self.name = score
+        self.fused: ScoreName = "concat" if score == "concat" else "dot"
+        shapes: dict[str, tuple[int, ...]] = {}
+        if score == "general":
+            shapes = {"weight": (query_size, memory_size)}
+        elif score == "concat":
+            shapes = {
+                "weight_query": (attention_size, query_size),
+                "weight_memory": (attention_size, memory_size),
+                "weight_v": (attention_size,),
+            }
+        for name in ("weight", "weight_query", "weight_memory", "weight_v"):
+            parameter = None
+            if name in shapes:
+                parameter = torch.nn.Parameter(
+                    torch.empty(shapes[name], device=device, dtype=dtype)
+                )
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every weight uniformly within 1/sqrt of the size that it sums over."""
+        for weight in self.parameters():
+            bound = 1 / math.sqrt(weight.shape[-1])
+            init.uniform_(weight, -bound, bound)
+
+    def project(self, memory: Tensor) -> Tensor:
+        """The keys (S, B, A) of ``memory`` (S, B, M): ``W m``, ``W_m m``, or itself."""
+        weight = self.weight if self.weight_memory is None else self.weight_memory
+        if weight is None:
+            return memory
+        # The operators read the keys row by row: (B, S, A) in memory.
+        return linear(memory.transpose(0, 1), weight).transpose(0, 1)
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+class Attention(torch.nn.Module):
+    """Global attention: ``a_ts = softmax_s score(q_t, m_s)``, ``context_t = sum_s a_ts m_s``.
+
+    Args:
+        query_size: Q.
+        memory_size: M; for the score ``"dot"`` it must be Q.
+        score: ``"dot"``, ``"general"`` or ``"concat"``; see :class:`Score` for its weights.
+        attention_size: A, units of the score ``"concat"``. Default: Q.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: the score is unknown, or a size does not go with it.
+
+    Reference:
+        Luong et al. 2015, arXiv 1508.04025, eq. 7 and 8.
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        *,
+        score: str = "general",
+        attention_size: int | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_positive(query_size=query_size, memory_size=memory_size)
+        self.query_size = query_size
+        self.memory_size = memory_size
+        self.score = Score(
+            score, query_size, memory_size, attention_size, device=device, dtype=dtype
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        lengths: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend with every query over the memory of its row.
+
+        Args:
+            query: (T, B, Q).
+            memory: (S, B, M).
+            lengths: (B,) int64, valid positions of each row, on any device. Default: S.
+            need_weights: also return the weights.
+
+        Returns:
+            The context (T, B, M), and the weights (T, B, S) or None.
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+        """
+        _check_shape("query", query, "(T, B, Q)", (-1, -1, self.query_size))
+        _check_shape("memory", memory, "(S, B, M)", (-1, query.shape[1], self.memory_size))
+        return functional.attend(
+            query,
+            self.score.project(memory),
+            memory,
+            lengths,
+            score=self.score.fused,
+            weight_query=self.score.weight_query,
+            weight_v=self.score.weight_v,
+            need_weights=need_weights,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.query_size}, {self.memory_size}"
+
+
+class AttentionDecoder(torch.nn.Module):
+    """Luong's attention decoder, all steps in one operator.
+
+    At each step the stacked cells read ``[x_t; out_{t-1}]`` (input feeding) or ``x_t``, the
+    top state ``h_t`` attends over ``memory`` for the context ``c_t``, and
+    ``out_t = tanh(W_c [c_t; h_t])``. With ``score=None`` there is no attention and no
+    feeding: stacked cells, whose output is ``h_t``.
+
+    Args:
+        input_size: I, features of a step, such as an embedding.
+        hidden_size: H, units of each layer and of the output.
+        memory_size: M, features of the memory; for the score ``"dot"`` it must be H.
+        num_layers: L.
+        cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` (or ``"rnn"``) or ``"rnn_relu"``.
+        score: ``"dot"``, ``"general"``, ``"concat"``, or None for no attention.
+        input_feeding: whether the first layer sees the last output; needs a score.
+        dropout: probability of zeroing an output of any layer but the last, in training.
+        batch_first: tensors are (B, T, .) and (B, S, .); states are not concerned.
+        attention_size: A, units of the score ``"concat"``. Default: H.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight_ih_l{k}, weight_hh_l{k}, bias_ih_l{k}, bias_hh_l{k}: as in torch.nn, but
+            ``weight_ih_l0`` is (G*H, I + H), columns [x; fed], with input feeding.
+        score: the :class:`Score`, or None.
+        combine: ``W_c`` (H, M + H), columns [context; h], or None.
+
+    Raises:
+        ValueError: an option is unknown or a size is out of its range.
+
+    Reference:
+        Luong et al. 2015, arXiv 1508.04025, eq. 5 to 8 and section 3.3 (input feeding);
+        without attention, the decoder of Sutskever et al. 2014, arXiv 1409.3215.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        memory_size: int,
+        num_layers: int = 1,
+        *,
+        cell: str = "lstm",
+        score: str | None = "general",
+        input_feeding: bool = True,
+        dropout: float = 0.0,
+        batch_first: bool = False,
+        attention_size: int | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_positive(
+            input_size=input_size,
+            hidden_size=hidden_size,
+            memory_size=memory_size,
+            num_layers=num_layers,
+        )
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a probability in [0, 1], got {dropout!r}")
+        if score is None and attention_size is not None:
+            raise ValueError("attention_size goes with score 'concat', got None")
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.memory_size = memory_size
+        self.num_layers = num_layers
+        self.cell = cell_name(cell)
+        self.input_feeding = input_feeding and score is not None
+        self.dropout = float(dropout)
+        self.batch_first = batch_first
+
+        rows = GATES[self.cell] * hidden_size
+        for layer in range(num_layers):
+            columns = hidden_size
+            if layer == 0:
+                columns = input_size + (hidden_size if self.input_feeding else 0)
+            shapes = ((rows, columns), (rows, hidden_size), (rows,), (rows,))
+            for name, shape in zip(self._layer_names(layer), shapes, strict=True):
+                weight = torch.empty(shape, device=device, dtype=dtype)
+                self.register_parameter(name, torch.nn.Parameter(weight))
+        self.score: Score | None = None
+        self.combine: torch.nn.Linear | None = None
+        if score is not None:
+            self.score = Score(
+                score, hidden_size, memory_size, attention_size, device=device, dtype=dtype
+            )
+            self.combine = torch.nn.Linear(
+                memory_size + hidden_size, hidden_size, bias=False, device=device, dtype=dtype
+            )
+        self._reset_layers()
+
+    @staticmethod
+    def _layer_names(layer: int) -> tuple[str, ...]:
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        return tuple(f"{name}_l{layer}" for name in names)
+
+    def _reset_layers(self) -> None:
+        bound = 1 / math.sqrt(self.hidden_size)
+        for weight in self.parameters(recurse=False):
+            init.uniform_(weight, -bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew: those of the layers as torch.nn does, within 1/sqrt(H)."""
+        if self.score is not None and self.combine is not None:
+            self.score.reset_parameters()
+            self.combine.reset_parameters()
+        self._reset_layers()
+
+    def _layers(self) -> list[LayerWeights]:
+        """The weights of each layer as they are now."""
+        return [
+            LayerWeights(*(getattr(self, name) for name in self._layer_names(layer)))
+            for layer in range(self.num_layers)
+        ]
+
+    def project(self, memory: Tensor) -> Tensor | None:
+        """The keys of ``memory``, for ``forward(..., keys=...)``; None without attention.
+
+        Whoever calls ``forward`` many times with the same memory, as step by step
+        generation does, computes them once.
+
+        Args:
+            memory: (S, B, M), or (B, S, M) with ``batch_first``; the keys likewise.
+        """
+        if self.score is None:
+            return None
+        if self.batch_first:
+            return self.score.project(memory.transpose(0, 1)).transpose(0, 1)
+        return self.score.project(memory)
+
+    def _check_state(
+        self, state: DecoderState | tuple[State, Tensor | None] | None, batch: int
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The parts of the hidden state, ``()`` for zero, and the fed vector."""
+        if state is None:
+            return (), None
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise ValueError(f"state must be a pair (hidden, feed), got {_kind(state)}")
+        hidden, feed = state
+        parts = _state_parts(self.cell, hidden)
+        expected = (self.num_layers, batch, self.hidden_size)
+        for name, part in zip(("h", "c"), parts, strict=False):
+            _check_shape(f"{name} of state.hidden", part, "(L, B, H)", expected)
+        if feed is None:
+            feed = parts[0].new_zeros(expected[1:])
+        _check_shape("state.feed", feed, "(B, H)", expected[1:])
+        return parts, feed
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        state: DecoderState | tuple[State, Tensor | None] | None = None,
+        need_weights: bool = False,
+        keys: Tensor | None = None,
+    ) -> DecoderOutput:
+        """Run all steps of ``x``.
+
+        Args:
+            x: (T, B, I), T at least 1, in the dtype of the weights.
+            memory: (S, B, M). Not read, and may be left out, with ``score=None``.
+            lengths: (B,) int64, valid positions of each row of the memory, on any device.
+                Default: S.
+            state: ``(hidden, feed)``: h (L, B, H), or for LSTM (h, c), and the last output
+                (B, H), where None stands for zero. Default: all zero.
+            need_weights: also return the attention weights.
+            keys: what :meth:`project` gave for this memory. Default: computed here.
+
+        Returns:
+            The output (T, B, H), the weights (T, B, S) or None, and the state from which
+            the next call goes on; its ``feed`` is the last output.
+
+        Raises:
+            ValueError: the state has the wrong form.
+            RuntimeError: a tensor has the wrong shape, dtype or device, or is missing.
+        """
+        if self.batch_first and x.dim() == 3:
+            x = x.transpose(0, 1)
+        _check_shape("x", x, "(T, B, I)", (-1, -1, self.input_size))
+        parts, feed = self._check_state(state, x.shape[1])
+        if self.score is None:
+            result = self._forward_plain(x, parts)
+        else:
+            if memory is None:
+                raise RuntimeError("memory must be given unless score is None, got None")
+            if self.batch_first and memory.dim() == 3:
+                memory = memory.transpose(0, 1)
+                keys = None if keys is None else keys.transpose(0, 1)
+            _check_shape("memory", memory, "(S, B, M)", (-1, x.shape[1], self.memory_size))
+            result = self._forward_attentive(x, memory, keys, lengths, parts, feed, need_weights)
+        if not self.batch_first:
+            return result
+        weights = None if result.weights is None else result.weights.transpose(0, 1)
+        return DecoderOutput(result.output.transpose(0, 1), weights, result.state)
+
+    def _forward_plain(self, x: Tensor, parts: tuple[Tensor, ...]) -> DecoderOutput:
+        output, parts = _scan_layers(
+            x,
+            [(*layer, None) for layer in self._layers()],
+            parts,
+            cell=self.cell,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return DecoderOutput(output, None, DecoderState(_join_parts(parts), output[-1]))
+
+    def _forward_attentive(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        keys: Tensor | None,
+        lengths: Tensor | None,
+        parts: tuple[Tensor, ...],
+        feed: Tensor | None,
+        need_weights: bool,
+    ) -> DecoderOutput:
+        assert self.score is not None
+        assert self.combine is not None
+        masks = None
+        if self.training and self.dropout > 0 and self.num_layers > 1:
+            shape = (self.num_layers - 1, x.shape[0], x.shape[1], self.hidden_size)
+            masks = apply_dropout(x.new_ones(shape), self.dropout)
+        return functional.decode(
+            x,
+            self._layers(),
+            self.score.project(memory) if keys is None else keys,
+            memory,
+            self.combine.weight,
+            cell=self.cell,
+            score=self.score.fused,
+            weight_query=self.score.weight_query,
+            weight_v=self.score.weight_v,
+            state=None if feed is None else DecoderState(_join_parts(parts), feed),
+            lengths=lengths,
+            input_feeding=self.input_feeding,
+            dropout_masks=masks,
+            need_weights=need_weights,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.input_size}, {self.hidden_size}, {self.memory_size}, {self.num_layers}"
+        text += f", cell={self.cell!r}, input_feeding={self.input_feeding}"
+        if self.dropout:
+            text += f", dropout={self.dropout}"
+        return text + (", batch_first=True" if self.batch_first else "")
