@@ -20,8 +20,6 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
-# The same folder for every form of install, so that Ninja finds what the last one compiled.
-BUILD_DIR = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
 MIN_TORCH = (2, 10)
 
 
@@ -113,24 +111,33 @@ def run(command: list[str]) -> None:
         raise SystemExit(f"pyseq was not built: {Path(command[0]).name} failed, see above.")
 
 
-def drop_foreign_cache() -> None:
-    """Empty the build folder if it was configured for another compiler or another place.
+def build_folder(cmake: str, ninja: str) -> Path:
+    """The folder that CMake and Ninja keep their state in, the same for every form of install.
 
-    CMake reads these at its first run only and would silently keep the old ones.
+    One for each Python and each version of the tools: Ninja compiles everything anew when
+    it meets another version's log, and isolated builds bring other tools than the system's.
+    The folder is emptied if it was made for another compiler or another place, which CMake
+    reads at its first run only: it would silently keep the old ones.
     """
+    parts = [sys.implementation.cache_tag, sysconfig.get_platform()]
+    for tool in (cmake, ninja):
+        answer = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True)
+        parts.append(Path(tool).name + answer.stdout.split("\n")[0].split()[-1])
+    folder = ROOT / "build" / "-".join(parts)
     names = ("CXX", "CXXFLAGS", "LDFLAGS")
     wanted = "".join(f"{name}={os.environ.get(name, '')}\n" for name in names) + f"{ROOT}\n"
-    record = BUILD_DIR / "environment.txt"
-    if BUILD_DIR.exists() and not (record.exists() and record.read_text() == wanted):
-        shutil.rmtree(BUILD_DIR)
-    BUILD_DIR.mkdir(parents=True, exist_ok=True)
+    record = folder / "environment.txt"
+    if folder.exists() and not (record.exists() and record.read_text() == wanted):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     record.write_text(wanted)
+    return folder
 
 
-def compile_extension(torch: Torch) -> Path:
+def compile_extension(torch: Torch, jobs: list[str]) -> Path:
     """Bring the build folder up to date; returns the path of the compiled module."""
-    ninja = find_tool("ninja")
-    drop_foreign_cache()
+    cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    folder = build_folder(cmake, ninja)
     definitions = {
         "CMAKE_BUILD_TYPE": "Release",
         # Build isolation puts Ninja in a new temporary folder every time.
@@ -142,11 +149,11 @@ def compile_extension(torch: Torch) -> Path:
         "PYSEQ_CXX11_ABI": str(torch.cxx11_abi),
     }
     run(
-        [find_tool("cmake"), "-S", str(ROOT), "-B", str(BUILD_DIR), "-G", "Ninja"]
+        [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
         + [f"-D{name}={value}" for name, value in definitions.items()]
     )
-    run([ninja, "-C", str(BUILD_DIR), *ninja_jobs()])
-    return BUILD_DIR / "_C.so"
+    run([ninja, "-C", str(folder), *jobs])
+    return folder / "_C.so"
 
 
 class BuildExtension(build_ext):
@@ -154,8 +161,9 @@ class BuildExtension(build_ext):
 
     def run(self) -> None:
         check_cuda_option()
+        jobs = ninja_jobs()
         torch = find_torch()
-        compiled = compile_extension(torch)
+        compiled = compile_extension(torch, jobs)
         target = Path(self.get_ext_fullpath("pyseq._C"))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Replaced, not overwritten: a running process may have the old file mapped.

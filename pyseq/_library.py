@@ -7,9 +7,9 @@ module built for another torch would die with an unreadable symbol error, hence 
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -48,17 +48,16 @@ def check_torch(built: str, installed: str) -> None:
 
 
 def _check_built() -> None:
-    try:
-        from ._build import TORCH_VERSION
-    except ModuleNotFoundError:
-        TORCH_VERSION = ""
-    # _build.py may be there without _C: a tree that another Python built.
-    if not TORCH_VERSION or importlib.util.find_spec("pyseq._C") is None:
+    # By file: an editable install of another source tree would answer for missing modules.
+    extensions = [_PACKAGE / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
+    if not any(map(Path.exists, extensions)) or not (_PACKAGE / "_build.py").exists():
         python = ".".join(map(str, sys.version_info[:2]))
         raise ImportError(
             f"pyseq's extension is not built for this Python ({python}); "
             f"build it with: {rebuild_command()}"
         )
+    from ._build import TORCH_VERSION
+
     check_torch(TORCH_VERSION, str(torch.__version__))
 
 

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo, test, bench, lint: each makes .venv, installs torch and what it needs, builds
+# pyseq, and runs. A second call does again only what a change of the sources asks for.
+# Set on the command line: PYTHON (makes .venv), TORCH (what pip installs as torch), MAX_JOBS.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+# One file for each wish of torch, so that another wish installs anew.
+TORCH_STAMP := $(VENV)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1).stamp
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo.stamp
+	$(PY) -m pyseq.demo
+
+test: $(VENV)/test.stamp
+	$(PY) -m pytest -q
+
+bench: $(VENV)/test.stamp
+	$(PY) benchmarks/report.py
+
+lint: $(VENV)/dev.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pyseq/_build.py pyseq/_C.*.so
+
+# The stamp of an extra of pyproject.toml: pyseq is built and installed in place with it.
+# Ninja compiles only what changed, also when another extra is asked for later.
+$(VENV)/%.stamp: $(TORCH_STAMP) $(SOURCES)
+	$(PIP) install -q -e '.[$*]'
+	touch $@
+
+$(TORCH_STAMP):
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/*.stamp
+	$(PIP) install -q $(TORCH)
+	touch $@
