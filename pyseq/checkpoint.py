@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saved models: a folder with weights, settings and vocabularies, replaced atomically.
+
+Tensors go to safetensors and everything else to JSON, so loading runs no code of the
+file. Used by the translator and, with a training state added, by the trainer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError, require
+from .seq2seq import Seq2Seq
+from .text import Vocab
+
+FORMAT = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+SOURCE_VOCAB = "source_vocab.json"
+TARGET_VOCAB = "target_vocab.json"
+TRAINING_TENSORS = "training.safetensors"
+TRAINING_RECORD = "training.json"
+_NAMES = (WEIGHTS, SOURCE_VOCAB, TARGET_VOCAB, TRAINING_TENSORS, TRAINING_RECORD, CONFIG)
+
+# New files are written to _WRITING, which one rename turns into _COMMITTED; from that
+# moment on the new content counts, and moving its files up is housekeeping that whoever
+# comes next finishes. So a kill at any moment leaves the old or the new content, whole.
+_WRITING = ".writing"
+_COMMITTED = ".committed"
+
+
+class TrainingState(NamedTuple):
+    """What a run needs, besides the model, to go on exactly."""
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]  # JSON values only
+
+
+class Saved(NamedTuple):
+    """What :func:`load` returns; what was not saved is None."""
+
+    model: Seq2Seq  # in eval mode, on the CPU
+    source_vocab: Vocab | None
+    target_vocab: Vocab | None
+    source_tokens: str | None
+    target_tokens: str | None
+    max_length: int | None  # tokens that a prediction may have
+    training: TrainingState | None
+
+
+def save(
+    path: str | Path,
+    model: Seq2Seq,
+    *,
+    source_vocab: Vocab | None = None,
+    target_vocab: Vocab | None = None,
+    source_tokens: str | None = None,
+    target_tokens: str | None = None,
+    max_length: int | None = None,
+    training: TrainingState | None = None,
+) -> None:
+    """Save a model as a folder: ``model.safetensors``, ``config.json``, the vocabularies.
+
+    If the folder holds a saved model, it is replaced as a whole: whatever happens on the
+    way (a kill, a power cut, a full disk), :func:`load` finds the old model or the new
+    one, complete. Other files in the folder are left alone.
+
+    Args:
+        path: the folder; made if it is missing, with its parents.
+        model: the model.
+        source_vocab, target_vocab: what its ids mean; of the sizes it was built for.
+        source_tokens, target_tokens: how text is split: ``"char"``, ``"space"``, ``"word"``.
+        max_length: tokens that a prediction may have.
+        training: what a training run needs to go on.
+
+    Raises:
+        ValueError: a vocabulary has another size than the model.
+        OSError: the folder cannot be written; what it held is untouched.
+        MissingExtraError: safetensors is not installed.
+    """
+    options = model.config
+    files: dict[str, bytes] = {WEIGHTS: _tensor_bytes(model.state_dict())}
+    for side, name, vocab in (
+        ("source", SOURCE_VOCAB, source_vocab),
+        ("target", TARGET_VOCAB, target_vocab),
+    ):
+        if vocab is None:
+            continue
+        if len(vocab) != options[f"{side}_vocab_size"]:
+            raise ValueError(
+                f"{side}_vocab must have {options[f'{side}_vocab_size']} symbols like the "
+                f"model, got {len(vocab)}"
+            )
+        files[name] = vocab.to_json().encode()
+    if training is not None:
+        files[TRAINING_TENSORS] = _tensor_bytes(training.tensors)
+        files[TRAINING_RECORD] = _json_bytes(training.record)
+    config = {
+        "format": FORMAT,
+        "model": type(model).__name__,
+        "options": options,
+        "source_tokens": source_tokens,
+        "target_tokens": target_tokens,
+        "max_length": max_length,
+        "fingerprints": {name: _fingerprint(name, data) for name, data in files.items()},
+    }
+    # config.json goes last: it names the others.
+    _replace_files(Path(path), {**files, CONFIG: _json_bytes(config)})
+
+
+def load(path: str | Path) -> Saved:
+    """Load what :func:`save` wrote.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        CheckpointError: there is no saved model, or a file is missing, damaged, or does
+            not have the fingerprint that ``config.json`` gives (a vocabulary of another
+            model, say).
+        OSError: a file cannot be read.
+    """
+    path = Path(path)
+    config, files = _read_files(path)
+    model = _build_model(path, config, _read_tensors(path, WEIGHTS, files[WEIGHTS]))
+    vocabs: dict[str, Vocab | None] = {}
+    for side, name in (("source", SOURCE_VOCAB), ("target", TARGET_VOCAB)):
+        vocabs[side] = _read_vocab(path, name, files.get(name))
+        size = config["options"][f"{side}_vocab_size"]
+        vocab = vocabs[side]
+        if vocab is not None and len(vocab) != size:
+            raise CheckpointError(
+                f"{path / name}: has {len(vocab)} symbols, but the model was built for {size}"
+            )
+    training = None
+    if TRAINING_RECORD in files and TRAINING_TENSORS in files:
+        training = TrainingState(
+            _read_tensors(path, TRAINING_TENSORS, files[TRAINING_TENSORS]),
+            json.loads(files[TRAINING_RECORD]),
+        )
+    return Saved(
+        model,
+        vocabs["source"],
+        vocabs["target"],
+        config.get("source_tokens"),
+        config.get("target_tokens"),
+        config.get("max_length"),
+        training,
+    )
+
+
+def exists(path: str | Path) -> bool:
+    """Whether the folder holds a saved model."""
+    path = Path(path)
+    return (path / CONFIG).exists() or (path / _COMMITTED / CONFIG).exists()
+
+
+def _build_model(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Seq2Seq:
+    if config.get("model") != Seq2Seq.__name__:
+        raise CheckpointError(
+            f"{path / CONFIG}: the model must be {Seq2Seq.__name__}, got {config.get('model')!r}"
+        )
+    try:
+        model = Seq2Seq(**config["options"])
+        dtype = next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
+        model.to(dtype).load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: the options in {CONFIG} do not go with {WEIGHTS}: {reason}"
+        ) from error
+    return model.eval()
+
+
+def _read_vocab(path: Path, name: str, data: bytes | None) -> Vocab | None:
+    try:
+        return None if data is None else Vocab.from_json(data.decode())
+    except ValueError as error:
+        raise CheckpointError(f"{path / name}: not a vocabulary: {error}") from error
+
+
+def _read_tensors(path: Path, name: str, data: bytes) -> dict[str, Tensor]:
+    safetensors = require("safetensors.torch", extra="train")
+    try:
+        return safetensors.load(data)
+    except require("safetensors", extra="train").SafetensorError as error:
+        raise CheckpointError(f"{path / name}: damaged: {error}") from error
+
+
+def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    safetensors = require("safetensors.torch", extra="train")
+    return safetensors.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def _fingerprint(name: str, data: bytes) -> str:
+    """SHA-256 of a file; of JSON the content only, so that laying it out anew is allowed."""
+    if name.endswith(".json"):
+        data = json.dumps(json.loads(data), sort_keys=True).encode()
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+# Reading and replacing a set of files.
+
+
+@contextmanager
+def _locked(path: Path, *, exclusive: bool) -> Iterator[None]:
+    """Keep other processes from replacing the files of ``path`` meanwhile.
+
+    Some network file systems know no locks; there the fingerprints still tell a reader
+    that it met a writer.
+    """
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(folder)  # gives up the lock
+
+
+def _replace_files(path: Path, files: Mapping[str, bytes]) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    writing, committed = path / _WRITING, path / _COMMITTED
+    with _locked(path, exclusive=True):
+        _finish(path)
+        shutil.rmtree(writing, ignore_errors=True)  # left by a run that was killed
+        try:
+            writing.mkdir()
+            for name, data in files.items():
+                _write(writing / name, data)
+            _sync_folder(writing)
+            os.rename(writing, committed)
+        except BaseException:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise
+        _sync_folder(path)
+        _finish(path)
+    _sync_folder(path.parent)
+
+
+def _finish(path: Path) -> None:
+    """Move committed files into place; the same again after a kill half-way."""
+    committed = path / _COMMITTED
+    if not committed.is_dir():
+        return
+    # config.json lists the files of the new model and moves last, so while anything is
+    # left to move a second attempt knows them too.
+    if (committed / CONFIG).exists():
+        listed = {*json.loads((committed / CONFIG).read_bytes())["fingerprints"], CONFIG}
+        for name in _NAMES:
+            if name not in listed:
+                (path / name).unlink(missing_ok=True)
+            elif (committed / name).exists():
+                os.replace(committed / name, path / name)
+        _sync_folder(path)
+    committed.rmdir()
+    _sync_folder(path)
+
+
+def _read_files(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The content of config.json and of the files that it lists, fingerprints checked."""
+    if not path.is_dir():
+        reason = "not a folder" if path.exists() else "no such folder"
+        raise CheckpointError(f"{path}: {reason}; a saved model is a folder with {CONFIG}")
+    with _locked(path, exclusive=False):
+        data = _read(path, CONFIG)
+        if data is None:
+            raise CheckpointError(f"{path}: no saved model here ({CONFIG} is missing)")
+        config = _parse_config(path, data)
+        files = {}
+        for name, expected in config["fingerprints"].items():
+            content = _read(path, name) if name in _NAMES else None
+            if content is None:
+                raise CheckpointError(f"{path / name}: missing, though {CONFIG} lists it")
+            files[name] = content
+            _check_fingerprint(path, name, content, expected)
+    if WEIGHTS not in files:
+        raise CheckpointError(f"{path / CONFIG}: does not list {WEIGHTS}")
+    return config, files
+
+
+def _read(path: Path, name: str) -> bytes | None:
+    """A file of the newest complete content: committed files come before those in place."""
+    for place in (path / _COMMITTED / name, path / name):
+        try:
+            return place.read_bytes()
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def _parse_config(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(data)
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG}: damaged: {error}") from error
+    if (
+        not isinstance(config, dict)
+        or not isinstance(config.get("fingerprints"), dict)
+        or not isinstance(config.get("options"), dict)
+    ):
+        raise CheckpointError(f"{path / CONFIG}: not the settings of a pyseq model")
+    if config.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path / CONFIG}: format must be {FORMAT}, got {config.get('format')!r}; "
+            "another version of pyseq wrote it"
+        )
+    return config
+
+
+def _check_fingerprint(path: Path, name: str, data: bytes, expected: object) -> None:
+    try:
+        matches = _fingerprint(name, data) == expected
+    except ValueError:
+        matches = False
+    if not matches:
+        what = (
+            "it is not the vocabulary that this model was trained with"
+            if name in (SOURCE_VOCAB, TARGET_VOCAB)
+            else "it is damaged or belongs to another model"
+        )
+        raise CheckpointError(
+            f"{path / name}: does not have the fingerprint that {CONFIG} gives: {what}"
+        )
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        with open(path, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        error.filename = str(path)  # a full disk is reported without it
+        raise
+
+
+def _sync_folder(path: Path) -> None:
+    """Make renames and new names in ``path`` durable."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

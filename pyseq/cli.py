@@ -1,0 +1,521 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``pyseq train | predict | evaluate | info``.
+
+Reads arguments and files and prints; the work is done by ``training``, ``translator``
+and ``metrics``. What a user can mend ends in one sentence on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint, g2p, info, metrics, training
+from .errors import CheckpointError, DataError, PyseqError
+from .plot import save_heatmap
+from .text import SPECIALS, TOKENS, PairsFile, TextPair, Tokenizer, hold_out, read_lines, read_pairs
+from .text import tokenise_pairs as tokenise
+from .training import Data, Interrupted, ModelOptions, Trainer, TrainingOptions
+from .translator import Translation, Translator
+from .types import GATES, SCORES, STOP
+
+# How BLEU splits predictions and references, by how the model splits its target.
+_BLEU_TOKENIZE = {"char": "char", "space": "none", "word": "13a"}
+
+_EXIT_ERROR = 1
+_EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    0: done. 1: an error, described on standard error. 2: wrong arguments. 130 and 143:
+    stopped by SIGINT (Ctrl-C) and SIGTERM.
+
+    Args:
+        argv: arguments without the program's name. Default: those of the process.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], None] = arguments.run
+        run(arguments)
+        sys.stdout.flush()
+    except SystemExit as error:  # argparse: 0 after --help, 2 after wrong arguments
+        return error.code if isinstance(error.code, int) else _EXIT_ERROR
+    except Interrupted as error:
+        _say(str(error))
+        return _EXIT_SIGNAL + error.signum
+    except KeyboardInterrupt:
+        _say("stopped")
+        return _EXIT_SIGNAL + 2
+    except BrokenPipeError:
+        # Whoever read our output has left; the interpreter's last flush must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_ERROR
+    except PyseqError as error:
+        _say(str(error))
+        return _EXIT_ERROR
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"{where}{error.strerror or error}")
+        return _EXIT_ERROR
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"pyseq: {text}", file=sys.stderr)
+
+
+# Arguments.
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pyseq", description="Recurrent sequence-to-sequence models with fused kernels."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_predict(commands)
+    _add_evaluate(commands)
+    command = commands.add_parser("info", help="print versions, CPU tier, threads")
+    command.set_defaults(run=lambda _: print("\n".join(info.lines())))
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {value}")
+    return value
+
+
+# argparse prints the name of the function when a text is not a number.
+_positive.__name__ = "positive integer"
+_share.__name__ = "share"
+
+
+def _add_threads(command: Any) -> None:
+    command.add_argument(
+        "--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)"
+    )
+
+
+def _add_search(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--beam-size",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="hypotheses that the search keeps (default: 1, greedy)",
+    )
+    command.add_argument(
+        "--max-length",
+        type=_positive,
+        metavar="N",
+        help="tokens an output may have (default: half as many again as the "
+        "longest target in training)",
+    )
+    command.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="lines computed together (default: 64)",
+    )
+
+
+def _add_train(commands: Any) -> None:
+    command = commands.add_parser(
+        "train",
+        help="train a model from a file of pairs",
+        description="Train a model. PAIRS.tsv holds one pair a line, source and target "
+        "separated by a tab, in UTF-8; further columns are ignored. DIR gets the best model, "
+        "DIR/last the last checkpoint.",
+    )
+    command.set_defaults(run=_train)
+    command.add_argument("pairs", nargs="?", metavar="PAIRS.tsv", help="the training pairs")
+    command.add_argument(
+        "--task",
+        choices=["g2p"],
+        help="train on the CMU pronouncing dictionary instead of PAIRS.tsv",
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from DIR/last with the options of that run; --epochs may be raised",
+    )
+    command.add_argument(
+        "--overwrite", action="store_true", help="begin anew though DIR holds a model"
+    )
+    command.add_argument(
+        "--skip-bad-lines",
+        action="store_true",
+        help="leave out lines that are not pairs instead of stopping",
+    )
+
+    group = command.add_argument_group("data")
+    group.add_argument("--tokens", choices=TOKENS, help="how both sides are split (default: char)")
+    group.add_argument("--source-tokens", choices=TOKENS, help="how the source is split")
+    group.add_argument("--target-tokens", choices=TOKENS, help="how the target is split")
+    held_out = group.add_mutually_exclusive_group()
+    held_out.add_argument("--valid", metavar="FILE", help="validation pairs")
+    held_out.add_argument(
+        "--valid-share",
+        type=_share,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the sources held out for validation if there is no --valid (default: 0.05)",
+    )
+
+    group = command.add_argument_group("model")
+    _add_option(group, ModelOptions, "embedding_size", _positive, "numbers in an embedding")
+    _add_option(group, ModelOptions, "hidden_size", _positive, "units of a layer")
+    _add_option(group, ModelOptions, "num_layers", _positive, "layers of encoder and decoder")
+    _add_option(group, ModelOptions, "cell", str, "recurrent cell", choices=tuple(GATES))
+    _add_option(group, ModelOptions, "score", str, "attention score", choices=(*SCORES, "none"))
+    group.add_argument(
+        "--no-input-feeding",
+        dest="input_feeding",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="do not feed the attentional vector into the next step",
+    )
+    _add_option(group, ModelOptions, "dropout", float, "dropout probability")
+
+    group = command.add_argument_group("training")
+    _add_option(group, TrainingOptions, "epochs", _positive, "passes over the data")
+    _add_option(group, TrainingOptions, "batch_size", _positive, "pairs of a batch")
+    _add_option(group, TrainingOptions, "learning_rate", float, "Adam's learning rate")
+    _add_option(
+        group, TrainingOptions, "schedule", str, "of the learning rate", choices=training.SCHEDULES
+    )
+    _add_option(group, TrainingOptions, "warmup_steps", int, "steps of --schedule warmup")
+    _add_option(group, TrainingOptions, "clip_norm", float, "largest norm of the gradients")
+    _add_option(group, TrainingOptions, "label_smoothing", float, "share spread over all symbols")
+    _add_option(group, TrainingOptions, "seed", int, "fixes everything random")
+    _add_option(group, TrainingOptions, "checkpoint_every", _positive, "steps between checkpoints")
+    _add_threads(group)
+
+
+def _add_option(
+    group: Any,
+    options: type[ModelOptions] | type[TrainingOptions],
+    name: str,
+    kind: Callable[[str], Any],
+    text: str,
+    *,
+    choices: Sequence[str] | None = None,
+) -> None:
+    """An argument for one field of an options class, absent from the result if not given."""
+    default = getattr(options, name)
+    group.add_argument(
+        f"--{name.replace('_', '-')}",
+        type=kind,
+        choices=choices,
+        default=argparse.SUPPRESS,
+        metavar=None if choices else "N",
+        help=f"{text} (default: {default})",
+    )
+
+
+def _add_predict(commands: Any) -> None:
+    command = commands.add_parser(
+        "predict",
+        help="read lines from standard input, write one output line for each",
+        description="Read lines from standard input and write one output line for each.",
+    )
+    command.set_defaults(run=_predict)
+    command.add_argument("model", metavar="DIR", help="a folder that pyseq train wrote")
+    command.add_argument(
+        "--attention",
+        metavar="FOLDER",
+        help="write a picture of the attention weights for each line: FOLDER/line-000001.png ...",
+    )
+    _add_search(command)
+    _add_threads(command)
+
+
+def _add_evaluate(commands: Any) -> None:
+    command = commands.add_parser(
+        "evaluate",
+        help="print error rates, BLEU and chrF on a file of pairs",
+        description="Print error rates, BLEU and chrF on a file of pairs. Lines with the same "
+        "source are right answers to one question: the closest counts.",
+    )
+    command.set_defaults(run=_evaluate)
+    command.add_argument("model", metavar="DIR", help="a folder that pyseq train wrote")
+    command.add_argument("pairs", nargs="?", metavar="PAIRS.tsv", help="the pairs")
+    command.add_argument(
+        "--task", choices=["g2p"], help="the test words of the dictionary instead of PAIRS.tsv"
+    )
+    command.add_argument(
+        "--skip-bad-lines",
+        action="store_true",
+        help="leave out lines that are not pairs instead of stopping",
+    )
+    _add_search(command)
+    _add_threads(command)
+
+
+def _begin(arguments: argparse.Namespace) -> None:
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+
+
+def _require_one_source(arguments: argparse.Namespace) -> None:
+    if (arguments.pairs is None) == (arguments.task is None):
+        raise PyseqError("give either a file of pairs or --task g2p")
+
+
+def _read(path: str, *, skip_bad_lines: bool) -> list[TextPair]:
+    found: PairsFile = read_pairs(path, skip_bad_lines=skip_bad_lines)
+    if found.skipped:
+        _say(f"{len(found.skipped)} bad lines left out, the first: {found.skipped[0]}")
+    return found.pairs
+
+
+# train
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    _begin(arguments)
+    _require_one_source(arguments)
+    out = Path(arguments.out)
+    if not arguments.resume and not arguments.overwrite:
+        for folder in (out, out / training.LAST):
+            if checkpoint.exists(folder):
+                raise PyseqError(
+                    f"{folder}: holds a model already; give --resume to go on with it, "
+                    "--overwrite to begin anew, or another --out"
+                )
+    trainer = _resume(arguments, out) if arguments.resume else _start(arguments, out)
+    validation = trainer.validation
+    _say(
+        f"{len(trainer.examples):,} training pairs, "
+        f"{0 if validation is None else len(validation):,} for validation, "
+        f"{sum(p.numel() for p in trainer.model.parameters()):,} weights, "
+        f"{torch.get_num_threads()} threads"
+    )
+    trainer.run()
+    if arguments.task == "g2p":
+        print(g2p_summary(Translator.load(out)))
+
+
+def g2p_summary(translator: Translator, *, beam_size: int = 1) -> str:
+    """Phoneme and word error rate on the test words of the dictionary, as a line of text."""
+    rates = g2p.score(translator, g2p.load().test, beam_size=beam_size)
+    return f"PER {rates.token:.2%}, WER {rates.line:.2%} on {rates.lines:,} test words"
+
+
+def _given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The fields of an options class that were given as arguments."""
+    names = [field.name for field in fields(options)]
+    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    if given.get("score") == "none":
+        given["score"] = None
+    return given
+
+
+def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
+    tokens = (
+        arguments.source_tokens or arguments.tokens or "char",
+        arguments.target_tokens or arguments.tokens or "char",
+    )
+    model_given = _given(arguments, ModelOptions)
+    training_given = _given(arguments, TrainingOptions)
+    if arguments.task == "g2p":
+        tokens = (g2p.SOURCE_TOKENS, g2p.TARGET_TOKENS)
+        model_given = {**g2p.MODEL, **model_given}
+        training_given = {**g2p.TRAINING, **training_given}
+    try:
+        options = TrainingOptions(**training_given)
+        data, validation = _data(arguments, tokens, options.seed)
+        return training.start(
+            data,
+            validation,
+            tokens=tokens,
+            model=ModelOptions(**model_given),
+            options=options,
+            out=out,
+            progress=True,
+            log=_say,
+        )
+    except PyseqError:
+        raise
+    except ValueError as error:  # an option that argparse cannot judge
+        raise PyseqError(str(error)) from error
+
+
+def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
+    saved = checkpoint.load(out / training.LAST)
+    if saved.training is None:
+        raise CheckpointError(f"{out / training.LAST}: saved without its training state")
+    tokens = (saved.source_tokens or "char", saved.target_tokens or "char")
+    _refuse_changes(arguments, saved, tokens)
+    data, validation = _data(arguments, tokens, saved.training.record["options"]["seed"])
+    return training.resume(
+        data,
+        validation,
+        out=out,
+        epochs=getattr(arguments, "epochs", None),
+        checkpoint_every=getattr(arguments, "checkpoint_every", None),
+        progress=True,
+        log=_say,
+    )
+
+
+def _refuse_changes(
+    arguments: argparse.Namespace, saved: checkpoint.Saved, tokens: tuple[str, str]
+) -> None:
+    """Refuse arguments that contradict the run to be resumed."""
+    assert saved.training is not None
+    before = {**saved.model.config, **saved.training.record["options"]}
+    now = {**_given(arguments, ModelOptions), **_given(arguments, TrainingOptions)}
+    before |= {"source_tokens": tokens[0], "target_tokens": tokens[1]}
+    for side in ("source_tokens", "target_tokens"):
+        value = getattr(arguments, side) or arguments.tokens
+        if value is not None:
+            now[side] = value
+    for name, value in now.items():
+        if name not in training.FREE_ON_RESUME and before.get(name) != value:
+            raise PyseqError(
+                f"--resume goes on with {name} = {before.get(name)}, got {value}: leave the "
+                "option out, or begin a new run"
+            )
+
+
+def _data(
+    arguments: argparse.Namespace, tokens: tuple[str, str], seed: int
+) -> tuple[Data, Data | None]:
+    """Training and validation pairs."""
+    if arguments.task == "g2p":
+        parts = g2p.load()
+        return (
+            Data(g2p.pairs(parts.train), "cmudict (training words)"),
+            Data(g2p.pairs(parts.validation), "cmudict (validation words)"),
+        )
+    source, target = Tokenizer(tokens[0]), Tokenizer(tokens[1])
+    skip = arguments.skip_bad_lines
+    pairs = tokenise(_read(arguments.pairs, skip_bad_lines=skip), source=source, target=target)
+    if arguments.valid is not None:
+        held = tokenise(_read(arguments.valid, skip_bad_lines=skip), source=source, target=target)
+        return Data(pairs, arguments.pairs), Data(held, arguments.valid)
+    pairs, held = hold_out(pairs, arguments.valid_share, seed=seed)
+    return Data(pairs, arguments.pairs), Data(held, arguments.pairs) if held else None
+
+
+# predict
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    _begin(arguments)
+    translator = Translator.load(arguments.model)
+    pictures = None if arguments.attention is None else Path(arguments.attention)
+    if pictures is not None:
+        if translator.model.config["score"] is None:
+            raise PyseqError(f"{arguments.model}: this model has no attention to draw")
+        pictures.mkdir(parents=True, exist_ok=True)
+    # At a terminal each line is answered before the next one is typed.
+    size = 1 if sys.stdin.isatty() else arguments.batch_size
+    warned = False
+    for batch in _batches(_input_lines(), size):
+        texts = [text for _, text in batch]
+        for number, text in batch:
+            unknown = translator.unknown_symbols(text)
+            if unknown and not warned:
+                warned = True
+                _say(
+                    f"line {number}: {unknown[0]!r} was not in the training data and is read as "
+                    "<unk>, like all such symbols from here on"
+                )
+        results = translator.translate(
+            texts,
+            beam_size=arguments.beam_size,
+            max_length=arguments.max_length,
+            batch_size=size,
+        )
+        for (number, text), result in zip(batch, results, strict=True):
+            print(result.text)
+            if pictures is not None:
+                _draw(pictures / f"line-{number:06}.png", text, result)
+        sys.stdout.flush()
+
+
+def _input_lines() -> Iterator[tuple[int, str]]:
+    for number, text in read_lines(sys.stdin.buffer, name="standard input"):
+        if isinstance(text, DataError):
+            raise text
+        yield number, text
+
+
+def _batches(lines: Iterator[tuple[int, str]], size: int) -> Iterator[list[tuple[int, str]]]:
+    while batch := list(islice(lines, size)):
+        yield batch
+
+
+def _draw(path: Path, text: str, result: Translation) -> None:
+    if result.weights is None or not result.tokens:  # a blank line, or nothing to say
+        return
+    save_heatmap(
+        path,
+        result.weights,
+        rows=result.tokens,
+        columns=[*result.source_tokens, SPECIALS[STOP]],
+        title=f"{text} → {result.text}",
+    )
+
+
+# evaluate
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    _begin(arguments)
+    _require_one_source(arguments)
+    translator = Translator.load(arguments.model)
+    if arguments.task == "g2p":
+        answers = {
+            entry.word: [" ".join(phonemes) for phonemes in entry.pronunciations]
+            for entry in g2p.load().test
+        }
+    else:
+        answers = {}
+        for pair in _read(arguments.pairs, skip_bad_lines=arguments.skip_bad_lines):
+            answers.setdefault(pair.source, []).append(pair.target)
+    results = translator.translate(
+        list(answers),
+        beam_size=arguments.beam_size,
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+    )
+    references = list(answers.values())
+    tokenizer = translator.target_tokenizer
+    rates = metrics.error_rates(
+        [result.tokens for result in results],
+        [[tokenizer.split(text) for text in texts] for texts in references],
+    )
+    scores = metrics.text_scores(
+        [result.text for result in results],
+        references,
+        tokenize=_BLEU_TOKENIZE[tokenizer.name],
+    )
+    print(f"lines  {rates.lines:,}")
+    print(f"PER    {rates.token:.2%}  (edits over {tokenizer.name} tokens of the closest answer)")
+    print(f"WER    {rates.line:.2%}  (lines that equal no answer)")
+    print(f"BLEU   {scores.bleu:.2f}  ({scores.bleu_signature})")
+    print(f"chrF   {scores.chrf:.2f}  ({scores.chrf_signature})")

@@ -1,0 +1,725 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: the loop, its schedules, and runs that can be interrupted and resumed exactly.
+
+``train`` is the short way from pairs of strings to a translator; the command line builds
+the same ``Trainer`` from files.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from . import checkpoint
+from .errors import CheckpointError, DataError, TrainingError, require
+from .seq2seq import Seq2Seq
+from .text import (
+    Batch,
+    BucketedBatches,
+    Examples,
+    Pair,
+    Tokenizer,
+    Vocab,
+    make_pair,
+    ordered_batches,
+    tokenise_pairs,
+)
+from .translator import Translator
+from .types import PAD, CellName, ScoreName
+
+ScheduleName = Literal["linear", "constant", "warmup"]
+SCHEDULES: tuple[str, ...] = ("linear", "constant", "warmup")
+
+#: Options that may differ when a run is resumed.
+FREE_ON_RESUME: tuple[str, ...] = ("epochs", "checkpoint_every")
+
+#: The folder of the last checkpoint, inside that of the best model.
+LAST = "last"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a model is made of; see :class:`pyseq.Seq2Seq`."""
+
+    embedding_size: int = 256
+    hidden_size: int = 256
+    num_layers: int = 1
+    cell: CellName = "lstm"
+    bidirectional: bool = True
+    score: ScoreName | None = "general"
+    input_feeding: bool = True
+    dropout: float = 0.1
+
+    def build(self, source_vocab: Vocab, target_vocab: Vocab) -> Seq2Seq:
+        """A new model for these vocabularies, weights drawn from torch's global generator."""
+        return Seq2Seq(len(source_vocab), len(target_vocab), **asdict(self))
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a model is trained.
+
+    Args:
+        epochs: passes over the training pairs.
+        batch_size: pairs of a batch.
+        learning_rate: Adam's, at its highest.
+        schedule: ``"linear"`` falls from the learning rate to zero over the whole run,
+            ``"constant"`` stays, ``"warmup"`` rises for ``warmup_steps`` and then falls
+            like ``"linear"``.
+        warmup_steps: steps.
+        clip_norm: gradients are scaled down to this Euclidean norm.
+        label_smoothing: share of the target probability that is spread over all symbols.
+        seed: of the weights, of dropout and of the order of the data.
+        checkpoint_every: steps between checkpoints within an epoch. Default: none.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    schedule: ScheduleName = "linear"
+    warmup_steps: int = 0
+    clip_norm: float = 5.0
+    label_smoothing: float = 0.0
+    seed: int = 1
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+            )
+        for name in ("epochs", "batch_size"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            _check(name, value, value > 0 and math.isfinite(value), "above 0 and finite")
+        _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
+        smoothing = self.label_smoothing
+        _check("label_smoothing", smoothing, 0 <= smoothing < 1, "at least 0 and below 1")
+        _check("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
+        every = self.checkpoint_every
+        _check("checkpoint_every", every, every is None or every >= 1, "at least 1 or None")
+
+
+def _check(name: str, value: object, valid: bool, allowed: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def learning_rate_factor(
+    step: int, total_steps: int, *, schedule: ScheduleName, warmup_steps: int = 0
+) -> float:
+    """What the learning rate is multiplied with at a step, 0 to 1.
+
+    With n = ``total_steps`` and w = ``warmup_steps``: linear ``1 - step / n``; constant 1;
+    warmup ``(step + 1) / (w + 1)`` up to step w and ``(n - step) / (n - w)`` from there.
+
+    Args:
+        step: updates done before, 0 to ``total_steps`` - 1.
+        total_steps: updates of the whole run.
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return max(0.0, 1 - step / total_steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+
+def sequence_loss(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy in nats, averaged over the target tokens that are not ``PAD``.
+
+    Args:
+        logits: (B, T, V) scores before the softmax.
+        target: (B, T) int64, the right symbols.
+        label_smoothing: share of the target probability that is spread over all symbols.
+    """
+    return cross_entropy(
+        logits.flatten(0, 1),
+        target.flatten(),
+        ignore_index=PAD,
+        label_smoothing=label_smoothing,
+    )
+
+
+def training_step(
+    model: Seq2Seq,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    *,
+    clip_norm: float,
+    label_smoothing: float = 0.0,
+) -> float:
+    """One update of the weights; returns the loss in nats per token.
+
+    If the loss or the norm of the gradients is not finite, the weights stay as they are and
+    that number is returned.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    logits = model(batch.source, batch.source_lengths, batch.target_in)
+    loss = sequence_loss(logits, batch.target_out, label_smoothing=label_smoothing)
+    value = loss.item()
+    if not math.isfinite(value):
+        return value
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
+    if not math.isfinite(norm):
+        return norm
+    optimizer.step()
+    return value
+
+
+@torch.no_grad()
+def mean_loss(model: Seq2Seq, examples: Examples, *, batch_size: int) -> float:
+    """Loss of a model on examples, in nats per target token, without dropout or smoothing."""
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    for batch in ordered_batches(examples, batch_size):
+        batch = _to(batch, _device(model))
+        count = int((batch.target_out != PAD).sum())
+        logits = model(batch.source, batch.source_lengths, batch.target_in)
+        total += sequence_loss(logits, batch.target_out).item() * count
+        tokens += count
+    model.train(training)
+    return total / max(1, tokens)
+
+
+def _device(model: Seq2Seq) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return Batch(
+        batch.source.to(device),
+        batch.source_lengths.to(device),
+        batch.target_in.to(device),
+        batch.target_out.to(device),
+        batch.lines,
+    )
+
+
+class EpochReport(NamedTuple):
+    """What one epoch came to."""
+
+    epoch: int  # from 1
+    train_loss: float  # nats per target token, with dropout and smoothing, over the epoch
+    valid_loss: float | None  # nats per target token; None without validation pairs
+    best: bool  # whether this is the best epoch so far
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop by a signal and has written its last checkpoint."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Trainer:
+    """Trains the model of a translator, and can go on after any interruption.
+
+    The folder ``out`` holds the best model (by validation loss; the latest where there is
+    no validation), its subfolder ``last`` the last checkpoint with all that is needed to
+    continue: weights, optimiser, random state, and the place in the data. The schedule is
+    a function of the number of steps done. A run that was interrupted and resumed ends
+    with the same bits as one that was not, on the same machine with the same threads.
+
+    Args:
+        translator: its model is trained, in place.
+        examples: training pairs.
+        validation: validation pairs, or None.
+        options: how to train.
+        out: the folder; without one nothing is saved.
+        progress: show a progress bar on standard error if that is a terminal (needs tqdm).
+        log: is called with a line of text after each epoch.
+
+    Raises:
+        DataError: there are no training pairs.
+    """
+
+    def __init__(
+        self,
+        translator: Translator,
+        examples: Examples,
+        validation: Examples | None = None,
+        *,
+        options: TrainingOptions,
+        out: str | Path | None = None,
+        progress: bool = False,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        self.translator = translator
+        self.model = translator.model
+        self.options = options
+        self.validation = validation if validation is not None and len(validation) else None
+        self.out = None if out is None else Path(out)
+        self.reports: list[EpochReport] = []
+        self._batches = BucketedBatches(examples, options.batch_size, seed=options.seed)
+        self._data_fingerprint = examples.fingerprint()
+        self._optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=options.learning_rate, foreach=True
+        )
+        self._total_steps = options.epochs * len(self._batches)
+        self._step = 0  # updates done in the whole run
+        self._loss_sum, self._tokens = 0.0, 0  # of the epoch under way
+        self._best_loss = math.inf
+        self._bar_class = require("tqdm", extra="train").tqdm if progress else None
+        self._log = log
+
+    @property
+    def examples(self) -> Examples:
+        """The training pairs."""
+        return self._batches.examples
+
+    def run(self) -> list[EpochReport]:
+        """Train to the end; returns one report for each epoch of the whole run.
+
+        SIGINT (Ctrl-C) and SIGTERM finish the step under way and write the last checkpoint.
+
+        Raises:
+            Interrupted: a signal came. It is a KeyboardInterrupt.
+            TrainingError: the loss or a gradient is no longer finite, or a checkpoint cannot
+                be written; the one before it is whole.
+        """
+        if self._step == 0:
+            # An unwritable folder shows now and not after the first epoch, and a run that
+            # fails early has something to go back to.
+            self._save_last()
+        with _signals() as received:
+            while len(self.reports) < self.options.epochs:
+                self._run_epoch(received)
+                if received:
+                    self._save_last()
+                    raise Interrupted(received[0], self._interrupted_text(received[0]))
+                self._finish_epoch()
+        return self.reports
+
+    def _run_epoch(self, received: list[int]) -> None:
+        """The rest of an epoch, or as much of it as there is before a signal."""
+        options, device = self.options, _device(self.model)
+        self.model.train()
+        bar = self._bar()
+        begin, done = time.perf_counter(), 0
+        for batch in self._batches:
+            batch = _to(batch, device)
+            factor = learning_rate_factor(
+                self._step,
+                self._total_steps,
+                schedule=options.schedule,
+                warmup_steps=options.warmup_steps,
+            )
+            for group in self._optimizer.param_groups:
+                group["lr"] = options.learning_rate * factor
+            loss = training_step(
+                self.model,
+                batch,
+                self._optimizer,
+                clip_norm=options.clip_norm,
+                label_smoothing=options.label_smoothing,
+            )
+            if not math.isfinite(loss):
+                raise TrainingError(self._not_finite_text(loss, batch))
+            self._step += 1
+            count = int((batch.target_out != PAD).sum())
+            self._loss_sum += loss * count
+            self._tokens += count
+            done += count
+            if bar is not None:
+                rate = done / (time.perf_counter() - begin)
+                bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+                bar.update()
+            if received:
+                break
+            every = options.checkpoint_every
+            if every is not None and self._step % every == 0:
+                self._save_last()
+        if bar is not None:
+            bar.close()
+        self._rate = done / (time.perf_counter() - begin)
+
+    def _finish_epoch(self) -> None:
+        valid_loss = None
+        if self.validation is not None:
+            valid_loss = mean_loss(self.model, self.validation, batch_size=self.options.batch_size)
+        best = valid_loss is None or valid_loss < self._best_loss
+        if valid_loss is not None and best:
+            self._best_loss = valid_loss
+        train_loss = self._loss_sum / max(1, self._tokens)
+        self.reports.append(EpochReport(len(self.reports) + 1, train_loss, valid_loss, best))
+        self._loss_sum, self._tokens = 0.0, 0
+        self._batches.next_epoch()
+        # The best model first: if a kill comes in between, the last checkpoint still is
+        # the one before this epoch, which then runs again and writes the same.
+        if best and self.out is not None:
+            self._save(self.out)
+        self._save_last()
+        if self._log is not None:
+            self._log(self._epoch_text(self.reports[-1]))
+
+    # Checkpoints.
+
+    def _save_last(self) -> None:
+        if self.out is not None:
+            self._save(self.out / LAST, self.state())
+
+    def _save(self, path: Path, training: checkpoint.TrainingState | None = None) -> None:
+        try:
+            self.translator.save(path, training=training)
+        except OSError as error:
+            raise TrainingError(
+                f"{error.filename or path}: cannot write the checkpoint of "
+                f"{self._place_text()}: {error.strerror}; what was saved before is untouched"
+            ) from error
+
+    def state(self) -> checkpoint.TrainingState:
+        """All that :meth:`restore` needs, besides the weights."""
+        generator_state, position = self._batches.state()
+        tensors = {"rng.torch": torch.get_rng_state(), "rng.batches": generator_state}
+        for name, values in self._optimizer_state().items():
+            for key, value in values.items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        record = {
+            "options": asdict(self.options),
+            "data": self._data_fingerprint,
+            "step": self._step,
+            "position": position,
+            "loss_sum": self._loss_sum,
+            "tokens": self._tokens,
+            "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
+            "reports": [report._asdict() for report in self.reports],
+            "threads": torch.get_num_threads(),
+        }
+        return checkpoint.TrainingState(tensors, record)
+
+    def restore(self, state: checkpoint.TrainingState) -> None:
+        """Go on where :meth:`state` was called; the weights must be those of that moment.
+
+        Also sets torch's global random state. With more epochs than the run was begun with,
+        the schedule is that of the longer run from here on.
+
+        Raises:
+            CheckpointError: the data or the options are not those of that run, or the
+                state does not go with the model.
+        """
+        record, tensors = state.record, state.tensors
+        if record["data"] != self._data_fingerprint:
+            raise CheckpointError(
+                f"{self.examples.name}: these are not the training pairs that the run to be "
+                "resumed was begun with"
+            )
+        self._check_options(record["options"])
+        torch.set_rng_state(tensors["rng.torch"])
+        self._batches.restore(tensors["rng.batches"], record["position"])
+        self._restore_optimizer(tensors)
+        self._step = record["step"]
+        self._loss_sum, self._tokens = record["loss_sum"], record["tokens"]
+        best_loss = record["best_loss"]
+        self._best_loss = math.inf if best_loss is None else best_loss
+        self.reports = [EpochReport(**report) for report in record["reports"]]
+        if self._log is not None and record["threads"] != torch.get_num_threads():
+            self._log(
+                f"the run was begun with {record['threads']} threads and goes on with "
+                f"{torch.get_num_threads()}: the last bits of its numbers may differ"
+            )
+
+    def _check_options(self, saved: dict[str, Any]) -> None:
+        for name, value in asdict(self.options).items():
+            if name not in FREE_ON_RESUME and saved.get(name) != value:
+                raise CheckpointError(
+                    f"{name} must be {saved.get(name)!r} as in the run to be resumed, got {value!r}"
+                )
+
+    def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """Adam's tensors (``step``, ``exp_avg``, ``exp_avg_sq``) by parameter name."""
+        state = self._optimizer.state
+        return {name: state[p] for name, p in self.model.named_parameters() if p in state}
+
+    def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        saved: dict[int, dict[str, Tensor]] = {}
+        for index, (name, _) in enumerate(self.model.named_parameters()):
+            values = {
+                key: tensors[f"optimizer.{key}.{name}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"optimizer.{key}.{name}" in tensors
+            }
+            if values:
+                saved[index] = values
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": saved, "param_groups": groups})
+
+    # What is said to the user.
+
+    def _bar(self) -> Any:
+        if self._bar_class is None:
+            return None
+        return self._bar_class(
+            total=len(self._batches),
+            initial=self._batches.position,
+            desc=f"epoch {len(self.reports) + 1}/{self.options.epochs}",
+            unit="step",
+            leave=False,
+            disable=None,  # off unless standard error is a terminal
+        )
+
+    def _epoch_text(self, report: EpochReport) -> str:
+        text = f"epoch {report.epoch}/{self.options.epochs}: loss {report.train_loss:.4f}"
+        if report.valid_loss is not None:
+            text += f", validation {report.valid_loss:.4f}{' (best)' if report.best else ''}"
+        return f"{text} nats/token, {self._rate:,.0f} tokens/s"
+
+    def _place_text(self) -> str:
+        """Epoch and step under way, both from 1."""
+        return f"epoch {len(self.reports) + 1}, step {self._batches.position}"
+
+    def _not_finite_text(self, value: float, batch: Batch) -> str:
+        shown = ", ".join(map(str, sorted(batch.lines)[:10]))
+        more = f" and {len(batch.lines) - 10} more" if len(batch.lines) > 10 else ""
+        kept = (
+            "the weights of the step before are kept"
+            if self.out is None
+            else f"the last checkpoint is kept in {self.out / LAST}"
+        )
+        return (
+            f"{self.examples.name}: the loss or its gradient is {value} in {self._place_text()}, "
+            f"in the batch of lines {shown}{more}; {kept}; a lower learning rate may help"
+        )
+
+    def _interrupted_text(self, signum: int) -> str:
+        name = signal.Signals(signum).name
+        where = f"stopped by {name} after {self._place_text()}"
+        if self.out is None:
+            return where
+        return f"{where}; the checkpoint is in {self.out / LAST}, --resume goes on from there"
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of stopping; a second signal acts at once.
+
+    Only the main thread may set handlers; elsewhere nothing is collected.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def receive(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        restore()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+class Data(NamedTuple):
+    """Tokenised pairs and where they came from."""
+
+    pairs: list[Pair]
+    name: str  # the file, for messages
+
+
+def start(
+    data: Data,
+    validation: Data | None = None,
+    *,
+    tokens: tuple[str, str],
+    model: ModelOptions,
+    options: TrainingOptions,
+    out: str | Path | None = None,
+    progress: bool = False,
+    log: Callable[[str], None] | None = None,
+) -> Trainer:
+    """A trainer at the beginning of a run: vocabularies and model are new.
+
+    Seeds torch's global generator.
+
+    Args:
+        data, validation: the pairs; the vocabularies are those of ``data``.
+        tokens: how source and target were split.
+        model: what the model is made of.
+        options, out, progress, log: as for :class:`Trainer`.
+    """
+    if not data.pairs:
+        raise DataError(f"{data.name}: no pairs to train on")
+    source_vocab = Vocab.build(pair.source for pair in data.pairs)
+    target_vocab = Vocab.build(pair.target for pair in data.pairs)
+    torch.manual_seed(options.seed)
+    longest = max(len(pair.target) for pair in data.pairs)
+    translator = Translator(
+        model.build(source_vocab, target_vocab),
+        source_vocab,
+        target_vocab,
+        source_tokens=tokens[0],
+        target_tokens=tokens[1],
+        # Half as long again as anything seen; longer outputs are loops.
+        max_length=longest + longest // 2 + 1,
+    )
+    return _trainer(translator, data, validation, options, out, progress, log)
+
+
+def resume(
+    data: Data,
+    validation: Data | None = None,
+    *,
+    out: str | Path,
+    epochs: int | None = None,
+    checkpoint_every: int | None = None,
+    progress: bool = False,
+    log: Callable[[str], None] | None = None,
+) -> Trainer:
+    """A trainer that goes on from the last checkpoint in ``out``.
+
+    Model, vocabularies and options are those of the checkpoint.
+
+    Args:
+        data, validation: the pairs that the run was begun with.
+        out, progress, log: as for :class:`Trainer`.
+        epochs: epochs of the whole run. Default: as begun.
+        checkpoint_every: steps between checkpoints within an epoch. Default: as begun.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is not one of this data.
+    """
+    folder = Path(out) / LAST
+    saved = checkpoint.load(folder)
+    if saved.training is None:
+        raise CheckpointError(f"{folder}: this model was saved without its training state")
+    translator = Translator.from_saved(saved, folder)
+    try:
+        options = TrainingOptions(**saved.training.record["options"])
+        options = replace(
+            options,
+            epochs=epochs or options.epochs,
+            checkpoint_every=checkpoint_every or options.checkpoint_every,
+        )
+        trainer = _trainer(translator, data, validation, options, out, progress, log)
+        trainer.restore(saved.training)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: the training state is incomplete: {error}") from error
+    return trainer
+
+
+def _trainer(
+    translator: Translator,
+    data: Data,
+    validation: Data | None,
+    options: TrainingOptions,
+    out: str | Path | None,
+    progress: bool,
+    log: Callable[[str], None] | None,
+) -> Trainer:
+    def encode(part: Data) -> Examples:
+        return Examples.encode(
+            part.pairs, translator.source_vocab, translator.target_vocab, name=part.name
+        )
+
+    return Trainer(
+        translator,
+        encode(data),
+        None if validation is None else encode(validation),
+        options=options,
+        out=out,
+        progress=progress,
+        log=log,
+    )
+
+
+def train(
+    pairs: Sequence[tuple[str, str]],
+    *,
+    validation: Sequence[tuple[str, str]] | None = None,
+    tokens: str | tuple[str, str] = "char",
+    embedding_size: int = 256,
+    hidden_size: int = 256,
+    num_layers: int = 1,
+    cell: CellName = "lstm",
+    score: ScoreName | None = "general",
+    input_feeding: bool = True,
+    dropout: float = 0.1,
+    epochs: int = 10,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    seed: int = 1,
+    out: str | Path | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Translator:
+    """Train a translator from pairs of strings.
+
+    Args:
+        pairs: source and target of each pair.
+        validation: pairs that choose the best epoch. Default: the last epoch is taken.
+        tokens: how text is split, for both sides or for (source, target): ``"char"``,
+            ``"space"`` or ``"word"``; see :class:`pyseq.text.Tokenizer`.
+        embedding_size, hidden_size, num_layers, cell, score, input_feeding, dropout: as
+            for :class:`pyseq.Seq2Seq`.
+        epochs, batch_size, learning_rate, seed: see :class:`TrainingOptions`.
+        out: save the best model there and checkpoints in its subfolder ``last``.
+        log: is called with a line of text after each epoch, ``print`` for example.
+
+    Returns:
+        The translator, with the weights of the best epoch if ``out`` and ``validation`` are
+        given and of the last epoch otherwise.
+
+    Raises:
+        DataError: a side of a pair is empty, or there are no pairs.
+        ValueError: an option is out of its range.
+        TrainingError: the loss is no longer finite.
+        Interrupted: Ctrl-C; a KeyboardInterrupt.
+    """
+    sides = (tokens, tokens) if isinstance(tokens, str) else tokens
+    source, target = Tokenizer(sides[0]), Tokenizer(sides[1])
+
+    def tokenise(part: Sequence[tuple[str, str]], name: str) -> Data:
+        texts = [make_pair(*pair, line, name=name) for line, pair in enumerate(part, start=1)]
+        return Data(tokenise_pairs(texts, source=source, target=target), name)
+
+    trainer = start(
+        tokenise(pairs, "pairs"),
+        None if validation is None else tokenise(validation, "validation"),
+        tokens=sides,
+        model=ModelOptions(
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            cell=cell,
+            score=score,
+            input_feeding=input_feeding,
+            dropout=dropout,
+        ),
+        options=TrainingOptions(
+            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+        ),
+        out=out,
+        log=log,
+    )
+    trainer.run()
+    if out is not None and validation is not None:
+        return Translator.load(out)
+    trainer.model.eval()
+    return trainer.translator
