@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seq2Seq: an encoder, an attention decoder and a vocabulary's worth of logits.
+
+Built of ``nn``; trained by ``training``, searched by ``search``. Token ids come in
+batch-first; everything between the embeddings and the logits is time-major.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as apply_dropout
+
+from . import search
+from .nn import GRU, LSTM, RNN, AttentionDecoder, cell_name
+from .search import EncodedSource, Hypothesis, Step
+from .types import PAD, UNK, CellName, DecoderOutput, DecoderState, State
+
+__all__ = ["Decoder", "Encoder", "Seq2Seq"]
+
+
+def _check_tokens(name: str, tokens: Tensor) -> None:
+    if tokens.dim() != 2:
+        raise RuntimeError(f"{name} must be 2-D token ids, batch first, got {tuple(tokens.shape)}")
+
+
+def _recurrent(
+    cell: CellName,
+    input_size: int,
+    hidden_size: int,
+    num_layers: int,
+    *,
+    bidirectional: bool,
+    dropout: float,
+) -> RNN | GRU | LSTM:
+    dropout = dropout if num_layers > 1 else 0.0  # it is between layers
+    if cell == "lstm":
+        return LSTM(
+            input_size, hidden_size, num_layers, dropout=dropout, bidirectional=bidirectional
+        )
+    if cell == "gru":
+        return GRU(
+            input_size, hidden_size, num_layers, dropout=dropout, bidirectional=bidirectional
+        )
+    return RNN(
+        input_size,
+        hidden_size,
+        num_layers,
+        nonlinearity=cell.removeprefix("rnn_"),
+        dropout=dropout,
+        bidirectional=bidirectional,
+    )
+
+
+class Encoder(torch.nn.Module):
+    """Embedding and recurrent layers: the memory is the output of the top layer.
+
+    Args:
+        vocab_size: V, number of source tokens.
+        embedding_size: features of a token.
+        hidden_size: H, features of the memory; with both directions H/2 each.
+        num_layers: L.
+        cell: as in :class:`pyseq.nn.AttentionDecoder`.
+        bidirectional: run each layer in both directions.
+        dropout: probability of zeroing a feature of an embedding, of what goes from one
+            layer to the next, and of the memory, in training.
+
+    Raises:
+        ValueError: an option is unknown or a size is out of its range.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        embedding_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        cell: str = "lstm",
+        bidirectional: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if bidirectional and hidden_size % 2:
+            raise ValueError(
+                "hidden_size must be even for a bidirectional encoder, which has half of it "
+                f"in each direction, got {hidden_size}"
+            )
+        self.dropout = dropout
+        self.bidirectional = bidirectional
+        self.embedding = torch.nn.Embedding(vocab_size, embedding_size, padding_idx=PAD)
+        self.rnn = _recurrent(
+            cell_name(cell),
+            embedding_size,
+            hidden_size // 2 if bidirectional else hidden_size,
+            num_layers,
+            bidirectional=bidirectional,
+            dropout=dropout,
+        )
+
+    def _join_directions(self, part: Tensor) -> Tensor:
+        """(L*D, B, H/D) to (L, B, H), each layer's directions side by side."""
+        if not self.bidirectional:
+            return part
+        return torch.cat((part[0::2], part[1::2]), -1)
+
+    def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, State]:
+        """Encode ``source``.
+
+        Args:
+            source: (B, S) int64, token ids.
+            lengths: (B,) int64, valid tokens of each row, on any device.
+
+        Returns:
+            The memory (S, B, H), zero at padding, and the last state: h (L, B, H), or for
+            LSTM (h, c), the directions side by side.
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+        """
+        _check_tokens("source", source)
+        x = apply_dropout(self.embedding(source.t()), self.dropout, self.training)
+        memory, state = self.rnn(x, lengths=lengths)
+        memory = apply_dropout(memory, self.dropout, self.training)
+        if isinstance(state, Tensor):
+            return memory, self._join_directions(state)
+        h, c = state
+        return memory, (self._join_directions(h), self._join_directions(c))
+
+
+class Decoder(torch.nn.Module):
+    """Embedding, :class:`pyseq.nn.AttentionDecoder` and the linear layer to the logits.
+
+    Args:
+        vocab_size: V, number of target tokens.
+        embedding_size: features of a token.
+        hidden_size: H, units of each layer and of the memory.
+        num_layers, cell, score, input_feeding: as in :class:`pyseq.nn.AttentionDecoder`.
+        dropout: probability of zeroing a feature of an embedding, of what goes from one
+            layer to the next, and of the output, in training.
+
+    Raises:
+        ValueError: an option is unknown or a size is out of its range.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        embedding_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        cell: str = "lstm",
+        score: str | None = "general",
+        input_feeding: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.embedding = torch.nn.Embedding(vocab_size, embedding_size, padding_idx=PAD)
+        self.rnn = AttentionDecoder(
+            embedding_size,
+            hidden_size,
+            hidden_size,
+            num_layers,
+            cell=cell,
+            score=score,
+            input_feeding=input_feeding,
+            dropout=dropout,
+        )
+        self.output = torch.nn.Linear(hidden_size, vocab_size)
+
+    def forward(
+        self,
+        target_in: Tensor,
+        memory: Tensor | None,
+        *,
+        lengths: Tensor | None = None,
+        state: DecoderState | tuple[State, Tensor | None] | None = None,
+        need_weights: bool = False,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, DecoderOutput]:
+        """Predict, from each token and those before it, the next one.
+
+        Args:
+            target_in: (B, T) int64, token ids, ``<start>`` first.
+            memory, lengths, state, need_weights, keys: as in
+                :meth:`pyseq.nn.AttentionDecoder.forward`, time-major.
+
+        Returns:
+            The logits (B, T, V), and what the recurrent decoder gave.
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+        """
+        _check_tokens("target_in", target_in)
+        x = apply_dropout(self.embedding(target_in.t()), self.dropout, self.training)
+        decoded = self.rnn(
+            x, memory, lengths=lengths, state=state, need_weights=need_weights, keys=keys
+        )
+        # Transposed here, where it is narrow, so that the logits are contiguous.
+        output = decoded.output.transpose(0, 1)
+        return self.output(apply_dropout(output, self.dropout, self.training)), decoded
+
+
+class Seq2Seq(torch.nn.Module):
+    """A model of target sequences given source sequences.
+
+    ``memory, state = encoder(source)``, and
+    ``p(y_t | y_<t, source) = softmax(W decoder([<start>, y_<t], memory, state)_t)``. The
+    decoder starts from the encoder's last state, layer by layer. With ``score=None`` that
+    state is all it knows of the source.
+
+    Args:
+        source_vocab_size, target_vocab_size: numbers of token ids, the four special ones
+            included (``<pad>`` 0, ``<start>`` 1, ``<stop>`` 2, ``<unk>`` 3).
+        embedding_size: features of a token, on both sides.
+        hidden_size: H, units of the decoder and features of the memory; even if the
+            encoder is bidirectional, since it then has H/2 units a direction.
+        num_layers: layers of encoder and decoder.
+        cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` (or ``"rnn"``) or ``"rnn_relu"``.
+        bidirectional: whether the encoder reads in both directions.
+        score: ``"dot"``, ``"general"``, ``"concat"``, or None for no attention.
+        input_feeding: whether the decoder reads its last output; needs a score.
+        dropout: probability of zeroing a feature of the embeddings, between layers, of the
+            memory and of the decoder's output, in training.
+
+    Raises:
+        ValueError: an option is unknown or a size is out of its range.
+
+    Reference:
+        Luong et al. 2015, arXiv 1508.04025; without attention Sutskever et al. 2014,
+        arXiv 1409.3215.
+    """
+
+    def __init__(
+        self,
+        source_vocab_size: int,
+        target_vocab_size: int,
+        *,
+        embedding_size: int = 256,
+        hidden_size: int = 256,
+        num_layers: int = 1,
+        cell: str = "lstm",
+        bidirectional: bool = True,
+        score: str | None = "general",
+        input_feeding: bool = True,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "source_vocab_size": source_vocab_size,
+            "target_vocab_size": target_vocab_size,
+        }
+        for name, size in sizes.items():
+            if size <= UNK:
+                raise ValueError(
+                    f"{name} must be at least {UNK + 1}, for the special tokens, got {size}"
+                )
+        if embedding_size < 1:
+            raise ValueError(f"embedding_size must be a positive integer, got {embedding_size}")
+        self._config: dict[str, Any] = {
+            **sizes,
+            "embedding_size": embedding_size,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "cell": cell_name(cell),
+            "bidirectional": bidirectional,
+            "score": score,
+            "input_feeding": input_feeding,
+            "dropout": dropout,
+        }
+        self.encoder = Encoder(
+            source_vocab_size,
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            cell=cell,
+            bidirectional=bidirectional,
+            dropout=dropout,
+        )
+        self.decoder = Decoder(
+            target_vocab_size,
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            cell=cell,
+            score=score,
+            input_feeding=input_feeding,
+            dropout=dropout,
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments by name: ``Seq2Seq(**model.config)`` is its like."""
+        return dict(self._config)
+
+    def forward(self, source: Tensor, source_lengths: Tensor, target_in: Tensor) -> Tensor:
+        """Logits of every next target token, with teacher forcing.
+
+        Args:
+            source: (B, S) int64, token ids.
+            source_lengths: (B,) int64, valid tokens of each row, on any device.
+            target_in: (B, T) int64, token ids: ``<start>`` and the target without its end.
+
+        Returns:
+            (B, T, V), where ``[:, t]`` predicts the token after ``target_in[:, t]``.
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+        """
+        memory, hidden = self.encoder(source, source_lengths)
+        logits, _ = self.decoder(target_in, memory, lengths=source_lengths, state=(hidden, None))
+        return logits
+
+    def generate(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        *,
+        max_length: int,
+        beam_size: int = 1,
+        length_penalty: float = 0.0,
+    ) -> list[Hypothesis]:
+        """The best target sequence that search finds for each source.
+
+        Args:
+            source: (B, S) int64, token ids.
+            source_lengths: (B,) int64, valid tokens of each row, on any device.
+            max_length: the most tokens to emit, ``<stop>`` included.
+            beam_size: hypotheses to follow; 1 is greedy search.
+            length_penalty: as in :func:`pyseq.search.beam`, for a beam_size above 1.
+
+        Returns:
+            One :class:`pyseq.search.Hypothesis` per row, with tokens (no ``<start>``, no
+            ``<stop>``), score (nats) and attention weights (len(tokens), S of the row),
+            None without attention. Dropout is off, whatever the mode.
+
+        Raises:
+            ValueError: an option is out of its range.
+        """
+        if beam_size == 1:
+            return search.greedy(self, source, source_lengths, max_length=max_length)
+        return search.beam(
+            self,
+            source,
+            source_lengths,
+            max_length=max_length,
+            beam_size=beam_size,
+            length_penalty=length_penalty,
+        )
+
+    def encode_source(self, source: Tensor, lengths: Tensor) -> tuple[EncodedSource, DecoderState]:
+        """What a search begins with; see :class:`pyseq.search.SearchModel`."""
+        memory, hidden = self.encoder(source, lengths)
+        feed = memory.new_zeros(memory.shape[1:])
+        state = DecoderState(hidden, feed)
+        keys = self.decoder.rnn.project(memory)
+        if keys is None:
+            return EncodedSource(None, None, None), state
+        # Every step reads the memory row by row, so it is laid out like that once.
+        memory = memory.transpose(0, 1).contiguous().transpose(0, 1)
+        return EncodedSource(memory, keys, lengths.to(source.device)), state
+
+    def step(
+        self,
+        tokens: Tensor,
+        encoded: EncodedSource,
+        state: DecoderState,
+        *,
+        need_weights: bool = False,
+    ) -> Step:
+        """One step of N hypotheses; see :class:`pyseq.search.SearchModel`.
+
+        Args:
+            tokens: (N,) int64, the last token of each.
+            encoded: what to attend to, N rows.
+            state: the state of each before this step.
+            need_weights: also give the attention weights.
+        """
+        logits, decoded = self.decoder(
+            tokens.unsqueeze(1),
+            encoded.memory,
+            lengths=encoded.lengths,
+            state=state,
+            need_weights=need_weights,
+            keys=encoded.keys,
+        )
+        weights = None if decoded.weights is None else decoded.weights[0]
+        return Step(torch.log_softmax(logits[:, 0], -1), weights, decoded.state)
