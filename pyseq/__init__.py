@@ -1,9 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """pyseq: recurrent sequence-to-sequence models with fused kernels for PyTorch."""
 
-from . import _library as _library  # first: checks the build and loads _C
-from . import functional, reference
+# Before all else: it checks the build, and loads the extension that the others call.
+from . import _library as _library  # isort: split
+
+from . import functional, nn, reference
+from .checkpoint import load, save
+from .search import Hypothesis
+from .seq2seq import Seq2Seq
+from .text import Vocab
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "functional", "reference"]
+__all__ = [
+    "Hypothesis",
+    "Seq2Seq",
+    "Vocab",
+    "__version__",
+    "functional",
+    "load",
+    "nn",
+    "reference",
+    "save",
+]
