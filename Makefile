@@ -15,6 +15,7 @@ TORCH_STAMP := $(VENV)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' '
 
 .PHONY: demo test bench lint clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp
 	$(PY) -m pyseq.demo
