@@ -1,11 +1,81 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pybind11 module _C: names for Python, nothing else.
-
+// Names for Python, nothing else: the operators' schemas and kernels for the dispatcher
+// (torch.ops.pyseq), and the pybind11 module _C.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/library.h>
 
+#include "autograd.h"
 #include "build_info.h"
 #include "cpu/kernels.h"
+#include "ops.h"
+
+TORCH_LIBRARY(pyseq, m) {
+  m.def(
+      "scan(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+      "Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, bool reverse) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n)");
+  m.def(
+      "scan_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "Tensor? w_hr, Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, "
+      "bool reverse) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor apart, "
+      "Tensor states, Tensor cells, Tensor inner)");
+  m.def(
+      "scan_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor w_ih, "
+      "Tensor w_hh, Tensor? w_hr, Tensor? lengths, Tensor? resets, Tensor gates, Tensor apart, "
+      "Tensor states, Tensor cells, Tensor inner, str cell, bool reverse, bool needs_x) -> "
+      "(Tensor d_x, Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_w_hr, "
+      "Tensor d_h_0, Tensor d_c_0)");
+  m.def(
+      "attend(Tensor query, Tensor keys, Tensor memory, Tensor? weight_v, Tensor? lengths, "
+      "str score) -> (Tensor context, Tensor attn)");
+  m.def(
+      "attend_backward(Tensor? d_context, Tensor? d_attn, Tensor query, Tensor keys, "
+      "Tensor memory, Tensor? weight_v, Tensor? lengths, Tensor attn, str score) -> "
+      "(Tensor d_query, Tensor d_keys, Tensor d_memory, Tensor d_weight_v)");
+  m.def(
+      "decode(Tensor x, Tensor[] layers, Tensor keys, Tensor memory, Tensor combine, "
+      "Tensor? weight_query, Tensor? weight_v, Tensor? h_0, Tensor? c_0, Tensor? feed, "
+      "Tensor? lengths, Tensor? dropout_masks, str cell, str score, bool input_feeding, "
+      "bool need_weights) -> (Tensor output, Tensor attn, Tensor h_n, Tensor c_n)");
+  m.def(
+      "decode_forward(Tensor x, Tensor[] layers, Tensor keys, Tensor memory, Tensor combine, "
+      "Tensor? weight_query, Tensor? weight_v, Tensor? h_0, Tensor? c_0, Tensor? feed, "
+      "Tensor? lengths, Tensor? dropout_masks, str cell, str score, bool input_feeding) -> "
+      "(Tensor output, Tensor attn, Tensor h_n, Tensor c_n, Tensor gates_first, "
+      "Tensor gates_above, Tensor apart, Tensor states, Tensor cells, Tensor query, "
+      "Tensor context)");
+  m.def(
+      "decode_backward(Tensor? d_output, Tensor? d_attn, Tensor? d_h_n, Tensor? d_c_n, "
+      "Tensor x, Tensor[] layers, Tensor keys, Tensor memory, Tensor combine, "
+      "Tensor? weight_query, Tensor? weight_v, Tensor? feed, Tensor? lengths, "
+      "Tensor? dropout_masks, Tensor output, Tensor attn, Tensor gates_first, "
+      "Tensor gates_above, Tensor apart, Tensor states, Tensor cells, Tensor query, "
+      "Tensor context, str cell, str score, bool input_feeding, bool needs_x) -> "
+      "(Tensor d_x, Tensor[] d_layers, Tensor d_keys, Tensor d_memory, Tensor d_combine, "
+      "Tensor d_weight_query, Tensor d_weight_v, Tensor d_h_0, Tensor d_c_0, Tensor d_feed)");
+  m.def("sigmoid(Tensor x) -> Tensor");
+  m.def("tanh(Tensor x) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
+  m.impl("scan", &pyseq::scan);
+  m.impl("scan_forward", &pyseq::scan_forward);
+  m.impl("scan_backward", &pyseq::scan_backward);
+  m.impl("attend", &pyseq::attend);
+  m.impl("attend_backward", &pyseq::attend_backward);
+  m.impl("decode", &pyseq::decode);
+  m.impl("decode_forward", &pyseq::decode_forward);
+  m.impl("decode_backward", &pyseq::decode_backward);
+  m.impl("sigmoid", &pyseq::sigmoid);
+  m.impl("tanh", &pyseq::tanh);
+}
+
+TORCH_LIBRARY_IMPL(pyseq, Autograd, m) {
+  m.impl("scan", &pyseq::autograd::scan);
+  m.impl("attend", &pyseq::autograd::attend);
+  m.impl("decode", &pyseq::autograd::decode);
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of pyseq; its operators are under torch.ops.pyseq.";

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+// The autograd Functions Scan, Attend and Decode. They call the operators through the
+// dispatcher, so that tracing (torch.compile) sees those and not what is inside them.
+#include "autograd.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+
+#include <string>
+
+namespace pyseq::autograd {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+// The operator `name` as the dispatcher runs it, with the signature of its kernel.
+template <auto Kernel>
+auto call(const char* name) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow(name, "")
+      .typed<std::remove_pointer_t<decltype(Kernel)>>();
+}
+
+OptionalTensor given(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
+
+bool any_needs_grad(std::initializer_list<const OptionalTensor*> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const OptionalTensor* tensor : tensors) {
+    if (tensor->has_value() && (*tensor)->requires_grad()) return true;
+  }
+  return false;
+}
+
+// What a Function's backward returns: a gradient for each argument of forward, undefined
+// for those that are no tensors or were not given. Under create_graph the results would be
+// taken for constants; the error node makes the second differentiation fail instead.
+variable_list gradients(const char* name, variable_list list) {
+  if (!at::GradMode::is_enabled()) return list;
+  for (Tensor& gradient : list) {
+    if (!gradient.defined()) continue;
+    auto node = std::make_shared<torch::autograd::DelayedError>(
+        std::string("pyseq::") + name + " cannot be differentiated twice", 1);
+    gradient = (*node)({gradient.detach().requires_grad_()})[0];
+  }
+  return list;
+}
+
+// A gradient that belongs to an optional argument.
+Tensor if_given(bool present, const Tensor& gradient) { return present ? gradient : Tensor(); }
+
+struct Scan : Function<Scan> {
+  static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& w_ih,
+                               const Tensor& w_hh, const OptionalTensor& b_ih,
+                               const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                               const OptionalTensor& h_0, const OptionalTensor& c_0,
+                               const OptionalTensor& lengths, const OptionalTensor& resets,
+                               std::string cell, bool reverse) {
+    const bool needs_x = x.requires_grad();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = call<&scan_forward>("pyseq::scan_forward");
+    const auto [y, h_n, c_n, gates, apart, states, cells, inner] = op.call(
+        x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse);
+    context->save_for_backward({x, w_ih, w_hh, or_undefined(w_hr), or_undefined(lengths),
+                                or_undefined(resets), gates, apart, states, cells, inner});
+    auto& options = context->saved_data;
+    options["cell"] = cell;
+    options["reverse"] = reverse;
+    options["needs_x"] = needs_x;
+    options["b_ih"] = b_ih.has_value();
+    options["b_hh"] = b_hh.has_value();
+    options["h_0"] = h_0.has_value();
+    options["c_0"] = c_0.has_value();
+    context->set_materialize_grads(false);
+    if (cell != "lstm") context->mark_non_differentiable({c_n});
+    return {y, h_n, c_n};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list d) {
+    const variable_list saved = context->get_saved_variables();
+    auto& options = context->saved_data;
+    const bool is_lstm = options["cell"].toStringView() == "lstm";
+    const OptionalTensor w_hr = given(saved[3]);
+    variable_list result(12);
+    {
+      const at::NoGradGuard constant;
+      static const auto op = call<&scan_backward>("pyseq::scan_backward");
+      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0] =
+          op.call(given(d[0]), given(d[1]), is_lstm ? given(d[2]) : std::nullopt, saved[0],
+                  saved[1], saved[2], w_hr, given(saved[4]), given(saved[5]), saved[6], saved[7],
+                  saved[8], saved[9], saved[10], options["cell"].toStringView(),
+                  options["reverse"].toBool(), options["needs_x"].toBool());
+      result[0] = if_given(options["needs_x"].toBool(), d_x);
+      result[1] = d_w_ih;
+      result[2] = d_w_hh;
+      result[3] = if_given(options["b_ih"].toBool(), d_b_ih);
+      result[4] = if_given(options["b_hh"].toBool(), d_b_hh);
+      result[5] = if_given(w_hr.has_value(), d_w_hr);
+      result[6] = if_given(options["h_0"].toBool(), d_h_0);
+      result[7] = if_given(options["c_0"].toBool(), d_c_0);
+    }
+    return gradients("scan", std::move(result));
+  }
+};
+
+struct Attend : Function<Attend> {
+  static variable_list forward(AutogradContext* context, const Tensor& query, const Tensor& keys,
+                               const Tensor& memory, const OptionalTensor& weight_v,
+                               const OptionalTensor& lengths, std::string score) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = call<&pyseq::attend>("pyseq::attend");
+    const auto [attended, attn] = op.call(query, keys, memory, weight_v, lengths, score);
+    context->save_for_backward(
+        {query, keys, memory, or_undefined(weight_v), or_undefined(lengths), attn});
+    context->saved_data["score"] = score;
+    context->set_materialize_grads(false);
+    return {attended, attn};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list d) {
+    const variable_list saved = context->get_saved_variables();
+    const OptionalTensor weight_v = given(saved[3]);
+    variable_list result(6);
+    {
+      const at::NoGradGuard constant;
+      static const auto op = call<&attend_backward>("pyseq::attend_backward");
+      const auto [d_query, d_keys, d_memory, d_weight_v] =
+          op.call(given(d[0]), given(d[1]), saved[0], saved[1], saved[2], weight_v,
+                  given(saved[4]), saved[5], context->saved_data["score"].toStringView());
+      result[0] = d_query;
+      result[1] = d_keys;
+      result[2] = d_memory;
+      result[3] = if_given(weight_v.has_value(), d_weight_v);
+    }
+    return gradients("attend", std::move(result));
+  }
+};
+
+struct Decode : Function<Decode> {
+  static variable_list forward(AutogradContext* context, const Tensor& x, at::TensorList layers,
+                               const Tensor& keys, const Tensor& memory, const Tensor& combine,
+                               const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+                               const OptionalTensor& h_0, const OptionalTensor& c_0,
+                               const OptionalTensor& feed, const OptionalTensor& lengths,
+                               const OptionalTensor& dropout_masks, std::string cell,
+                               std::string score, bool input_feeding) {
+    const bool needs_x = x.requires_grad();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = call<&decode_forward>("pyseq::decode_forward");
+    const auto [output, attn, h_n, c_n, gates_first, gates_above, apart, states, cells, query,
+                attended] =
+        op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed, lengths,
+                dropout_masks, cell, score, input_feeding);
+    variable_list saved{x,
+                        keys,
+                        memory,
+                        combine,
+                        or_undefined(weight_query),
+                        or_undefined(weight_v),
+                        or_undefined(feed),
+                        or_undefined(lengths),
+                        or_undefined(dropout_masks),
+                        output,
+                        attn,
+                        gates_first,
+                        gates_above,
+                        apart,
+                        states,
+                        cells,
+                        query,
+                        attended};
+    saved.insert(saved.end(), layers.begin(), layers.end());
+    context->save_for_backward(std::move(saved));
+    auto& options = context->saved_data;
+    options["cell"] = cell;
+    options["score"] = score;
+    options["input_feeding"] = input_feeding;
+    options["needs_x"] = needs_x;
+    options["h_0"] = h_0.has_value();
+    options["c_0"] = c_0.has_value();
+    context->set_materialize_grads(false);
+    if (cell != "lstm") context->mark_non_differentiable({c_n});
+    return {output, attn, h_n, c_n};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list d) {
+    constexpr size_t kFixed = 18;  // saved tensors before those of the layers
+    const variable_list saved = context->get_saved_variables();
+    const variable_list layers(saved.begin() + kFixed, saved.end());
+    auto& options = context->saved_data;
+    const bool is_lstm = options["cell"].toStringView() == "lstm";
+    const OptionalTensor weight_query = given(saved[4]), weight_v = given(saved[5]),
+                         feed = given(saved[6]);
+    variable_list result;
+    {
+      const at::NoGradGuard constant;
+      static const auto op = call<&decode_backward>("pyseq::decode_backward");
+      const auto [d_x, d_layers, d_keys, d_memory, d_combine, d_weight_query, d_weight_v, d_h_0,
+                  d_c_0, d_feed] =
+          op.call(given(d[0]), given(d[1]), given(d[2]), is_lstm ? given(d[3]) : std::nullopt,
+                  saved[0], layers, saved[1], saved[2], saved[3], weight_query, weight_v, feed,
+                  given(saved[7]), given(saved[8]), saved[9], saved[10], saved[11], saved[12],
+                  saved[13], saved[14], saved[15], saved[16], saved[17],
+                  options["cell"].toStringView(), options["score"].toStringView(),
+                  options["input_feeding"].toBool(), options["needs_x"].toBool());
+      result.push_back(if_given(options["needs_x"].toBool(), d_x));
+      result.insert(result.end(), d_layers.begin(), d_layers.end());
+      for (const Tensor& gradient :
+           {d_keys, d_memory, d_combine, if_given(weight_query.has_value(), d_weight_query),
+            if_given(weight_v.has_value(), d_weight_v),
+            if_given(options["h_0"].toBool(), d_h_0), if_given(options["c_0"].toBool(), d_c_0),
+            if_given(feed.has_value(), d_feed)}) {
+        result.push_back(gradient);
+      }
+    }
+    result.resize(result.size() + 5);  // lengths, dropout_masks and the three options
+    return gradients("decode", std::move(result));
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+                                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                                        const OptionalTensor& c_0, const OptionalTensor& lengths,
+                                        const OptionalTensor& resets, std::string_view cell,
+                                        bool reverse) {
+  const OptionalTensor x_(x), w_ih_(w_ih), w_hh_(w_hh);
+  if (!any_needs_grad({&x_, &w_ih_, &w_hh_, &b_ih, &b_hh, &w_hr, &h_0, &c_0})) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = call<&pyseq::scan>("pyseq::scan");
+    return op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse);
+  }
+  const variable_list result = Scan::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths,
+                                           resets, std::string(cell), reverse);
+  return {result[0], result[1], result[2]};
+}
+
+std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
+                                  const OptionalTensor& weight_v, const OptionalTensor& lengths,
+                                  std::string_view score) {
+  const OptionalTensor query_(query), keys_(keys), memory_(memory);
+  if (!any_needs_grad({&query_, &keys_, &memory_, &weight_v})) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = call<&pyseq::attend>("pyseq::attend");
+    return op.call(query, keys, memory, weight_v, lengths, score);
+  }
+  const variable_list result =
+      Attend::apply(query, keys, memory, weight_v, lengths, std::string(score));
+  return {result[0], result[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
+    const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
+    const Tensor& combine, const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+    const OptionalTensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
+    const OptionalTensor& lengths, const OptionalTensor& dropout_masks, std::string_view cell,
+    std::string_view score, bool input_feeding, bool need_weights) {
+  const OptionalTensor x_(x), keys_(keys), memory_(memory), combine_(combine);
+  bool needs_grad = any_needs_grad(
+      {&x_, &keys_, &memory_, &combine_, &weight_query, &weight_v, &h_0, &c_0, &feed});
+  for (const Tensor& weight : layers) {
+    needs_grad = needs_grad || (at::GradMode::is_enabled() && weight.requires_grad());
+  }
+  if (!needs_grad) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = call<&pyseq::decode>("pyseq::decode");
+    return op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
+                   lengths, dropout_masks, cell, score, input_feeding, need_weights);
+  }
+  const variable_list result = Decode::apply(
+      x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed, lengths,
+      dropout_masks, std::string(cell), std::string(score), input_feeding);
+  return {result[0], result[1], result[2], result[3]};
+}
+
+}  // namespace pyseq::autograd

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operators of ops.h as the dispatcher's Autograd key runs them: autograd Functions.
+#pragma once
+
+#include "ops.h"
+
+namespace pyseq::autograd {
+
+std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+                                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                                        const OptionalTensor& c_0, const OptionalTensor& lengths,
+                                        const OptionalTensor& resets, std::string_view cell,
+                                        bool reverse);
+
+std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
+                                  const OptionalTensor& weight_v, const OptionalTensor& lengths,
+                                  std::string_view score);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
+    const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
+    const Tensor& combine, const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+    const OptionalTensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
+    const OptionalTensor& lengths, const OptionalTensor& dropout_masks, std::string_view cell,
+    std::string_view score, bool input_feeding, bool need_weights);
+
+}  // namespace pyseq::autograd

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pieces of attention for one row of the batch: scores of a few queries against a run of
+// keys, softmax and its derivative, weighted sums. attend.h and decode.h put them together.
+#pragma once
+
+#include "../scores.h"
+#include "activations.h"
+#include "threads.h"
+
+namespace pyseq::cpu::PYSEQ_TIER {
+
+// How many queries share one pass over the keys or the memory.
+constexpr int kQueries = 4;
+
+namespace detail {
+
+template <class T, class Score, int Q, int K>
+PYSEQ_FORCE_INLINE void score_block(const T* query, int64_t query_stride, const T* keys,
+                                    int64_t size, const T* v, T* out, int64_t out_stride) {
+  using V = Vec<T>;
+  V sum[Q][K] = {};
+  for (int64_t i = 0; i < size; i += kLanes<T>) {
+    const int count = lanes_inside<T>(size, i / kLanes<T>);
+    V key[K];
+    for (int k = 0; k < K; ++k) key[k] = load(keys + k * size + i, count);
+    V scale = {};
+    if constexpr (Score::kAdditive) scale = load(v + i, count);
+    for (int q = 0; q < Q; ++q) {
+      const V value = load(query + q * query_stride + i, count);
+      for (int k = 0; k < K; ++k) {
+        sum[q][k] += Score::template term<Math<T>>(value, key[k], scale);
+      }
+    }
+  }
+  for (int q = 0; q < Q; ++q) {
+    for (int k = 0; k < K; ++k) out[q * out_stride + k] = sum_lanes<T>(sum[q][k]);
+  }
+}
+
+template <class T, int Q, int W>
+PYSEQ_FORCE_INLINE void weighted_block(const T* weights, int64_t weight_stride, const T* rows,
+                                       int64_t row_count, int64_t size, int count, T* out,
+                                       int64_t out_stride) {
+  using V = Vec<T>;
+  V sum[Q][W] = {};
+  for (int64_t s = 0; s < row_count; ++s) {
+    V value[W];
+    for (int w = 0; w < W; ++w) {
+      value[w] = load(rows + s * size + w * kLanes<T>, w == W - 1 ? count : kLanes<T>);
+    }
+    for (int q = 0; q < Q; ++q) {
+      const V weight = broadcast(weights[q * weight_stride + s]);
+      for (int w = 0; w < W; ++w) sum[q][w] += weight * value[w];
+    }
+  }
+  for (int q = 0; q < Q; ++q) {
+    for (int w = 0; w < W; ++w) {
+      store(out + q * out_stride + w * kLanes<T>, sum[q][w], w == W - 1 ? count : kLanes<T>);
+    }
+  }
+}
+
+}  // namespace detail
+
+// out[q][s] = score(query q, key s) for `key_count` keys that lie one after the other.
+template <class T, class Score, int Q>
+void scores(const T* query, int64_t query_stride, const T* keys, int64_t key_count, int64_t size,
+            const T* v, T* out, int64_t out_stride) {
+  constexpr int K = Q == 1 ? 8 : 4;
+  int64_t s = 0;
+  for (; s + K <= key_count; s += K) {
+    detail::score_block<T, Score, Q, K>(query, query_stride, keys + s * size, size, v, out + s,
+                                        out_stride);
+  }
+  for (; s < key_count; ++s) {
+    detail::score_block<T, Score, Q, 1>(query, query_stride, keys + s * size, size, v, out + s,
+                                        out_stride);
+  }
+}
+
+// out[q] = sum_s weights[q][s] * rows[s], for the vectors [begin, end) of a row.
+template <class T, int Q>
+void weighted_sum(const T* weights, int64_t weight_stride, const T* rows, int64_t row_count,
+                  int64_t size, Range vectors_, T* out, int64_t out_stride) {
+  constexpr int W = 4;
+  int64_t i = vectors_.begin;
+  const int64_t whole = smaller(vectors_.end, size / kLanes<T>);
+  for (; i + W <= whole; i += W) {
+    detail::weighted_block<T, Q, W>(weights, weight_stride, rows + i * kLanes<T>, row_count, size,
+                                    kLanes<T>, out + i * kLanes<T>, out_stride);
+  }
+  for (; i < vectors_.end; ++i) {
+    detail::weighted_block<T, Q, 1>(weights, weight_stride, rows + i * kLanes<T>, row_count, size,
+                                    lanes_inside<T>(size, i), out + i * kLanes<T>, out_stride);
+  }
+}
+
+// attn = softmax of `count` scores, which may be the same memory. NaN in, NaN out.
+template <class T>
+void softmax(const T* scores, int64_t count, T* attn) {
+  using V = Vec<T>;
+  if (count == 0) return;
+  T largest = scores[0];
+  for (int64_t s = 1; s < count; ++s) largest = scores[s] > largest ? scores[s] : largest;
+  V sum = {};
+  for (int64_t s = 0; s < count; s += kLanes<T>) {
+    const int inside = lanes_inside<T>(count, s / kLanes<T>);
+    const V e = Math<T>::exp_nonpositive(load(scores + s, inside) - largest);
+    store(attn + s, e, inside);
+    sum += inside == kLanes<T> ? e : load(attn + s, inside);
+  }
+  const T scale = 1 / sum_lanes<T>(sum);
+  for (int64_t s = 0; s < count; ++s) attn[s] *= scale;
+}
+
+// d_scores = attn * (d_attn - sum(attn * d_attn)), over d_attn or elsewhere.
+template <class T>
+void softmax_backward(const T* attn, const T* d_attn, int64_t count, T* d_scores) {
+  T sum = 0;
+  for (int64_t s = 0; s < count; ++s) sum += attn[s] * d_attn[s];
+  for (int64_t s = 0; s < count; ++s) d_scores[s] = attn[s] * (d_attn[s] - sum);
+}
+
+// The additive score's gradients for one query and the vectors [begin, end) of its
+// components: d_query is written, d_keys and d_v are added to.
+template <class T>
+void additive_backward(const T* query, const T* keys, const T* v, const T* d_scores,
+                       int64_t key_count, int64_t size, Range vectors_, T* d_query, T* d_keys,
+                       T* d_v) {
+  using V = Vec<T>;
+  for (int64_t i = vectors_.begin; i < vectors_.end; ++i) {
+    const int64_t offset = i * kLanes<T>;
+    const int count = lanes_inside<T>(size, i);
+    const V q = load(query + offset, count);
+    const V scale = load(v + offset, count);
+    V d_q = {};
+    V d_scale = load(d_v + offset, count);
+    for (int64_t s = 0; s < key_count; ++s) {
+      T* d_key = d_keys + s * size + offset;
+      const V d_sum =
+          AdditiveScore::backward<Math<T>>(q, load(keys + s * size + offset, count), scale,
+                                           broadcast(d_scores[s]), d_scale);
+      d_q += d_sum;
+      store(d_key, load(d_key, count) + d_sum, count);
+    }
+    store(d_query + offset, d_q, count);
+    store(d_v + offset, d_scale, count);
+  }
+}
+
+// Calls body with the score's type.
+template <class Body>
+void with_score(bool additive, const Body& body) {
+  if (additive) {
+    body(AdditiveScore{});
+  } else {
+    body(DotScore{});
+  }
+}
+
+}  // namespace pyseq::cpu::PYSEQ_TIER

@@ -1,0 +1,436 @@
+// SPDX-License-Identifier: Apache-2.0
+// A whole attention decoder, forward and backward, as one loop over the target steps:
+// stacked cells, scores, softmax, context, Luong's combination, input feeding.
+#pragma once
+
+#include "attend.h"
+
+namespace pyseq::cpu::PYSEQ_TIER {
+
+// The packed weights of a decoder, and where the phases of a step leave what the next ones
+// read. Taken twice: once to count, once for good (see Pieces).
+template <class T>
+struct DecodeForwardMemory {
+  T* w_in[kMaxLayers];
+  T* w_hh[kMaxLayers];
+  T* combine_context;
+  T* combine_hidden;
+  T* w_query;
+  T* below;   // (B, H): a layer's output times its dropout mask
+  T* scores;  // (B, S)
+
+  template <class Cell>
+  static DecodeForwardMemory take(const Decode<T>& args, Pieces<T>& pieces) {
+    const int64_t B = args.batch, H = args.hidden;
+    DecodeForwardMemory memory{};
+    for (int64_t l = 0; l < args.layer_count; ++l) {
+      if (args.layers[l].w_in != nullptr) {
+        memory.w_in[l] = pieces.take(packed_size<T>(H, Cell::kGates, H));
+      }
+      memory.w_hh[l] = pieces.take(packed_size<T>(H, Cell::kGates, H));
+    }
+    memory.combine_context = pieces.take(packed_size<T>(H, 1, args.memory_size));
+    memory.combine_hidden = pieces.take(packed_size<T>(H, 1, H));
+    if (args.w_query != nullptr) memory.w_query = pieces.take(packed_size<T>(args.key_size, 1, H));
+    memory.below = pieces.take(B * H);
+    memory.scores = pieces.take(B * args.source);
+    return memory;
+  }
+};
+
+template <class T>
+Plan plan_decode(const Decode<T>& args, int gates, int barriers) {
+  const int64_t H = args.hidden;
+  int64_t weights = H * (args.memory_size + H);
+  for (int64_t l = 0; l < args.layer_count; ++l) {
+    weights += gates * H * H * (args.layers[l].w_in == nullptr ? 1 : 2);
+  }
+  if (args.w_query != nullptr) weights += args.key_size * H;
+  // tanh costs about as much as 16 multiply-adds.
+  const int64_t row_work =
+      args.source * (args.key_size * (args.additive ? 16 : 1) + args.memory_size);
+  return plan_steps(
+      {args.batch, weights, row_work, weights * static_cast<int64_t>(sizeof(T)), barriers},
+      args.threads);
+}
+
+template <class T, class Cell, class Score>
+void decode_forward_cell(const Decode<T>& args) {
+  constexpr int G = Cell::kGates;
+  const int64_t B = args.batch, H = args.hidden, S = args.source, A = args.key_size,
+                M = args.memory_size, L = args.layer_count;
+  const int64_t unit_panels = vectors<T>(H), key_panels = vectors<T>(A);
+  const int64_t kept = args.save ? 1 : 0;
+  const Plan plan = plan_decode(args, G, static_cast<int>(L) + 3 + (args.w_query ? 1 : 0));
+
+  Pieces<T> count(nullptr);
+  DecodeForwardMemory<T>::template take<Cell>(args, count);
+  // One row of attention weights for each thread, a cache line apart.
+  const int64_t own_size = (S + 15) / 16 * 16;
+  for (int thread = 0; thread < plan.threads; ++thread) count.take(own_size);
+  Workspace workspace(count.bytes());
+  Pieces<T> pieces(workspace.data());
+  const auto memory = DecodeForwardMemory<T>::template take<Cell>(args, pieces);
+  T* const own = pieces.take(own_size * plan.threads);
+  Teams teams;
+
+  parallel(plan.threads, [&](int thread, int present) {
+    const Range mine = share(unit_panels, thread, present);
+    for (int64_t l = 0; l < L; ++l) {
+      const DecoderLayer<T>& layer = args.layers[l];
+      if (layer.w_in != nullptr) {
+        pack_gates(layer.w_in, layer.w_in_stride, H, G, H, mine.begin, mine.end, memory.w_in[l]);
+      }
+      pack_gates(layer.w_hh, H, H, G, H, mine.begin, mine.end, memory.w_hh[l]);
+    }
+    pack_gates(args.combine, M + H, H, 1, M, mine.begin, mine.end, memory.combine_context);
+    pack_gates(args.combine + M, M + H, H, 1, H, mine.begin, mine.end, memory.combine_hidden);
+    if (args.w_query != nullptr) {
+      const Range rows = share(key_panels, thread, present);
+      pack_gates(args.w_query, H, A, 1, H, rows.begin, rows.end, memory.w_query);
+    }
+    if (present > 1) teams.all.wait(present);
+
+    const Place at = place(plan, thread, present, B, teams);
+    const Range units = at.part(unit_panels), key_part = at.part(key_panels),
+                memory_part = at.part(vectors<T>(M));
+    T* const own_attn = own + thread * own_size;
+
+    for (int64_t t = 0; t < args.steps; ++t) {
+      const int64_t before = slot_before(t, args.steps, false, args.save) * B * H;
+      const int64_t after = slot_after(t, args.steps, false, args.save) * B * H;
+      const T* below = args.feeding ? (t == 0 ? args.feed : args.output + (t - 1) * B * H) : nullptr;
+
+      for (int64_t l = 0; l < L; ++l) {
+        const DecoderLayer<T>& layer = args.layers[l];
+        Segment<T> segments[2];
+        int segment_count = 0;
+        if (layer.w_in != nullptr) {
+          segments[segment_count++] = input_segment(below, H, memory.w_in[l], H);
+        }
+        segments[segment_count++] =
+            recurrent_segment<Cell>(layer.states + before, H, memory.w_hh[l], H);
+        T* const gates = layer.gates + (l == 0 ? t : t * kept) * B * G * H;
+        const bool masked = layer.mask != nullptr && l + 1 < L;
+        product<T, G, Cell::kPre>(
+            segments, segment_count, at.rows.begin, at.rows.end, units.begin, units.end,
+            [&](int64_t row, int64_t panel, const T* sums) {
+              const int lanes = lanes_inside<T>(H, panel);
+              const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
+              T* const row_gates = gates + row * G * H + unit;
+              const T* c_prev = nullptr;
+              T* c_next = nullptr;
+              if constexpr (Cell::kHasCell) {
+                c_prev = layer.cells + before + offset;
+                c_next = layer.cells + after + offset;
+              }
+              const Vec<T> h = cell_forward<Cell>(
+                  UnitForward<T>{
+                      H, lanes, l == 0 ? row_gates : layer.bias + unit,
+                      layer.apart_bias == nullptr ? nullptr : layer.apart_bias + unit,
+                      args.save ? row_gates : nullptr,
+                      layer.apart == nullptr ? nullptr : layer.apart + t * B * H + offset,
+                      layer.states + before + offset, c_prev, c_next},
+                  sums);
+              store(layer.states + after + offset, h, lanes);
+              if (masked) {
+                store(memory.below + offset, h * load(layer.mask + t * B * H + offset, lanes),
+                      lanes);
+              }
+            });
+        at.wait();
+        below = masked ? memory.below : layer.states + after;
+      }
+
+      const T* const top = below;
+      const T* query = top;
+      if (args.w_query != nullptr) {
+        T* const projected = args.query + t * kept * B * A;
+        const Segment<T> segment = plain_segment(top, H, memory.w_query, H);
+        product<T, 1, 1>(&segment, 1, at.rows.begin, at.rows.end, key_part.begin, key_part.end,
+                         [&](int64_t row, int64_t panel, const T* sums) {
+                           store(projected + row * A + panel * kLanes<T>, load(sums),
+                                 lanes_inside<T>(A, panel));
+                         });
+        at.wait();
+        query = projected;
+      }
+
+      // Scores are shared out by position, the context by component; between the two every
+      // member takes the whole softmax, which costs less than to wait once more.
+      const auto score_row = [&](int64_t row) {
+        const Range part = at.part(valid_positions<T>(args.lengths, row, S));
+        scores<T, Score, 1>(query + row * A, 0, args.keys + (row * S + part.begin) * A,
+                            part.size(), A, args.v, memory.scores + row * S + part.begin, 0);
+      };
+      T* const context = args.context + t * kept * B * M;
+      const auto attend_row = [&](int64_t row) {
+        const int64_t valid = valid_positions<T>(args.lengths, row, S);
+        softmax(memory.scores + row * S, valid, own_attn);
+        for (int64_t s = valid; s < S; ++s) own_attn[s] = 0;
+        weighted_sum<T, 1>(own_attn, 0, args.memory + row * S * M, valid, M, memory_part,
+                           context + row * M, 0);
+        const Range part = at.part(S);
+        T* const attn = args.attn + t * args.attn_step + row * S;
+        for (int64_t s = part.begin; s < part.end; ++s) attn[s] = own_attn[s];
+      };
+      if (at.members == 1) {
+        for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
+          score_row(row);
+          attend_row(row);
+        }
+      } else {
+        for (int64_t row = at.rows.begin; row < at.rows.end; ++row) score_row(row);
+        at.wait();
+        for (int64_t row = at.rows.begin; row < at.rows.end; ++row) attend_row(row);
+        at.wait();
+      }
+
+      const Segment<T> combined[2] = {plain_segment(context, M, memory.combine_context, M),
+                                      plain_segment(top, H, memory.combine_hidden, H)};
+      T* const output = args.output + t * B * H;
+      product<T, 1, 1>(combined, 2, at.rows.begin, at.rows.end, units.begin, units.end,
+                       [&](int64_t row, int64_t panel, const T* sums) {
+                         store(output + row * H + panel * kLanes<T>, Math<T>::tanh(load(sums)),
+                               lanes_inside<T>(H, panel));
+                       });
+      at.wait();
+    }
+  });
+}
+
+template <class T>
+struct DecodeBackwardMemory {
+  T* w_in[kMaxLayers];
+  T* w_hh[kMaxLayers];
+  T* combine_context;
+  T* combine_hidden;
+  T* w_query;
+  T* d_top;     // (B, H): what reaches the top state from combination and attention
+  T* d_attn;    // (B, S)
+
+  template <class Cell>
+  static DecodeBackwardMemory take(const Decode<T>& args, Pieces<T>& pieces) {
+    const int64_t H = args.hidden;
+    DecodeBackwardMemory memory{};
+    for (int64_t l = 0; l < args.layer_count; ++l) {
+      if (args.layers[l].w_in != nullptr) {
+        memory.w_in[l] = pieces.take(packed_size<T>(H, 1, Cell::kGates * H));
+      }
+      memory.w_hh[l] = pieces.take(packed_size<T>(H, 1, Cell::kGates * H));
+    }
+    memory.combine_context = pieces.take(packed_size<T>(args.memory_size, 1, H));
+    memory.combine_hidden = pieces.take(packed_size<T>(H, 1, H));
+    if (args.w_query != nullptr) memory.w_query = pieces.take(packed_size<T>(H, 1, args.key_size));
+    memory.d_top = pieces.take(args.batch * H);
+    memory.d_attn = pieces.take(args.batch * args.source);
+    return memory;
+  }
+};
+
+template <class T, class Cell, class Score>
+void decode_backward_cell(const DecodeBackward<T>& backward) {
+  constexpr int G = Cell::kGates;
+  const Decode<T>& args = backward.forward;
+  const int64_t B = args.batch, H = args.hidden, S = args.source, A = args.key_size,
+                M = args.memory_size, L = args.layer_count, T_ = args.steps;
+  const int64_t unit_panels = vectors<T>(H);
+  const Plan plan = plan_decode(args, G, static_cast<int>(L) + 4);
+
+  Pieces<T> count(nullptr);
+  DecodeBackwardMemory<T>::template take<Cell>(args, count);
+  const int64_t own_size = (S + 15) / 16 * 16;
+  for (int thread = 0; thread < plan.threads; ++thread) count.take(own_size);
+  Workspace workspace(count.bytes());
+  Pieces<T> pieces(workspace.data());
+  const auto memory = DecodeBackwardMemory<T>::template take<Cell>(args, pieces);
+  T* const own = pieces.take(own_size * plan.threads);
+  Teams teams;
+
+  parallel(plan.threads, [&](int thread, int present) {
+    const Range mine = share(unit_panels, thread, present);
+    for (int64_t l = 0; l < L; ++l) {
+      const DecoderLayer<T>& layer = args.layers[l];
+      if (layer.w_in != nullptr) {
+        pack_columns(layer.w_in, layer.w_in_stride, H, G * H, mine.begin, mine.end,
+                     memory.w_in[l]);
+      }
+      pack_columns(layer.w_hh, H, H, G * H, mine.begin, mine.end, memory.w_hh[l]);
+    }
+    const Range columns = share(vectors<T>(M), thread, present);
+    pack_columns(args.combine, M + H, M, H, columns.begin, columns.end, memory.combine_context);
+    pack_columns(args.combine + M, M + H, H, H, mine.begin, mine.end, memory.combine_hidden);
+    if (args.w_query != nullptr) {
+      pack_columns(args.w_query, H, H, A, mine.begin, mine.end, memory.w_query);
+    }
+    if (present > 1) teams.all.wait(present);
+
+    const Place at = place(plan, thread, present, B, teams);
+    const Range units = at.part(unit_panels), key_part = at.part(vectors<T>(A)),
+                memory_part = at.part(vectors<T>(M));
+    T* const own_scores = own + thread * own_size;
+
+    // The gradient of the output that was fed to step t + 1, as sums for `epilogue`.
+    const auto feed_gradient = [&](int64_t t, const auto& epilogue) {
+      const bool fed = args.feeding && t + 1 < T_;
+      const T* d_next = fed ? args.layers[0].d_x_gates + (t + 1) * B * G * H : nullptr;
+      const Segment<T> segment = plain_segment(d_next, G * H, memory.w_in[0], G * H);
+      product<T, 1, 1>(&segment, fed ? 1 : 0, at.rows.begin, at.rows.end, units.begin, units.end,
+                       epilogue);
+    };
+
+    for (int64_t t = T_ - 1; t >= 0; --t) {
+      T* const d_sum = backward.d_sum + t * B * H;
+      feed_gradient(t, [&](int64_t row, int64_t panel, const T* sums) {
+        const int64_t offset = row * H + panel * kLanes<T>;
+        const int lanes = lanes_inside<T>(H, panel);
+        const Vec<T> out = load(args.output + t * B * H + offset, lanes);
+        const Vec<T> d_out = load(sums) + load(backward.d_output + t * B * H + offset, lanes);
+        store(d_sum + offset, d_out * (1 - out * out), lanes);
+      });
+      at.wait();
+
+      T* const d_context = backward.d_context + t * B * M;
+      const Segment<T> to_context = plain_segment(d_sum, H, memory.combine_context, H);
+      product<T, 1, 1>(&to_context, 1, at.rows.begin, at.rows.end, memory_part.begin,
+                       memory_part.end, [&](int64_t row, int64_t panel, const T* sums) {
+                         store(d_context + row * M + panel * kLanes<T>, load(sums),
+                               lanes_inside<T>(M, panel));
+                       });
+      at.wait();
+
+      const auto score_row = [&](int64_t row) {
+        const Range part = at.part(valid_positions<T>(args.lengths, row, S));
+        T* const d_attn = memory.d_attn + row * S + part.begin;
+        scores<T, DotScore, 1>(d_context + row * M, 0, args.memory + (row * S + part.begin) * M,
+                               part.size(), M, nullptr, d_attn, 0);
+        if (backward.d_attn != nullptr) {
+          const T* more = backward.d_attn + (t * B + row) * S + part.begin;
+          for (int64_t s = 0; s < part.size(); ++s) d_attn[s] += more[s];
+        }
+      };
+      const auto attend_row = [&](int64_t row) {
+        const int64_t valid = valid_positions<T>(args.lengths, row, S);
+        const T* attn = args.attn + (t * B + row) * S;
+        softmax_backward(attn, memory.d_attn + row * S, valid, own_scores);
+        for (int64_t s = valid; s < S; ++s) own_scores[s] = 0;
+        const Range part = at.part(S);
+        T* const d_scores = backward.d_scores + (t * B + row) * S;
+        for (int64_t s = part.begin; s < part.end; ++s) d_scores[s] = own_scores[s];
+        if constexpr (Score::kAdditive) {
+          const T* query = args.w_query == nullptr
+                               ? args.layers[L - 1].states + ((t + 1) * B + row) * H
+                               : args.query + (t * B + row) * A;
+          additive_backward(query, args.keys + row * S * A, args.v, own_scores, valid, A, key_part,
+                            backward.d_query + (t * B + row) * A, backward.d_keys + row * S * A,
+                            backward.d_v + row * A);
+        } else {
+          weighted_sum<T, 1>(own_scores, 0, args.keys + row * S * A, valid, A, key_part,
+                             memory.d_top + row * A, 0);
+        }
+      };
+      if (at.members == 1) {
+        for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
+          score_row(row);
+          attend_row(row);
+        }
+      } else {
+        for (int64_t row = at.rows.begin; row < at.rows.end; ++row) score_row(row);
+        at.wait();
+        for (int64_t row = at.rows.begin; row < at.rows.end; ++row) attend_row(row);
+        at.wait();
+      }
+
+      for (int64_t l = L - 1; l >= 0; --l) {
+        const DecoderLayer<T>& layer = args.layers[l];
+        const bool is_top = l + 1 == L;
+        // Sum 0 comes from above and takes the dropout mask, sum 1 from the step after.
+        Segment<T> segments[3];
+        int segment_count = 0;
+        const T* direct = nullptr;
+        if (is_top) {
+          segments[segment_count++] = plain_segment<T>(d_sum, H, memory.combine_hidden, H, 0);
+          if constexpr (Score::kAdditive) {
+            const T* d_query = backward.d_query + t * B * A;
+            if (args.w_query != nullptr) {
+              segments[segment_count++] = plain_segment<T>(d_query, A, memory.w_query, A, 0);
+            } else {
+              direct = d_query;
+            }
+          } else {
+            direct = memory.d_top;
+          }
+        } else {
+          segments[segment_count++] =
+              plain_segment<T>(args.layers[l + 1].d_x_gates + t * B * G * H, G * H,
+                               memory.w_in[l + 1], G * H, 0);
+        }
+        if (t + 1 < T_) {
+          segments[segment_count++] = plain_segment<T>(layer.d_r_gates + (t + 1) * B * G * H, G * H,
+                                                       memory.w_hh[l], G * H, 1);
+        }
+        const T* mask = is_top ? nullptr : layer.mask;
+        product<T, 1, 2>(
+            segments, segment_count, at.rows.begin, at.rows.end, units.begin, units.end,
+            [&](int64_t row, int64_t panel, const T* sums) {
+              const int lanes = lanes_inside<T>(H, panel);
+              const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
+              Vec<T> d_h = load(sums);
+              if (direct != nullptr) d_h += load(direct + offset, lanes);
+              if (mask != nullptr) d_h *= load(mask + t * B * H + offset, lanes);
+              d_h += load(sums + kLanes<T>) + load(layer.d_h + offset, lanes);
+              const T* c_prev = nullptr;
+              T* d_c = nullptr;
+              if constexpr (Cell::kHasCell) {
+                c_prev = layer.cells + t * B * H + offset;
+                d_c = layer.d_c + offset;
+              }
+              const int64_t gates = (t * B + row) * G * H + unit;
+              cell_backward<Cell>(
+                  UnitBackward<T>{H, lanes, layer.gates + gates,
+                                  layer.apart == nullptr ? nullptr
+                                                         : layer.apart + t * B * H + offset,
+                                  layer.states + t * B * H + offset, c_prev, layer.d_h + offset,
+                                  d_c, layer.d_x_gates + gates, layer.d_r_gates + gates},
+                  d_h);
+            });
+        at.wait();
+      }
+    }
+
+    feed_gradient(-1, [&](int64_t row, int64_t panel, const T* sums) {
+      store(backward.d_feed + row * H + panel * kLanes<T>, load(sums), lanes_inside<T>(H, panel));
+    });
+    for (int64_t l = 0; l < L; ++l) {
+      const DecoderLayer<T>& layer = args.layers[l];
+      const Segment<T> segment = plain_segment<T>(layer.d_r_gates, G * H, memory.w_hh[l], G * H);
+      product<T, 1, 1>(&segment, 1, at.rows.begin, at.rows.end, units.begin, units.end,
+                       [&](int64_t row, int64_t panel, const T* sums) {
+                         const int64_t offset = row * H + panel * kLanes<T>;
+                         const int lanes = lanes_inside<T>(H, panel);
+                         store(layer.d_h + offset, load(sums) + load(layer.d_h + offset, lanes),
+                               lanes);
+                       });
+    }
+  });
+}
+
+template <class T>
+void decode_forward(const Decode<T>& args) {
+  with_cell(args.cell, [&](auto cell) {
+    with_score(args.additive, [&](auto score) {
+      decode_forward_cell<T, decltype(cell), decltype(score)>(args);
+    });
+  });
+}
+
+template <class T>
+void decode_backward(const DecodeBackward<T>& args) {
+  with_cell(args.forward.cell, [&](auto cell) {
+    with_score(args.forward.additive, [&](auto score) {
+      decode_backward_cell<T, decltype(cell), decltype(score)>(args);
+    });
+  });
+}
+
+}  // namespace pyseq::cpu::PYSEQ_TIER

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// What ops.cpp hands to the CPU kernels, and the table through which it reaches those of the
+// tier in use. Raw pointers to contiguous memory; every shape was checked, every tensor
+// allocated by ops.cpp. No torch header here: kernels.cpp is compiled once per tier.
+#pragma once
+
+#include <cstdint>
+
+namespace pyseq::cpu {
+
+enum class CellKind { kRnnTanh, kRnnRelu, kGru, kLstm };
+
+// Letters as everywhere: T steps, B batch, H hidden, P state size (H, or the projection's),
+// G gates, S source positions, A key size, M memory size, L layers.
+//
+// States lie in slots of (B, P): with `save` there are T + 1, the state before the first
+// step, and after each; without, two that take turns. `slot_before` and `slot_after` in
+// steps.h say which. The first one is filled by the caller.
+
+template <class T>
+struct ScanForward {
+  CellKind cell;
+  int64_t steps, batch, hidden, state_size;
+  bool reverse, save;
+  int threads;
+  const T* w_hh;         // (G*H, P)
+  const T* w_hr;         // (P, H) or null
+  const T* apart_bias;   // (H) or null: added to the sum that stays apart (GRU)
+  const int64_t* lengths;  // (B) or null
+  const bool* resets;      // (T, B) or null
+  T* gates;   // (T, B, G*H): in the input part with biases, out what backward needs
+  T* apart;   // (T, B, H) or null: the same for the sum that stays apart
+  T* states;  // (slots, B, P)
+  T* cells;   // (slots, B, H) or null
+  T* inner;   // with w_hr: (T or 1, B, H), h before the projection
+  T* y;       // (T, B, P)
+};
+
+template <class T>
+struct ScanBackward {
+  CellKind cell;
+  int64_t steps, batch, hidden, state_size;
+  bool reverse;
+  int threads;
+  const T* w_hh;
+  const T* w_hr;
+  const int64_t* lengths;
+  const bool* resets;
+  const T* gates;
+  const T* apart;
+  const T* states;
+  const T* cells;
+  const T* d_y;        // (T, B, P)
+  T* d_h;              // (B, P): in of the last state, out of the first
+  T* d_c;              // (B, H) or null: likewise
+  T* d_x_gates;        // (T, B, G*H)
+  T* d_r_gates;        // (T, B, G*H); the same memory unless a sum stays apart
+  T* d_projected;      // with w_hr: (T, B, P), the gradient of h before it is shared out
+};
+
+template <class T>
+struct Attend {
+  bool additive;
+  int64_t steps, batch, source, key_size, memory_size;
+  int threads;
+  const T* query;         // (T, B, A)
+  const T* keys;          // (B, S, A)
+  const T* memory;        // (B, S, M)
+  const T* v;             // (A), additive only
+  const int64_t* lengths;  // (B) or null
+  T* attn;                // (T, B, S)
+  T* context;             // (T, B, M), forward only
+};
+
+template <class T>
+struct AttendBackward {
+  Attend<T> forward;  // attn holds what forward gave
+  const T* d_context;  // (T, B, M)
+  const T* d_attn;     // (T, B, S) or null
+  T* d_scores;         // (T, B, S)
+  T* d_query;          // (T, B, A)
+  T* d_keys;           // (B, S, A), additive only
+  T* d_v;              // (B, A), additive only: one summand per row
+};
+
+constexpr int64_t kMaxLayers = 64;
+
+template <class T>
+struct DecoderLayer {
+  const T* w_in;        // from below, or the fed output: (G*H, H) with rows w_in_stride apart
+  int64_t w_in_stride;
+  const T* w_hh;        // (G*H, H)
+  const T* bias;        // (G*H), layers above the first
+  const T* apart_bias;  // (H) or null
+  T* gates;             // (T, B, G*H); above the first layer (1, B, G*H) without save
+  T* apart;             // (T, B, H) or null
+  T* states;            // (slots, B, H)
+  T* cells;             // (slots, B, H) or null
+  const T* mask;        // (T, B, H) or null: what its output is multiplied with going up
+  // Backward only.
+  T* d_x_gates;  // (T, B, G*H)
+  T* d_r_gates;  // (T, B, G*H)
+  T* d_h;        // (B, H): in of the last state, out of the first
+  T* d_c;        // (B, H) or null
+};
+
+template <class T>
+struct Decode {
+  CellKind cell;
+  bool additive, feeding, save;
+  int64_t steps, batch, hidden, layer_count, source, key_size, memory_size;
+  int threads;
+  const DecoderLayer<T>* layers;
+  const T* feed;     // (B, H)
+  const T* keys;     // (B, S, A)
+  const T* memory;   // (B, S, M)
+  const T* combine;  // (H, M + H)
+  const T* w_query;  // (A, H) or null: the query is the top state itself
+  const T* v;        // (A), additive only
+  const int64_t* lengths;
+  int64_t attn_step;  // B*S, or 0 when no step's weights are kept
+  T* attn;            // (T or 1, B, S)
+  T* query;           // with w_query: (T or 1, B, A)
+  T* context;         // (T or 1, B, M)
+  T* output;          // (T, B, H)
+};
+
+template <class T>
+struct DecodeBackward {
+  Decode<T> forward;
+  const T* d_output;  // (T, B, H)
+  const T* d_attn;    // (T, B, S) or null
+  T* d_sum;           // (T, B, H), of what the combination's tanh takes
+  T* d_context;       // (T, B, M)
+  T* d_scores;        // (T, B, S)
+  T* d_query;         // (T, B, A), additive only
+  T* d_keys;          // (B, S, A), additive only, zero at first
+  T* d_v;             // (B, A), additive only, zero at first
+  T* d_feed;          // (B, H)
+};
+
+template <class T>
+struct Kernels {
+  void (*scan_forward)(const ScanForward<T>&);
+  void (*scan_backward)(const ScanBackward<T>&);
+  void (*attend_forward)(const Attend<T>&);
+  void (*attend_backward)(const AttendBackward<T>&);
+  void (*decode_forward)(const Decode<T>&);
+  void (*decode_backward)(const DecodeBackward<T>&);
+  void (*sigmoid)(const T* from, T* to, int64_t count);
+  void (*tanh)(const T* from, T* to, int64_t count);
+};
+
+struct Tier {
+  const char* name;
+  Kernels<float> float32;
+  Kernels<double> float64;
+};
+
+// The best tier that the machine has, and ATEN_CPU_CAPABILITY allows; chosen once.
+const Tier& tier();
+
+// The names of the tiers compiled in, best first, separated by commas.
+const char* compiled_tiers();
+
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace pyseq::cpu

@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+// One recurrent layer over a whole sequence, forward and backward. The input's product was
+// made before (it lies in `gates`), those of the weight gradients come after.
+#pragma once
+
+#include "kernels.h"
+#include "steps.h"
+
+namespace pyseq::cpu::PYSEQ_TIER {
+
+// Which rows take part in a step, and which start it afresh.
+struct Steps {
+  int64_t steps, batch;
+  bool reverse;
+  const int64_t* lengths;
+  const bool* resets;
+
+  int64_t time(int64_t n) const { return reverse ? steps - 1 - n : n; }
+  bool active(int64_t n, int64_t row) const {
+    return lengths == nullptr || time(n) < lengths[row];
+  }
+  bool any_active(int64_t n, const Range& rows) const {
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      if (active(n, row)) return true;
+    }
+    return false;
+  }
+  // Whether the row's state is cleared before the n-th step; there is no step `steps`.
+  bool cleared(int64_t n, int64_t row) const {
+    return resets != nullptr && n < steps && resets[time(n) * batch + row] && active(n, row);
+  }
+};
+
+template <class T, class Cell>
+void scan_forward_cell(const ScanForward<T>& args) {
+  constexpr int G = Cell::kGates;
+  const int64_t B = args.batch, H = args.hidden, P = args.state_size;
+  const bool projects = args.w_hr != nullptr;
+  const int64_t unit_panels = vectors<T>(H), state_panels = vectors<T>(P);
+  const Steps steps{args.steps, B, args.reverse, args.lengths, args.resets};
+
+  const int64_t weights = G * H * P + (projects ? P * H : 0);
+  const Plan plan =
+      plan_steps({B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1},
+                 args.threads);
+  const int64_t w_hh_size = packed_size<T>(H, G, P);
+  const int64_t w_hr_size = projects ? packed_size<T>(P, 1, H) : 0;
+  Workspace workspace(static_cast<size_t>(w_hh_size + w_hr_size) * sizeof(T));
+  T* w_hh = static_cast<T*>(workspace.data());
+  T* w_hr = w_hh + w_hh_size;
+  Teams teams;
+
+  parallel(plan.threads, [&](int thread, int present) {
+    const Range mine = share(unit_panels, thread, present);
+    pack_gates(args.w_hh, P, H, G, P, mine.begin, mine.end, w_hh);
+    if (projects) {
+      const Range rows = share(state_panels, thread, present);
+      pack_gates(args.w_hr, H, P, 1, H, rows.begin, rows.end, w_hr);
+    }
+    if (present > 1) teams.all.wait(present);
+
+    const Place at = place(plan, thread, present, B, teams);
+    const Range units = at.part(unit_panels), outputs = at.part(state_panels);
+    for (int64_t n = 0; n < args.steps; ++n) {
+      const int64_t t = steps.time(n);
+      const int64_t before = slot_before(n, args.steps, args.reverse, args.save);
+      const int64_t after = slot_after(n, args.steps, args.reverse, args.save);
+      const T* h_before = args.states + before * B * P;
+      T* h_after = args.states + after * B * P;
+      T* inner = projects ? args.inner + (args.save ? t * B * H : 0) : nullptr;
+      const bool works = steps.any_active(n, at.rows);
+
+      // Stores the state after the step; the output is zero where the row is not active.
+      const auto keep_state = [&](int64_t row, int64_t panel, Vec<T> h, bool active) {
+        const int64_t offset = row * P + panel * kLanes<T>;
+        const int count = lanes_inside<T>(P, panel);
+        store(args.y + t * B * P + offset, active ? h : Vec<T>{}, count);
+        if (!active) h = load(h_before + offset, count);
+        store(h_after + offset, steps.cleared(n + 1, row) ? Vec<T>{} : h, count);
+      };
+
+      const Segment<T> recurrent = recurrent_segment<Cell>(h_before, P, w_hh, P);
+      product<T, G, Cell::kPre>(
+          &recurrent, works ? 1 : 0, at.rows.begin, at.rows.end, units.begin, units.end,
+          [&](int64_t row, int64_t panel, const T* sums) {
+            const int count = lanes_inside<T>(H, panel);
+            const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
+            const bool active = steps.active(n, row);
+            const T* c_prev = nullptr;
+            T* c_next = nullptr;
+            if constexpr (Cell::kHasCell) {
+              c_prev = args.cells + before * B * H + offset;
+              c_next = args.cells + after * B * H + offset;
+            }
+            Vec<T> h = {};
+            if (active) {
+              T* gates = args.gates + (t * B + row) * G * H + unit;
+              T* apart = args.apart == nullptr ? nullptr : args.apart + t * B * H + offset;
+              const T* apart_bias = args.apart_bias == nullptr ? nullptr : args.apart_bias + unit;
+              // With a projection no cell that reads h_prev comes here, only LSTM.
+              const T* h_prev = projects ? c_prev : h_before + offset;
+              h = cell_forward<Cell>(
+                  UnitForward<T>{H, count, gates, apart_bias, args.save ? gates : nullptr, apart,
+                                 h_prev, c_prev, c_next},
+                  sums);
+            } else if constexpr (Cell::kHasCell) {
+              store(c_next, load(c_prev, count), count);
+            }
+            if constexpr (Cell::kHasCell) {
+              if (steps.cleared(n + 1, row)) store(c_next, Vec<T>{}, count);
+            }
+            if (projects) {
+              store(inner + offset, h, count);
+            } else {
+              keep_state(row, panel, h, active);
+            }
+          });
+      at.wait();
+      if (projects) {
+        const Segment<T> projection = plain_segment(inner, H, w_hr, H);
+        product<T, 1, 1>(&projection, works ? 1 : 0, at.rows.begin, at.rows.end, outputs.begin,
+                         outputs.end, [&](int64_t row, int64_t panel, const T* sums) {
+                           keep_state(row, panel, load(sums), steps.active(n, row));
+                         });
+        at.wait();
+      }
+    }
+  });
+}
+
+template <class T, class Cell>
+void scan_backward_cell(const ScanBackward<T>& args) {
+  constexpr int G = Cell::kGates;
+  const int64_t B = args.batch, H = args.hidden, P = args.state_size;
+  const bool projects = args.w_hr != nullptr;
+  const int64_t unit_panels = vectors<T>(H), state_panels = vectors<T>(P);
+  const Steps steps{args.steps, B, args.reverse, args.lengths, args.resets};
+
+  const int64_t weights = G * H * P + (projects ? P * H : 0);
+  const Plan plan =
+      plan_steps({B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1},
+                 args.threads);
+  const int64_t w_hh_size = packed_size<T>(P, 1, G * H);
+  const int64_t w_hr_size = projects ? packed_size<T>(H, 1, P) : 0;
+  Workspace workspace(static_cast<size_t>(w_hh_size + w_hr_size) * sizeof(T));
+  T* w_hh = static_cast<T*>(workspace.data());
+  T* w_hr = w_hh + w_hh_size;
+  Teams teams;
+
+  parallel(plan.threads, [&](int thread, int present) {
+    const Range mine = share(state_panels, thread, present);
+    pack_columns(args.w_hh, P, P, G * H, mine.begin, mine.end, w_hh);
+    if (projects) {
+      const Range rows = share(unit_panels, thread, present);
+      pack_columns(args.w_hr, H, H, P, rows.begin, rows.end, w_hr);
+    }
+    if (present > 1) teams.all.wait(present);
+
+    const Place at = place(plan, thread, present, B, teams);
+    const Range units = at.part(unit_panels), outputs = at.part(state_panels);
+    // Step n = -1 only brings the gradient to the first state.
+    for (int64_t n = args.steps - 1; n >= -1; --n) {
+      const int64_t t = n < 0 ? 0 : steps.time(n);
+      const int64_t before = n < 0 ? 0 : slot_before(n, args.steps, args.reverse, true);
+
+      // One vector of units of a row whose h_t has the gradient d_h.
+      const auto step_back = [&](int64_t row, int64_t panel, Vec<T> d_h) {
+        const int count = lanes_inside<T>(H, panel);
+        const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
+        if constexpr (Cell::kHasCell) {
+          if (steps.cleared(n + 1, row)) store(args.d_c + offset, Vec<T>{}, count);
+        }
+        if (n < 0) return;
+        const int64_t gates = (t * B + row) * G * H + unit;
+        if (!steps.active(n, row)) {
+          for (int g = 0; g < G; ++g) {
+            store(args.d_x_gates + gates + g * H, Vec<T>{}, count);
+            store(args.d_r_gates + gates + g * H, Vec<T>{}, count);
+          }
+          return;
+        }
+        const T* c_prev = nullptr;
+        T* d_c = nullptr;
+        if constexpr (Cell::kHasCell) {
+          c_prev = args.cells + before * B * H + offset;
+          d_c = args.d_c + offset;
+        }
+        T unused[kLanes<T>];
+        cell_backward<Cell>(
+            UnitBackward<T>{H, count, args.gates + gates,
+                            args.apart == nullptr ? nullptr : args.apart + t * B * H + offset,
+                            projects ? c_prev : args.states + before * B * P + offset, c_prev,
+                            projects ? unused : args.d_h + offset, d_c, args.d_x_gates + gates,
+                            args.d_r_gates + gates},
+            d_h);
+      };
+
+      const bool follows = n + 1 < args.steps && steps.any_active(n + 1, at.rows);
+      const T* d_next = follows ? args.d_r_gates + steps.time(n + 1) * B * G * H : nullptr;
+      const Segment<T> recurrent = plain_segment(d_next, G * H, w_hh, G * H);
+      product<T, 1, 1>(
+          &recurrent, follows ? 1 : 0, at.rows.begin, at.rows.end, outputs.begin, outputs.end,
+          [&](int64_t row, int64_t panel, const T* sums) {
+            const int64_t offset = row * P + panel * kLanes<T>;
+            const int count = lanes_inside<T>(P, panel);
+            // What comes from the step after, which a reset cuts off.
+            Vec<T> d_h = load(sums) + load(args.d_h + offset, count);
+            if (steps.cleared(n + 1, row)) d_h = Vec<T>{};
+            const bool active = n >= 0 && steps.active(n, row);
+            if (active) d_h += load(args.d_y + t * B * P + offset, count);
+            if (projects) {
+              if (n >= 0) {
+                store(args.d_projected + t * B * P + offset, active ? d_h : Vec<T>{}, count);
+              }
+              store(args.d_h + offset, active ? Vec<T>{} : d_h, count);
+            } else {
+              if (!active) store(args.d_h + offset, d_h, count);
+              step_back(row, panel, d_h);
+            }
+          });
+      at.wait();
+      if (projects) {
+        const T* d_projected = n < 0 ? nullptr : args.d_projected + t * B * P;
+        const Segment<T> projection = plain_segment(d_projected, P, w_hr, P);
+        product<T, 1, 1>(&projection, n < 0 ? 0 : 1, at.rows.begin, at.rows.end, units.begin,
+                         units.end, [&](int64_t row, int64_t panel, const T* sums) {
+                           step_back(row, panel, load(sums));
+                         });
+        at.wait();
+      }
+    }
+  });
+}
+
+template <class T>
+void scan_forward(const ScanForward<T>& args) {
+  with_cell(args.cell, [&](auto cell) { scan_forward_cell<T, decltype(cell)>(args); });
+}
+
+template <class T>
+void scan_backward(const ScanBackward<T>& args) {
+  with_cell(args.cell, [&](auto cell) { scan_backward_cell<T, decltype(cell)>(args); });
+}
+
+}  // namespace pyseq::cpu::PYSEQ_TIER

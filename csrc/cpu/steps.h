@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the scan and the decoder share: threads as a lambda, where the states of a step lie,
+// and the two epilogues that turn the sums of a tile into a cell step, forward and backward.
+#pragma once
+
+#include "../cells.h"
+#include "activations.h"
+#include "threads.h"
+#include "tile.h"
+
+namespace pyseq::cpu::PYSEQ_TIER {
+
+template <class Body>
+void parallel(int threads, const Body& body) {
+  run_parallel(
+      threads,
+      [](void* context, int thread, int present) {
+        (*static_cast<const Body*>(context))(thread, present);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// The slot that holds the state before, and after, the n-th step processed. In reverse
+// the steps are processed from the last to the first, and slot t + 1 comes before step t.
+PYSEQ_FORCE_INLINE int64_t slot_before(int64_t n, int64_t steps, bool reverse, bool save) {
+  return save ? (reverse ? steps - n : n) : n & 1;
+}
+PYSEQ_FORCE_INLINE int64_t slot_after(int64_t n, int64_t steps, bool reverse, bool save) {
+  return save ? (reverse ? steps - n - 1 : n + 1) : (n + 1) & 1;
+}
+
+// Hands out pieces of one block of memory, each aligned to 64 bytes. Made without memory it
+// counts, so that the same code that takes the pieces first says how much it will take.
+template <class T>
+class Pieces {
+ public:
+  explicit Pieces(void* memory) : memory_(static_cast<T*>(memory)) {}
+  T* take(int64_t count) {
+    T* piece = memory_ == nullptr ? nullptr : memory_ + used_;
+    constexpr int64_t kAlign = 64 / sizeof(T);
+    used_ += (count + kAlign - 1) / kAlign * kAlign;
+    return piece;
+  }
+  size_t bytes() const { return static_cast<size_t>(used_) * sizeof(T); }
+
+ private:
+  T* memory_;
+  int64_t used_ = 0;
+};
+
+// The sums of the recurrent product, gate by gate.
+template <class Cell, class T>
+PYSEQ_FORCE_INLINE Segment<T> recurrent_segment(const T* a, int64_t a_stride, const T* packed,
+                                                int64_t k_count) {
+  Segment<T> segment{a, a_stride, packed, k_count, {}};
+  for (int g = 0; g < Cell::kGates; ++g) segment.slot[g] = Cell::recurrent_slot(g);
+  return segment;
+}
+
+template <class T>
+PYSEQ_FORCE_INLINE Segment<T> input_segment(const T* a, int64_t a_stride, const T* packed,
+                                            int64_t k_count) {
+  return {a, a_stride, packed, k_count, {0, 1, 2, 3}};
+}
+
+// A product with one gate that adds to sum `slot`.
+template <class T>
+PYSEQ_FORCE_INLINE Segment<T> plain_segment(const T* a, int64_t a_stride, const T* packed,
+                                            int64_t k_count, int slot = 0) {
+  return {a, a_stride, packed, k_count, {slot, 0, 0, 0}};
+}
+
+// One vector of units of one row, at one step: where its values lie. Pointers are to the
+// first of `count` units; gate g is at gates + g * hidden.
+template <class T>
+struct UnitForward {
+  int64_t hidden;
+  int count;
+  const T* x;           // (G*H): the input part with biases
+  const T* apart_bias;  // (H) or null
+  T* gates;             // (G*H) or null: where what backward needs is kept
+  T* apart;             // (H) or null
+  const T* h_prev;
+  const T* c_prev;
+  T* c;
+};
+
+// The new h; c and what backward needs are stored.
+template <class Cell, class T>
+PYSEQ_FORCE_INLINE Vec<T> cell_forward(const UnitForward<T>& unit, const T* sums) {
+  using V = Vec<T>;
+  V pre[Cell::kPre];
+#pragma GCC unroll 4
+  for (int g = 0; g < Cell::kPre; ++g) {
+    pre[g] = load(sums + g * kLanes<T>);
+    if (g < Cell::kGates) pre[g] += load(unit.x + g * unit.hidden, unit.count);
+  }
+  if constexpr (Cell::kPre > Cell::kGates) {
+    if (unit.apart_bias != nullptr) {
+      pre[Cell::kGates] += load(unit.apart_bias, unit.count);
+    }
+  }
+  V h = load(unit.h_prev, unit.count);
+  V c = {};
+  if constexpr (Cell::kHasCell) c = load(unit.c_prev, unit.count);
+  Cell::template forward<Math<T>>(pre, h, c);
+  if constexpr (Cell::kHasCell) store(unit.c, c, unit.count);
+  if (unit.gates != nullptr) {
+#pragma GCC unroll 4
+    for (int g = 0; g < Cell::kGates; ++g) {
+      store(unit.gates + g * unit.hidden, pre[g], unit.count);
+    }
+    if constexpr (Cell::kPre > Cell::kGates) store(unit.apart, pre[Cell::kGates], unit.count);
+  }
+  return h;
+}
+
+template <class T>
+struct UnitBackward {
+  int64_t hidden;
+  int count;
+  const T* gates;
+  const T* apart;
+  const T* h_prev;
+  const T* c_prev;
+  T* d_h;  // out: the part of the gradient of h_{t-1} that passes no weights
+  T* d_c;  // in of c_t, out of c_{t-1}
+  T* d_x_gates;
+  T* d_r_gates;
+};
+
+// Stores the gradients of the pre-activations and what goes on to the step before.
+template <class Cell, class T>
+PYSEQ_FORCE_INLINE void cell_backward(const UnitBackward<T>& unit, Vec<T> d_h) {
+  using V = Vec<T>;
+  V saved[Cell::kPre];
+  V d_pre[Cell::kPre];
+#pragma GCC unroll 4
+  for (int g = 0; g < Cell::kGates; ++g) {
+    saved[g] = load(unit.gates + g * unit.hidden, unit.count);
+  }
+  if constexpr (Cell::kPre > Cell::kGates) saved[Cell::kGates] = load(unit.apart, unit.count);
+  V c_prev = {};
+  V d_c = {};
+  if constexpr (Cell::kHasCell) {
+    c_prev = load(unit.c_prev, unit.count);
+    d_c = load(unit.d_c, unit.count);
+  }
+  Cell::template backward<Math<T>>(saved, load(unit.h_prev, unit.count), c_prev, d_h, d_c, d_pre);
+  if constexpr (Cell::kHasCell) store(unit.d_c, d_c, unit.count);
+  store(unit.d_h, d_h, unit.count);
+#pragma GCC unroll 4
+  for (int g = 0; g < Cell::kGates; ++g) {
+    store(unit.d_x_gates + g * unit.hidden, d_pre[g], unit.count);
+    if constexpr (Cell::kPre > Cell::kGates) {
+      store(unit.d_r_gates + g * unit.hidden, d_pre[Cell::recurrent_slot(g)], unit.count);
+    }
+  }
+}
+
+// Calls body with the cell's type.
+template <class Body>
+void with_cell(CellKind cell, const Body& body) {
+  switch (cell) {
+    case CellKind::kRnnTanh:
+      return body(RnnTanh{});
+    case CellKind::kRnnRelu:
+      return body(RnnRelu{});
+    case CellKind::kGru:
+      return body(Gru{});
+    case CellKind::kLstm:
+      return body(Lstm{});
+  }
+}
+
+}  // namespace pyseq::cpu::PYSEQ_TIER

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "threads.h"
+
+#include <omp.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <new>
+
+namespace pyseq::cpu {
+
+namespace {
+
+// About 20 µs of pause instructions: longer than any phase whose members are balanced, far
+// shorter than a scheduler's time slice.
+constexpr int kSpins = 2000;
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+void Barrier::wait(int members) {
+  const int generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members) {
+    __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
+    return;
+  }
+  for (int spin = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation; ++spin) {
+    if (spin < kSpins) {
+      pause();
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+Range share(int64_t count, int index, int members) {
+  const int64_t each = count / members;
+  const int64_t more = count % members;
+  const int64_t begin = index * each + std::min<int64_t>(index, more);
+  return {begin, begin + each + (index < more ? 1 : 0)};
+}
+
+Plan plan_steps(const StepCost& cost, int threads) {
+  // Rates of one core, in multiply-adds and bytes per nanosecond, and the price of a
+  // barrier in nanoseconds. They only have to rank three plans: one thread, a team per
+  // thread, one team of all.
+  constexpr double kMultiplyAdds = 40;
+  constexpr double kFarBytes = 20;
+  constexpr double kNearBytes = 80;
+  constexpr double kNearCapacity = 1 << 20;
+  constexpr double kBarrier = 250;
+  threads = static_cast<int>(std::min<int64_t>(threads, kMaxTeams));
+  if (threads <= 1 || cost.rows == 0) return {1, 1};
+
+  const auto time = [&](double row_share, double unit_share) {
+    const double rows = cost.rows * row_share;
+    // A tile of few rows cannot keep the multipliers busy: below 4 rows the loads bind.
+    const double work =
+        (std::max(rows, 4.0) * cost.weights + rows * cost.row_work) * unit_share / kMultiplyAdds;
+    const double bytes = cost.weight_bytes * unit_share;
+    return std::max(work, bytes / (bytes > kNearCapacity ? kFarBytes : kNearBytes));
+  };
+  const double alone = time(1, 1);
+  const int64_t teams = std::min<int64_t>(threads, cost.rows);
+  const double largest_slice = static_cast<double>((cost.rows + teams - 1) / teams) / cost.rows;
+  const double sliced = time(largest_slice, 1);
+  const double split = time(1, 1.0 / threads) + cost.barriers * kBarrier;
+  if (alone <= 2000 && alone <= 2 * std::min(sliced, split)) return {1, 1};
+  if (alone <= std::min(sliced, split)) return {1, 1};
+  if (sliced <= split) return {static_cast<int>(teams), static_cast<int>(teams)};
+  return {threads, 1};
+}
+
+void run_parallel(int threads, void (*body)(void* context, int thread, int threads),
+                  void* context) {
+  if (threads <= 1 || omp_in_parallel()) {
+    body(context, 0, 1);
+    return;
+  }
+  // Without num_threads(): a count that changes from call to call makes the runtime take
+  // its pool apart. Threads that are not needed leave at once.
+#pragma omp parallel
+  {
+    const int present = std::min(omp_get_num_threads(), threads);
+    const int thread = omp_get_thread_num();
+    if (thread < present) body(context, thread, present);
+  }
+}
+
+Place place(const Plan& plan, int thread, int present, int64_t rows, Teams& teams) {
+  // The runtime may give fewer threads than were asked for.
+  const int count = plan.teams == 1 ? 1 : std::min(plan.teams, present);
+  const int team = thread % count;
+  const int members = present / count + (team < present % count ? 1 : 0);
+  return {share(rows, team, count), thread / count, members, &teams.team[team]};
+}
+
+Workspace::Workspace(size_t bytes)
+    : data_(::operator new(std::max<size_t>(bytes, 1), std::align_val_t{64})) {}
+
+Workspace::~Workspace() { ::operator delete(data_, std::align_val_t{64}); }
+
+}  // namespace pyseq::cpu

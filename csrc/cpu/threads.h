@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// Threads for the recurrent loops: one parallel region per call, split into teams that own
+// rows of the batch and never wait for one another; the members of a team split the units
+// and meet at a barrier. Compiled once, for the baseline instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pyseq::cpu {
+
+// Meeting point of the members of one team. Spins a bounded number of turns and then
+// yields, so that it does not collapse when the cores are shared.
+class Barrier {
+ public:
+  void wait(int members);
+
+ private:
+  alignas(64) int arrived_ = 0;
+  alignas(64) int generation_ = 0;
+};
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+  int64_t size() const { return end - begin; }
+};
+
+// The share of member `index` when `count` things are dealt to `members` in runs.
+Range share(int64_t count, int index, int members);
+
+// What one thread does: the rows of its team and its place in it.
+struct Place {
+  Range rows;
+  int member;
+  int members;
+  Barrier* barrier;
+
+  void wait() const {
+    if (members > 1) barrier->wait(members);
+  }
+  Range part(int64_t count) const { return share(count, member, members); }
+};
+
+// How a loop of dependent steps is spread over threads, by a small cost model.
+struct StepCost {
+  int64_t rows;            // rows of the batch
+  int64_t weights;         // multiply-adds per row and step: the weights it passes
+  int64_t row_work;        // further multiply-adds per row and step (attention)
+  int64_t weight_bytes;    // bytes of packed weights read per step
+  int barriers;            // barriers per step when the units are split
+};
+
+struct Plan {
+  int threads;  // how many take part
+  int teams;    // into how many teams they are split
+};
+
+constexpr int kMaxTeams = 256;
+
+Plan plan_steps(const StepCost& cost, int threads);
+
+// Runs body(context, thread, threads) on up to `threads` threads; the count passed is what
+// the runtime really gave. With one thread no parallel region is entered, so that a forked
+// child, whose runtime is gone, does not hang.
+void run_parallel(int threads, void (*body)(void* context, int thread, int threads),
+                  void* context);
+
+// Barriers for the teams, and one for all threads, of one call.
+struct Teams {
+  Barrier all;
+  Barrier team[kMaxTeams];
+};
+
+// The place of `thread` under `plan`, for a batch of `rows`; `present` threads showed up.
+Place place(const Plan& plan, int thread, int present, int64_t rows, Teams& teams);
+
+// 64-byte aligned memory that is freed with the object.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+}  // namespace pyseq::cpu

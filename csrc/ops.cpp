@@ -1,0 +1,796 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <string>
+
+#include "check.h"
+#include "cpu/kernels.h"
+
+namespace pyseq {
+
+namespace {
+
+using cpu::CellKind;
+
+struct CellShape {
+  CellKind kind;
+  int64_t gates;
+  bool has_cell;   // a c beside h
+  bool has_apart;  // the recurrent part of the last gate stays apart
+};
+
+CellShape cell_shape(std::string_view name) {
+  if (name == "lstm") return {CellKind::kLstm, 4, true, false};
+  if (name == "gru") return {CellKind::kGru, 3, false, true};
+  if (name == "rnn_tanh") return {CellKind::kRnnTanh, 1, false, false};
+  if (name == "rnn_relu") return {CellKind::kRnnRelu, 1, false, false};
+  TORCH_CHECK_VALUE(false, "cell must be one of rnn_tanh, rnn_relu, gru, lstm, got ", name);
+}
+
+bool is_additive(std::string_view score) {
+  TORCH_CHECK_VALUE(score == "dot" || score == "concat", "score must be dot or concat, got ",
+                    score);
+  return score == "concat";
+}
+
+int thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
+
+OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+// The kernels see null where there is no tensor, or one without elements that stands for none.
+template <class T>
+const T* data(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+}
+template <class T>
+T* data_or_null(const Tensor& tensor, bool present) {
+  return present ? tensor.data_ptr<T>() : nullptr;
+}
+
+// (S, B, D) as contiguous (B, S, D): a row's positions side by side, whatever the batch.
+Tensor rows_first(const Tensor& tensor) { return tensor.transpose(0, 1).contiguous(); }
+
+Tensor flat(const Tensor& tensor) { return tensor.reshape({-1, tensor.size(-1)}); }
+
+// Both biases as the kernels want them: `sum` for the sums that input and recurrent part
+// share, `apart` for the recurrent part that stays apart (the GRU's candidate).
+struct Bias {
+  OptionalTensor sum;
+  OptionalTensor apart;
+};
+
+Bias fold_bias(const OptionalTensor& b_ih, const OptionalTensor& b_hh, const CellShape& cell,
+               int64_t hidden) {
+  if (!b_hh.has_value()) return {contiguous(b_ih), std::nullopt};
+  if (!cell.has_apart) {
+    return {b_ih.has_value() ? *b_ih + *b_hh : b_hh->contiguous(), std::nullopt};
+  }
+  const int64_t shared = (cell.gates - 1) * hidden;
+  Tensor sum = b_ih.has_value() ? b_ih->clone() : at::zeros_like(*b_hh);
+  sum.slice(0, 0, shared).add_(b_hh->slice(0, 0, shared));
+  return {sum, b_hh->slice(0, shared).contiguous()};
+}
+
+// x W^T + bias for all steps at once: (T, B, I) to a fresh (T, B, G*H).
+Tensor project_input(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const Tensor rows = flat(x);
+  const Tensor product =
+      bias.has_value() ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
+  return product.view({x.size(0), x.size(1), weight.size(0)});
+}
+
+// The gradients of both biases from those of the pre-activations; the two never share
+// memory, since operators may not return the same memory twice.
+std::pair<Tensor, Tensor> bias_gradients(const Tensor& d_x_gates, const Tensor& d_r_gates) {
+  const Tensor d_b_ih = flat(d_x_gates).sum(0);
+  return {d_b_ih, d_x_gates.is_same(d_r_gates) ? d_b_ih.clone() : flat(d_r_gates).sum(0)};
+}
+
+struct ScanShape {
+  CellShape cell;
+  int64_t steps, batch, input, hidden, state_size;
+  bool projects;
+};
+
+ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+                     const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                     const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                     const OptionalTensor& c_0, const OptionalTensor& resets,
+                     std::string_view name) {
+  const CellShape cell = cell_shape(name);
+  check_floating(x, "x");
+  check_dim(x, "x", 3, "(T, B, I)");
+  check_dim(w_hh, "w_hh", 2, "(G*H, P)");
+  const int64_t steps = x.size(0), batch = x.size(1), input = x.size(2);
+  TORCH_CHECK(steps > 0, "x must be (T, B, I) with T at least 1, got ", shape_text(x.sizes()));
+  TORCH_CHECK(w_hh.size(0) > 0 && w_hh.size(0) % cell.gates == 0, "w_hh must be (G*H, P) with ",
+              cell.gates, "*H rows for ", name, ", got ", shape_text(w_hh.sizes()));
+  const int64_t hidden = w_hh.size(0) / cell.gates;
+  TORCH_CHECK_VALUE(!w_hr.has_value() || name == "lstm", "w_hr goes with cell lstm, got ", name);
+  if (w_hr.has_value()) check_dim(*w_hr, "w_hr", 2, "(P, H)");
+  const int64_t state_size = w_hr.has_value() ? w_hr->size(0) : hidden;
+  TORCH_CHECK(state_size > 0, "w_hr must be (P, H) with P at least 1, got ",
+              shape_text(w_hr.value_or(w_hh).sizes()));
+  const int64_t rows = cell.gates * hidden;
+  check_tensor(w_hh, "w_hh", "(G*H, P)", {rows, state_size}, x, "x");
+  check_tensor(w_ih, "w_ih", "(G*H, I)", {rows, input}, x, "x");
+  check_tensor(b_ih, "b_ih", "(G*H,)", {rows}, x, "x");
+  check_tensor(b_hh, "b_hh", "(G*H,)", {rows}, x, "x");
+  check_tensor(w_hr, "w_hr", "(P, H)", {state_size, hidden}, x, "x");
+  check_tensor(h_0, "h_0", "(B, P)", {batch, state_size}, x, "x");
+  check_tensor(c_0, "c_0", "(B, H)", {batch, hidden}, x, "x");
+  if (resets.has_value()) {
+    TORCH_CHECK(resets->scalar_type() == at::kBool, "resets must be bool, got ",
+                resets->scalar_type());
+    TORCH_CHECK(resets->sizes() == (c10::IntArrayRef{steps, batch}), "resets must be (T, B) = ",
+                shape_text({steps, batch}), ", got ", shape_text(resets->sizes()));
+  }
+  return {cell, steps, batch, input, hidden, state_size, w_hr.has_value()};
+}
+
+// The buffer of states with its first slot filled, cleared where the first step resets.
+Tensor first_state(const OptionalTensor& initial, const Tensor& like, int64_t slots, int64_t slot,
+                   int64_t batch, int64_t size, const Tensor& cleared) {
+  Tensor states = at::empty({slots, batch, size}, like.options());
+  Tensor first = states.select(0, slot);
+  if (initial.has_value()) {
+    first.copy_(*initial);
+    if (cleared.defined()) first.masked_fill_(cleared, 0);
+  } else {
+    first.zero_();
+  }
+  return states;
+}
+
+ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+                   const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                   const OptionalTensor& w_hr_in, const OptionalTensor& h_0,
+                   const OptionalTensor& c_0, const OptionalTensor& lengths_in,
+                   const OptionalTensor& resets_in, std::string_view name, bool reverse,
+                   bool save) {
+  const ScanShape shape =
+      check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr_in, h_0, c_0, resets_in, name);
+  const auto& [cell, T_, B, I, H, P, projects] = shape;
+  const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
+  const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
+  const Tensor w_hh_rows = w_hh.contiguous();
+  const Bias bias = fold_bias(b_ih, b_hh, cell, H);
+
+  const Tensor gates = project_input(x, w_ih, bias.sum);
+  const int64_t slots = save ? T_ + 1 : 2, first = save && reverse ? T_ : 0;
+  const int64_t last = save ? (reverse ? 0 : T_) : T_ % 2, first_step = reverse ? T_ - 1 : 0;
+  Tensor cleared;
+  if (resets.has_value()) {
+    cleared = resets->select(0, first_step);
+    if (lengths.has_value()) cleared = cleared.logical_and(lengths->gt(first_step));
+    cleared = cleared.unsqueeze(1);
+  }
+  const Tensor states = first_state(h_0, x, slots, first, B, P, cleared);
+  const Tensor cells =
+      cell.has_cell ? first_state(c_0, x, slots, first, B, H, cleared) : nothing(x);
+  const Tensor apart =
+      save && cell.has_apart ? at::empty({T_, B, H}, x.options()) : nothing(x);
+  const Tensor inner =
+      projects ? at::empty({save ? T_ : 1, B, H}, x.options()) : nothing(x);
+  const Tensor y = at::empty({T_, B, P}, x.options());
+
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan", [&] {
+    cpu::kernels<scalar_t>().scan_forward({
+        .cell = cell.kind,
+        .steps = T_,
+        .batch = B,
+        .hidden = H,
+        .state_size = P,
+        .reverse = reverse,
+        .save = save,
+        .threads = thread_count(),
+        .w_hh = w_hh_rows.const_data_ptr<scalar_t>(),
+        .w_hr = data<scalar_t>(w_hr),
+        .apart_bias = data<scalar_t>(bias.apart),
+        .lengths = data<int64_t>(lengths),
+        .resets = data<bool>(resets),
+        .gates = gates.data_ptr<scalar_t>(),
+        .apart = data_or_null<scalar_t>(apart, save && cell.has_apart),
+        .states = states.data_ptr<scalar_t>(),
+        .cells = data_or_null<scalar_t>(cells, cell.has_cell),
+        .inner = data_or_null<scalar_t>(inner, projects),
+        .y = y.data_ptr<scalar_t>(),
+    });
+  });
+  return {y,
+          states.select(0, last).clone(),
+          cell.has_cell ? cells.select(0, last).clone() : nothing(x),
+          gates,
+          apart,
+          states,
+          cells,
+          inner};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+                                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                                        const OptionalTensor& c_0, const OptionalTensor& lengths,
+                                        const OptionalTensor& resets, std::string_view cell,
+                                        bool reverse) {
+  const ScanSaved all = run_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell,
+                                 reverse, /*save=*/false);
+  return {std::get<0>(all), std::get<1>(all), std::get<2>(all)};
+}
+
+ScanSaved scan_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+                       const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                       const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                       const OptionalTensor& c_0, const OptionalTensor& lengths,
+                       const OptionalTensor& resets, std::string_view cell, bool reverse) {
+  return run_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
+                  /*save=*/true);
+}
+
+ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
+                            const OptionalTensor& d_c_n, const Tensor& x, const Tensor& w_ih,
+                            const Tensor& w_hh, const OptionalTensor& w_hr_in,
+                            const OptionalTensor& lengths_in, const OptionalTensor& resets_in,
+                            const Tensor& gates, const Tensor& apart, const Tensor& states,
+                            const Tensor& cells, const Tensor& inner, std::string_view name,
+                            bool reverse, bool needs_x) {
+  const ScanShape shape = check_scan(x, w_ih, w_hh, std::nullopt, std::nullopt, w_hr_in, d_h_n,
+                                     d_c_n, resets_in, name);
+  const auto& [cell, T_, B, I, H, P, projects] = shape;
+  const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
+  const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
+  const Tensor w_hh_rows = w_hh.contiguous();
+  const int64_t rows = cell.gates * H;
+
+  const Tensor d_output = d_y.has_value() ? d_y->contiguous() : at::zeros({T_, B, P}, x.options());
+  const Tensor d_h = at::empty({B, P}, x.options());
+  d_h_n.has_value() ? d_h.copy_(*d_h_n) : d_h.zero_();
+  Tensor d_c = nothing(x);
+  if (cell.has_cell) {
+    d_c = at::empty({B, H}, x.options());
+    d_c_n.has_value() ? d_c.copy_(*d_c_n) : d_c.zero_();
+  }
+  const Tensor d_x_gates = at::empty({T_, B, rows}, x.options());
+  const Tensor d_r_gates = cell.has_apart ? at::empty_like(d_x_gates) : d_x_gates;
+  const Tensor d_projected = projects ? at::empty({T_, B, P}, x.options()) : nothing(x);
+
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan_backward", [&] {
+    cpu::kernels<scalar_t>().scan_backward({
+        .cell = cell.kind,
+        .steps = T_,
+        .batch = B,
+        .hidden = H,
+        .state_size = P,
+        .reverse = reverse,
+        .threads = thread_count(),
+        .w_hh = w_hh_rows.const_data_ptr<scalar_t>(),
+        .w_hr = data<scalar_t>(w_hr),
+        .lengths = data<int64_t>(lengths),
+        .resets = data<bool>(resets),
+        .gates = gates.const_data_ptr<scalar_t>(),
+        .apart = data_or_null<scalar_t>(apart, cell.has_apart),
+        .states = states.const_data_ptr<scalar_t>(),
+        .cells = data_or_null<scalar_t>(cells, cell.has_cell),
+        .d_y = d_output.const_data_ptr<scalar_t>(),
+        .d_h = d_h.data_ptr<scalar_t>(),
+        .d_c = data_or_null<scalar_t>(d_c, cell.has_cell),
+        .d_x_gates = d_x_gates.data_ptr<scalar_t>(),
+        .d_r_gates = d_r_gates.data_ptr<scalar_t>(),
+        .d_projected = data_or_null<scalar_t>(d_projected, projects),
+    });
+  });
+
+  // Slot t lies before step t, or after it in reverse: what each step started from.
+  const Tensor h_before = states.narrow(0, reverse ? 1 : 0, T_);
+  const Tensor d_x_rows = flat(d_x_gates), d_r_rows = flat(d_r_gates);
+  const auto [d_b_ih, d_b_hh] = bias_gradients(d_x_gates, d_r_gates);
+  return {needs_x ? at::mm(d_x_rows, w_ih).view({T_, B, I}) : nothing(x),
+          at::mm(d_x_rows.t(), flat(x)),
+          at::mm(d_r_rows.t(), flat(h_before)),
+          d_b_ih,
+          d_b_hh,
+          projects ? at::mm(flat(d_projected).t(), flat(inner)) : nothing(x),
+          d_h,
+          d_c};
+}
+
+namespace {
+
+struct AttendShape {
+  int64_t steps, batch, source, key_size, memory_size;
+};
+
+void check_memory(const Tensor& keys, const Tensor& memory, const OptionalTensor& weight_v,
+                  int64_t batch, bool additive, const Tensor& like, const char* like_name) {
+  check_dim(keys, "keys", 3, "(S, B, A)");
+  check_dim(memory, "memory", 3, "(S, B, M)");
+  const int64_t source = memory.size(0);
+  check_tensor(keys, "keys", "(S, B, A)", {source, batch, keys.size(2)}, like, like_name);
+  check_tensor(memory, "memory", "(S, B, M)", {source, batch, memory.size(2)}, like, like_name);
+  TORCH_CHECK_VALUE(weight_v.has_value() == additive,
+                    "weight_v must be given for score concat and no other");
+  check_tensor(weight_v, "weight_v", "(A,)", {keys.size(2)}, like, like_name);
+}
+
+AttendShape check_attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
+                         const OptionalTensor& weight_v, bool additive) {
+  check_floating(query, "query");
+  check_dim(query, "query", 3, "(T, B, A)");
+  const int64_t steps = query.size(0), batch = query.size(1);
+  check_memory(keys, memory, weight_v, batch, additive, query, "query");
+  check_tensor(query, "query", "(T, B, A)", {steps, batch, keys.size(2)}, keys, "keys");
+  return {steps, batch, memory.size(0), keys.size(2), memory.size(2)};
+}
+
+template <class T>
+cpu::Attend<T> attend_arguments(const AttendShape& shape, bool additive, const Tensor& query,
+                                const Tensor& keys, const Tensor& memory,
+                                const OptionalTensor& v, const OptionalTensor& lengths,
+                                const Tensor& attn, T* context) {
+  return {
+      .additive = additive,
+      .steps = shape.steps,
+      .batch = shape.batch,
+      .source = shape.source,
+      .key_size = shape.key_size,
+      .memory_size = shape.memory_size,
+      .threads = thread_count(),
+      .query = query.const_data_ptr<T>(),
+      .keys = keys.const_data_ptr<T>(),
+      .memory = memory.const_data_ptr<T>(),
+      .v = data<T>(v),
+      .lengths = data<int64_t>(lengths),
+      .attn = attn.data_ptr<T>(),
+      .context = context,
+  };
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attend(const Tensor& query_in, const Tensor& keys_in,
+                                  const Tensor& memory_in, const OptionalTensor& weight_v,
+                                  const OptionalTensor& lengths_in, std::string_view score) {
+  const bool additive = is_additive(score);
+  const AttendShape shape = check_attend(query_in, keys_in, memory_in, weight_v, additive);
+  const OptionalTensor lengths = check_lengths(lengths_in, shape.batch, shape.source, "S");
+  const OptionalTensor v = contiguous(weight_v);
+  const Tensor query = query_in.contiguous(), keys = rows_first(keys_in),
+               memory = rows_first(memory_in);
+  const Tensor attn = at::empty({shape.steps, shape.batch, shape.source}, query.options());
+  const Tensor context =
+      at::empty({shape.steps, shape.batch, shape.memory_size}, query.options());
+  AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "attend", [&] {
+    cpu::kernels<scalar_t>().attend_forward(
+        attend_arguments<scalar_t>(shape, additive, query, keys, memory, v, lengths, attn,
+                                   context.data_ptr<scalar_t>()));
+  });
+  return {context, attn};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(
+    const OptionalTensor& d_context_in, const OptionalTensor& d_attn_in, const Tensor& query_in,
+    const Tensor& keys_in, const Tensor& memory_in, const OptionalTensor& weight_v,
+    const OptionalTensor& lengths_in, const Tensor& attn, std::string_view score) {
+  const bool additive = is_additive(score);
+  const AttendShape shape = check_attend(query_in, keys_in, memory_in, weight_v, additive);
+  const auto& [T_, B, S, A, M] = shape;
+  const OptionalTensor lengths = check_lengths(lengths_in, B, S, "S");
+  const OptionalTensor v = contiguous(weight_v), d_attn = contiguous(d_attn_in);
+  const Tensor query = query_in.contiguous(), keys = rows_first(keys_in),
+               memory = rows_first(memory_in);
+  const Tensor d_context = d_context_in.has_value() ? d_context_in->contiguous()
+                                                    : at::zeros({T_, B, M}, query.options());
+  const Tensor d_scores = at::empty({T_, B, S}, query.options());
+  const Tensor d_query = at::empty({T_, B, A}, query.options());
+  Tensor d_keys = additive ? at::empty({B, S, A}, query.options()) : Tensor();
+  const Tensor d_v = additive ? at::empty({B, A}, query.options()) : nothing(query);
+
+  AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "attend_backward", [&] {
+    cpu::kernels<scalar_t>().attend_backward({
+        .forward = attend_arguments<scalar_t>(shape, additive, query, keys, memory, v, lengths,
+                                              attn, nullptr),
+        .d_context = d_context.const_data_ptr<scalar_t>(),
+        .d_attn = data<scalar_t>(d_attn),
+        .d_scores = d_scores.data_ptr<scalar_t>(),
+        .d_query = d_query.data_ptr<scalar_t>(),
+        .d_keys = additive ? d_keys.data_ptr<scalar_t>() : nullptr,
+        .d_v = data_or_null<scalar_t>(d_v, additive),
+    });
+  });
+  if (!additive) d_keys = at::bmm(d_scores.permute({1, 2, 0}), query.transpose(0, 1));
+  const Tensor d_memory = at::bmm(attn.permute({1, 2, 0}), d_context.transpose(0, 1));
+  return {d_query, d_keys.transpose(0, 1), d_memory.transpose(0, 1),
+          additive ? d_v.sum(0) : nothing(query)};
+}
+
+namespace {
+
+constexpr size_t kPerLayer = 4;  // w_ih, w_hh, b_ih, b_hh
+
+struct DecodeShape {
+  CellShape cell;
+  bool additive;
+  int64_t steps, batch, input, hidden, layers, source, key_size, memory_size;
+};
+
+DecodeShape check_decode(const Tensor& x, at::TensorList layers, const Tensor& keys,
+                         const Tensor& memory, const Tensor& combine,
+                         const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+                         const OptionalTensor& h_0, const OptionalTensor& c_0,
+                         const OptionalTensor& feed, const OptionalTensor& dropout_masks,
+                         std::string_view cell_name, std::string_view score, bool input_feeding) {
+  const CellShape cell = cell_shape(cell_name);
+  const bool additive = is_additive(score);
+  check_floating(x, "x");
+  check_dim(x, "x", 3, "(T, B, I)");
+  check_dim(combine, "combine", 2, "(H, M + H)");
+  const int64_t steps = x.size(0), batch = x.size(1), input = x.size(2);
+  TORCH_CHECK(steps > 0, "x must be (T, B, I) with T at least 1, got ", shape_text(x.sizes()));
+  check_memory(keys, memory, weight_v, batch, additive, x, "x");
+  const int64_t hidden = combine.size(0), source = memory.size(0), key_size = keys.size(2),
+                memory_size = memory.size(2);
+  TORCH_CHECK(hidden > 0, "combine must be (H, M + H) with H at least 1, got ",
+              shape_text(combine.sizes()));
+  check_tensor(combine, "combine", "(H, M + H)", {hidden, memory_size + hidden}, x, "x");
+
+  TORCH_CHECK(!layers.empty() && layers.size() % kPerLayer == 0,
+              "layers must hold w_ih, w_hh, b_ih, b_hh of each layer, got ", layers.size(),
+              " tensors");
+  const int64_t count = static_cast<int64_t>(layers.size() / kPerLayer);
+  TORCH_CHECK(count <= cpu::kMaxLayers, "layers must be at most ", cpu::kMaxLayers, ", got ",
+              count);
+  const int64_t rows = cell.gates * hidden;
+  for (int64_t l = 0; l < count; ++l) {
+    const auto name = [&](const char* weight) {
+      return std::string(weight) + " of layer " + std::to_string(l);
+    };
+    const Tensor* weights = &layers[l * kPerLayer];
+    const int64_t columns = l > 0 ? hidden : input + (input_feeding ? hidden : 0);
+    const char* letters = l > 0 ? "(G*H, H)" : (input_feeding ? "(G*H, I + H)" : "(G*H, I)");
+    check_tensor(weights[0], name("w_ih").c_str(), letters, {rows, columns}, x, "x");
+    check_tensor(weights[1], name("w_hh").c_str(), "(G*H, H)", {rows, hidden}, x, "x");
+    check_tensor(weights[2], name("b_ih").c_str(), "(G*H,)", {rows}, x, "x");
+    check_tensor(weights[3], name("b_hh").c_str(), "(G*H,)", {rows}, x, "x");
+  }
+  TORCH_CHECK_VALUE(!weight_query.has_value() || additive,
+                    "weight_query goes with score concat, got ", score);
+  check_tensor(weight_query, "weight_query", "(A, H)", {key_size, hidden}, x, "x");
+  if (!weight_query.has_value()) {
+    check_tensor(keys, "keys", "(S, B, H)", {source, batch, hidden}, x, "x");
+  }
+  check_tensor(h_0, "h_0", "(L, B, H)", {count, batch, hidden}, x, "x");
+  check_tensor(c_0, "c_0", "(L, B, H)", {count, batch, hidden}, x, "x");
+  check_tensor(feed, "feed", "(B, H)", {batch, hidden}, x, "x");
+  check_tensor(dropout_masks, "dropout_masks", "(L - 1, T, B, H)",
+               {count - 1, steps, batch, hidden}, x, "x");
+  return {cell, additive, steps, batch, input, hidden, count, source, key_size, memory_size};
+}
+
+// Every tensor that one call of the decoder's kernels reads or writes, kept alive for it.
+struct DecodeTensors {
+  std::vector<Tensor> w_ih, w_hh;
+  std::vector<Bias> bias;
+  Tensor keys, memory, combine;
+  OptionalTensor weight_query, weight_v, lengths, masks;
+  Tensor feed;
+  Tensor gates_first, gates_above, apart, states, cells, query, context, attn, output;
+};
+
+DecodeTensors decode_inputs(const DecodeShape& shape, const Tensor& x, at::TensorList layers,
+                            const Tensor& keys, const Tensor& memory, const Tensor& combine,
+                            const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+                            const OptionalTensor& feed, const OptionalTensor& lengths,
+                            const OptionalTensor& dropout_masks) {
+  DecodeTensors all;
+  for (int64_t l = 0; l < shape.layers; ++l) {
+    const Tensor* weights = &layers[l * kPerLayer];
+    all.w_ih.push_back(weights[0].contiguous());
+    all.w_hh.push_back(weights[1].contiguous());
+    all.bias.push_back(fold_bias(weights[2], weights[3], shape.cell, shape.hidden));
+  }
+  all.keys = rows_first(keys);
+  all.memory = rows_first(memory);
+  all.combine = combine.contiguous();
+  all.weight_query = contiguous(weight_query);
+  all.weight_v = contiguous(weight_v);
+  all.lengths = check_lengths(lengths, shape.batch, shape.source, "S");
+  all.masks = contiguous(dropout_masks);
+  all.feed = feed.has_value() ? feed->contiguous()
+                              : at::zeros({shape.batch, shape.hidden}, x.options());
+  return all;
+}
+
+template <class T>
+std::vector<cpu::DecoderLayer<T>> decoder_layers(const DecodeShape& shape,
+                                                 const DecodeTensors& all, bool input_feeding) {
+  std::vector<cpu::DecoderLayer<T>> layers(shape.layers);
+  for (int64_t l = 0; l < shape.layers; ++l) {
+    cpu::DecoderLayer<T>& layer = layers[l];
+    const int64_t columns = all.w_ih[l].size(1);
+    if (l > 0 || input_feeding) {
+      // Of the first layer's columns [x; fed] the loop needs only the second part.
+      layer.w_in = all.w_ih[l].const_data_ptr<T>() + (columns - shape.hidden);
+      layer.w_in_stride = columns;
+    }
+    layer.w_hh = all.w_hh[l].const_data_ptr<T>();
+    layer.bias = data<T>(all.bias[l].sum);
+    layer.apart_bias = data<T>(all.bias[l].apart);
+    layer.gates = l == 0 ? all.gates_first.data_ptr<T>()
+                         : all.gates_above.select(0, l - 1).data_ptr<T>();
+    if (all.apart.numel() > 0) layer.apart = all.apart.select(0, l).data_ptr<T>();
+    layer.states = all.states.select(0, l).data_ptr<T>();
+    if (shape.cell.has_cell) layer.cells = all.cells.select(0, l).data_ptr<T>();
+    if (all.masks.has_value() && l + 1 < shape.layers) {
+      layer.mask = all.masks->select(0, l).const_data_ptr<T>();
+    }
+  }
+  return layers;
+}
+
+template <class T>
+cpu::Decode<T> decode_arguments(const DecodeShape& shape, const DecodeTensors& all,
+                                const std::vector<cpu::DecoderLayer<T>>& layers,
+                                bool input_feeding, bool save) {
+  return {
+      .cell = shape.cell.kind,
+      .additive = shape.additive,
+      .feeding = input_feeding,
+      .save = save,
+      .steps = shape.steps,
+      .batch = shape.batch,
+      .hidden = shape.hidden,
+      .layer_count = shape.layers,
+      .source = shape.source,
+      .key_size = shape.key_size,
+      .memory_size = shape.memory_size,
+      .threads = thread_count(),
+      .layers = layers.data(),
+      .feed = all.feed.const_data_ptr<T>(),
+      .keys = all.keys.const_data_ptr<T>(),
+      .memory = all.memory.const_data_ptr<T>(),
+      .combine = all.combine.const_data_ptr<T>(),
+      .w_query = data<T>(all.weight_query),
+      .v = data<T>(all.weight_v),
+      .lengths = data<int64_t>(all.lengths),
+      .attn_step = all.attn.size(0) == 1 ? 0 : shape.batch * shape.source,
+      .attn = all.attn.data_ptr<T>(),
+      .query = data_or_null<T>(all.query, all.weight_query.has_value()),
+      .context = all.context.data_ptr<T>(),
+      .output = all.output.data_ptr<T>(),
+  };
+}
+
+DecodeSaved run_decode(const Tensor& x, at::TensorList layers_in, const Tensor& keys,
+                       const Tensor& memory, const Tensor& combine,
+                       const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+                       const OptionalTensor& h_0, const OptionalTensor& c_0,
+                       const OptionalTensor& feed, const OptionalTensor& lengths,
+                       const OptionalTensor& dropout_masks, std::string_view cell_name,
+                       std::string_view score, bool input_feeding, bool save, bool keep_attn) {
+  const DecodeShape shape =
+      check_decode(x, layers_in, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
+                   dropout_masks, cell_name, score, input_feeding);
+  const auto& [cell, additive, T_, B, I, H, L, S, A, M] = shape;
+  const auto options = x.options();
+  DecodeTensors all = decode_inputs(shape, x, layers_in, keys, memory, combine, weight_query,
+                                    weight_v, feed, lengths, dropout_masks);
+  const int64_t rows = cell.gates * H, slots = save ? T_ + 1 : 2, kept = save ? T_ : 1;
+  all.gates_first = project_input(x, all.w_ih[0].slice(1, 0, I), all.bias[0].sum);
+  all.gates_above = at::empty({L - 1, kept, B, rows}, options);
+  all.apart = save && cell.has_apart ? at::empty({L, T_, B, H}, options) : nothing(x);
+  const auto stack = [&](const OptionalTensor& initial) {
+    Tensor states = at::empty({L, slots, B, H}, options);
+    Tensor first = states.select(1, 0);
+    initial.has_value() ? first.copy_(*initial) : first.zero_();
+    return states;
+  };
+  all.states = stack(h_0);
+  all.cells = cell.has_cell ? stack(c_0) : nothing(x);
+  all.query = weight_query.has_value() ? at::empty({kept, B, A}, options) : nothing(x);
+  all.context = at::empty({kept, B, M}, options);
+  all.attn = at::empty({save || keep_attn ? T_ : 1, B, S}, options);
+  all.output = at::empty({T_, B, H}, options);
+
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "decode", [&] {
+    const auto layers = decoder_layers<scalar_t>(shape, all, input_feeding);
+    cpu::kernels<scalar_t>().decode_forward(
+        decode_arguments<scalar_t>(shape, all, layers, input_feeding, save));
+  });
+  const int64_t last = save ? T_ : T_ % 2;
+  return {all.output,
+          save || keep_attn ? all.attn : nothing(x),
+          all.states.select(1, last).clone(),
+          cell.has_cell ? all.cells.select(1, last).clone() : nothing(x),
+          all.gates_first,
+          all.gates_above,
+          all.apart,
+          all.states,
+          all.cells,
+          all.query,
+          all.context};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
+    const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
+    const Tensor& combine, const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+    const OptionalTensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
+    const OptionalTensor& lengths, const OptionalTensor& dropout_masks, std::string_view cell,
+    std::string_view score, bool input_feeding, bool need_weights) {
+  const DecodeSaved all = run_decode(x, layers, keys, memory, combine, weight_query, weight_v, h_0,
+                                     c_0, feed, lengths, dropout_masks, cell, score, input_feeding,
+                                     /*save=*/false, need_weights);
+  return {std::get<0>(all), std::get<1>(all), std::get<2>(all), std::get<3>(all)};
+}
+
+DecodeSaved decode_forward(const Tensor& x, at::TensorList layers, const Tensor& keys,
+                           const Tensor& memory, const Tensor& combine,
+                           const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+                           const OptionalTensor& h_0, const OptionalTensor& c_0,
+                           const OptionalTensor& feed, const OptionalTensor& lengths,
+                           const OptionalTensor& dropout_masks, std::string_view cell,
+                           std::string_view score, bool input_feeding) {
+  return run_decode(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
+                    lengths, dropout_masks, cell, score, input_feeding, /*save=*/true,
+                    /*keep_attn=*/true);
+}
+
+DecodeGradients decode_backward(
+    const OptionalTensor& d_output_in, const OptionalTensor& d_attn_in,
+    const OptionalTensor& d_h_n, const OptionalTensor& d_c_n, const Tensor& x,
+    at::TensorList layers_in, const Tensor& keys, const Tensor& memory, const Tensor& combine,
+    const OptionalTensor& weight_query, const OptionalTensor& weight_v, const OptionalTensor& feed,
+    const OptionalTensor& lengths, const OptionalTensor& dropout_masks, const Tensor& output,
+    const Tensor& attn, const Tensor& gates_first, const Tensor& gates_above, const Tensor& apart,
+    const Tensor& states, const Tensor& cells, const Tensor& query, const Tensor& context,
+    std::string_view cell_name, std::string_view score, bool input_feeding, bool needs_x) {
+  const DecodeShape shape =
+      check_decode(x, layers_in, keys, memory, combine, weight_query, weight_v, d_h_n, d_c_n, feed,
+                   dropout_masks, cell_name, score, input_feeding);
+  const auto& [cell, additive, T_, B, I, H, L, S, A, M] = shape;
+  const auto options = x.options();
+  DecodeTensors all = decode_inputs(shape, x, layers_in, keys, memory, combine, weight_query,
+                                    weight_v, feed, lengths, dropout_masks);
+  all.gates_first = gates_first;
+  all.gates_above = gates_above;
+  all.apart = apart;
+  all.states = states;
+  all.cells = cells;
+  all.query = query;
+  all.context = context;
+  all.attn = attn;
+  all.output = output;
+
+  const int64_t rows = cell.gates * H;
+  const Tensor d_output =
+      d_output_in.has_value() ? d_output_in->contiguous() : at::zeros({T_, B, H}, options);
+  const OptionalTensor d_attn = contiguous(d_attn_in);
+  const auto last_gradient = [&](const OptionalTensor& given) {
+    Tensor d = at::empty({L, B, H}, options);
+    given.has_value() ? d.copy_(*given) : d.zero_();
+    return d;
+  };
+  const Tensor d_h = last_gradient(d_h_n);
+  const Tensor d_c = cell.has_cell ? last_gradient(d_c_n) : nothing(x);
+  const Tensor d_x_gates = at::empty({L, T_, B, rows}, options);
+  const Tensor d_r_gates = cell.has_apart ? at::empty_like(d_x_gates) : d_x_gates;
+  const Tensor d_sum = at::empty({T_, B, H}, options);
+  const Tensor d_context = at::empty({T_, B, M}, options);
+  const Tensor d_scores = at::empty({T_, B, S}, options);
+  const Tensor d_query = additive ? at::empty({T_, B, A}, options) : nothing(x);
+  Tensor d_keys = additive ? at::zeros({B, S, A}, options) : Tensor();
+  const Tensor d_v = additive ? at::zeros({B, A}, options) : nothing(x);
+  const Tensor d_feed = at::empty({B, H}, options);
+
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "decode_backward", [&] {
+    auto layers = decoder_layers<scalar_t>(shape, all, input_feeding);
+    for (int64_t l = 0; l < L; ++l) {
+      layers[l].d_x_gates = d_x_gates.select(0, l).data_ptr<scalar_t>();
+      layers[l].d_r_gates = d_r_gates.select(0, l).data_ptr<scalar_t>();
+      layers[l].d_h = d_h.select(0, l).data_ptr<scalar_t>();
+      if (cell.has_cell) layers[l].d_c = d_c.select(0, l).data_ptr<scalar_t>();
+    }
+    cpu::kernels<scalar_t>().decode_backward({
+        .forward = decode_arguments<scalar_t>(shape, all, layers, input_feeding, /*save=*/true),
+        .d_output = d_output.const_data_ptr<scalar_t>(),
+        .d_attn = data<scalar_t>(d_attn),
+        .d_sum = d_sum.data_ptr<scalar_t>(),
+        .d_context = d_context.data_ptr<scalar_t>(),
+        .d_scores = d_scores.data_ptr<scalar_t>(),
+        .d_query = data_or_null<scalar_t>(d_query, additive),
+        .d_keys = additive ? d_keys.data_ptr<scalar_t>() : nullptr,
+        .d_v = data_or_null<scalar_t>(d_v, additive),
+        .d_feed = d_feed.data_ptr<scalar_t>(),
+    });
+  });
+
+  // What the loop left per step becomes the weights' gradients in one product each.
+  const Tensor h_after = states.narrow(1, 1, T_), h_top = h_after.select(0, L - 1);
+  std::vector<Tensor> d_layers;
+  for (int64_t l = 0; l < L; ++l) {
+    const Tensor d_x_l = d_x_gates.select(0, l), d_r_l = d_r_gates.select(0, l);
+    const Tensor d_rows = flat(d_x_l).t();
+    Tensor d_w_ih;
+    if (l > 0) {
+      Tensor below = h_after.select(0, l - 1);
+      if (all.masks.has_value()) below = below * all.masks->select(0, l - 1);
+      d_w_ih = at::mm(d_rows, flat(below));
+    } else if (input_feeding) {
+      d_w_ih = at::empty({rows, I + H}, options);
+      Tensor d_w_x = d_w_ih.slice(1, 0, I), d_w_feed = d_w_ih.slice(1, I);
+      at::mm_out(d_w_x, d_rows, flat(x));
+      const Tensor d_first = d_x_l.select(0, 0).t();
+      at::mm_out(d_w_feed, d_first, all.feed);
+      if (T_ > 1) {
+        d_w_feed.addmm_(flat(d_x_l.slice(0, 1)).t(), flat(output.slice(0, 0, T_ - 1)));
+      }
+    } else {
+      d_w_ih = at::mm(d_rows, flat(x));
+    }
+    const auto [d_b_ih, d_b_hh] =
+        cell.has_apart ? bias_gradients(d_x_l, d_r_l) : bias_gradients(d_x_l, d_x_l);
+    d_layers.push_back(d_w_ih);
+    d_layers.push_back(at::mm(flat(d_r_l).t(), flat(states.select(0, l).narrow(0, 0, T_))));
+    d_layers.push_back(d_b_ih);
+    d_layers.push_back(d_b_hh);
+  }
+  const Tensor d_combine = at::empty({H, M + H}, options);
+  const Tensor d_sum_rows = flat(d_sum).t();
+  Tensor d_combine_context = d_combine.slice(1, 0, M), d_combine_hidden = d_combine.slice(1, M);
+  at::mm_out(d_combine_context, d_sum_rows, flat(context));
+  at::mm_out(d_combine_hidden, d_sum_rows, flat(h_top));
+  if (!additive) d_keys = at::bmm(d_scores.permute({1, 2, 0}), h_top.transpose(0, 1));
+  const Tensor d_memory = at::bmm(attn.permute({1, 2, 0}), d_context.transpose(0, 1));
+  return {needs_x
+              ? at::mm(flat(d_x_gates.select(0, 0)), all.w_ih[0].slice(1, 0, I)).view({T_, B, I})
+              : nothing(x),
+          d_layers,
+          d_keys.transpose(0, 1),
+          d_memory.transpose(0, 1),
+          d_combine,
+          weight_query.has_value() ? at::mm(flat(d_query).t(), flat(h_top)) : nothing(x),
+          additive ? d_v.sum(0) : nothing(x),
+          d_h,
+          d_c,
+          d_feed};
+}
+
+namespace {
+
+Tensor map_activation(const Tensor& x_in, bool is_tanh) {
+  check_floating(x_in, "x");
+  const Tensor x = x_in.contiguous();
+  const Tensor y = at::empty_like(x);
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "activation", [&] {
+    const auto& kernels = cpu::kernels<scalar_t>();
+    (is_tanh ? kernels.tanh : kernels.sigmoid)(x.const_data_ptr<scalar_t>(),
+                                               y.data_ptr<scalar_t>(), x.numel());
+  });
+  return y;
+}
+
+}  // namespace
+
+Tensor sigmoid(const Tensor& x) { return map_activation(x, false); }
+
+Tensor tanh(const Tensor& x) { return map_activation(x, true); }
+
+}  // namespace pyseq

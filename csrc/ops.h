@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operators as the dispatcher knows them: check, allocate, choose the device. The
+// schemas are in bindings.cpp; what the arguments mean is said once, in functional.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace pyseq {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A result that a call has no use for (c_n of a GRU, say) is a tensor without elements:
+// operators may return neither nothing nor the same memory twice.
+
+// (y, h_n, c_n)
+std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+                                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                                        const OptionalTensor& c_0, const OptionalTensor& lengths,
+                                        const OptionalTensor& resets, std::string_view cell,
+                                        bool reverse);
+
+// (y, h_n, c_n) and, for backward, (gates, apart, states, cells, inner); see kernels.h.
+using ScanSaved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+ScanSaved scan_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+                       const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                       const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                       const OptionalTensor& c_0, const OptionalTensor& lengths,
+                       const OptionalTensor& resets, std::string_view cell, bool reverse);
+
+// (d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0)
+using ScanGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
+                            const OptionalTensor& d_c_n, const Tensor& x, const Tensor& w_ih,
+                            const Tensor& w_hh, const OptionalTensor& w_hr,
+                            const OptionalTensor& lengths, const OptionalTensor& resets,
+                            const Tensor& gates, const Tensor& apart, const Tensor& states,
+                            const Tensor& cells, const Tensor& inner, std::string_view cell,
+                            bool reverse, bool needs_x);
+
+// (context, attn)
+std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
+                                  const OptionalTensor& weight_v, const OptionalTensor& lengths,
+                                  std::string_view score);
+
+// (d_query, d_keys, d_memory, d_weight_v)
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(
+    const OptionalTensor& d_context, const OptionalTensor& d_attn, const Tensor& query,
+    const Tensor& keys, const Tensor& memory, const OptionalTensor& weight_v,
+    const OptionalTensor& lengths, const Tensor& attn, std::string_view score);
+
+// (output, attn, h_n, c_n)
+std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
+    const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
+    const Tensor& combine, const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+    const OptionalTensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
+    const OptionalTensor& lengths, const OptionalTensor& dropout_masks, std::string_view cell,
+    std::string_view score, bool input_feeding, bool need_weights);
+
+// (output, attn, h_n, c_n) and, for backward, (gates of the first layer, of the others,
+// apart, states, cells, query, context)
+using DecodeSaved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                               Tensor, Tensor, Tensor>;
+DecodeSaved decode_forward(const Tensor& x, at::TensorList layers, const Tensor& keys,
+                           const Tensor& memory, const Tensor& combine,
+                           const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+                           const OptionalTensor& h_0, const OptionalTensor& c_0,
+                           const OptionalTensor& feed, const OptionalTensor& lengths,
+                           const OptionalTensor& dropout_masks, std::string_view cell,
+                           std::string_view score, bool input_feeding);
+
+// (d_x, d_layers, d_keys, d_memory, d_combine, d_weight_query, d_weight_v, d_h_0, d_c_0,
+// d_feed)
+using DecodeGradients = std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor,
+                                   Tensor, Tensor, Tensor, Tensor>;
+DecodeGradients decode_backward(
+    const OptionalTensor& d_output, const OptionalTensor& d_attn, const OptionalTensor& d_h_n,
+    const OptionalTensor& d_c_n, const Tensor& x, at::TensorList layers, const Tensor& keys,
+    const Tensor& memory, const Tensor& combine, const OptionalTensor& weight_query,
+    const OptionalTensor& weight_v, const OptionalTensor& feed, const OptionalTensor& lengths,
+    const OptionalTensor& dropout_masks, const Tensor& output, const Tensor& attn,
+    const Tensor& gates_first, const Tensor& gates_above, const Tensor& apart,
+    const Tensor& states, const Tensor& cells, const Tensor& query, const Tensor& context,
+    std::string_view cell, std::string_view score, bool input_feeding, bool needs_x);
+
+// The activations of the CPU tier in use, for the tests of their accuracy.
+Tensor sigmoid(const Tensor& x);
+Tensor tanh(const Tensor& x);
+
+}  // namespace pyseq

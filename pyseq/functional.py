@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused operators: scan, attend and decode.
+
+Each is one call into C++ forward and one backward, whatever the number of steps. Options
+are checked here, tensors in C++. ``pyseq.reference`` has the same signatures in plain
+torch and is what these must agree with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _library as _library  # loads _C, which registers torch.ops.pyseq
+from .types import (
+    GATES,
+    SCORES,
+    AttendOutput,
+    CellName,
+    DecoderOutput,
+    DecoderState,
+    LayerWeights,
+    ScanOutput,
+    ScoreName,
+    State,
+)
+
+
+def _check_option(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _split_state(cell: CellName, state: State | None) -> tuple[Tensor | None, Tensor | None]:
+    """``state`` as ``(h, c)``; c is None for the cells without one."""
+    if state is None:
+        return None, None
+    if cell == "lstm":
+        if isinstance(state, Tensor) or len(state) != 2:
+            raise ValueError(f"the state of an lstm must be a pair (h, c), got {_kind(state)}")
+        return state[0], state[1]
+    if not isinstance(state, Tensor):
+        raise ValueError(f"the state of {cell} must be one tensor h, got {_kind(state)}")
+    return state, None
+
+
+def _beside(indices: Tensor | None, x: Tensor) -> Tensor | None:
+    """Lengths and resets may come on any device; the kernels read them where x is."""
+    return None if indices is None else indices.to(x.device)
+
+
+def _kind(value: object) -> str:
+    size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"{type(value).__name__}{size}"
+
+
+def scan(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    state: State | None = None,
+    *,
+    cell: CellName = "lstm",
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+) -> ScanOutput:
+    """Run one recurrent layer over a sequence, in one direction.
+
+    ``h_t, c_t = cell(W_ih x_t + b_ih, W_hh h_{t-1} + b_hh, h_{t-1}, c_{t-1})`` with the
+    gates in torch.nn's order: LSTM i, f, g, o; GRU r, z, n. P is H, or the rows of ``w_hr``.
+
+    Args:
+        x: (T, B, I), float32 or float64, T at least 1.
+        w_ih: (G*H, I), the input weights; G is 1 for RNN, 3 for GRU, 4 for LSTM.
+        w_hh: (G*H, P), the recurrent weights.
+        b_ih: (G*H,), added to the input part. Default: zero.
+        b_hh: (G*H,), added to the recurrent part. Default: zero.
+        w_hr: (P, H), LSTM only: ``h_t = W_hr (o * tanh(c_t))``.
+        state: h (B, P), or for LSTM the pair h (B, P), c (B, H). Default: zero.
+        cell: ``"rnn_tanh"``, ``"rnn_relu"``, ``"gru"`` or ``"lstm"``.
+        lengths: (B,) int64, valid steps of each row, 0 to T, in any order, on any device.
+            Later steps leave the state as it is and give a zero output.
+        resets: (T, B) bool; where true, the row's state is set to zero before that step,
+            in values and in gradients.
+        reverse: run from the last step (of each row, ``lengths[b] - 1``) to the first.
+
+    Returns:
+        ``output`` (T, B, P), and ``state`` after the last valid step, shaped as given.
+
+    Raises:
+        ValueError: an option is unknown, or the state has the wrong form.
+        RuntimeError: a tensor has the wrong shape, dtype or device.
+
+    Reference:
+        Elman 1990; Cho et al. 2014, arXiv 1406.1078 (GRU; here the reset gate applies
+        after the recurrent product, as in cuDNN); Hochreiter & Schmidhuber 1997 and Gers
+        et al. 2000 (LSTM); Sak et al. 2014, arXiv 1402.1128, eq. 7 (projection).
+    """
+    _check_option("cell", cell, tuple(GATES))
+    h_0, c_0 = _split_state(cell, state)
+    output, h_n, c_n = torch.ops.pyseq.scan(
+        x,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        w_hr,
+        h_0,
+        c_0,
+        _beside(lengths, x),
+        _beside(resets, x),
+        cell,
+        reverse,
+    )
+    return ScanOutput(output, (h_n, c_n) if cell == "lstm" else h_n)
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    score: ScoreName = "dot",
+    weight: Tensor | None = None,
+    weight_query: Tensor | None = None,
+    weight_v: Tensor | None = None,
+    need_weights: bool = False,
+) -> AttendOutput:
+    """Global attention of every query over the memory of its row.
+
+    ``a_ts = softmax_s score(q_t, k_s)`` and ``context_t = sum_s a_ts m_s``, with the score
+    dot ``q . k``; general ``q . (W k)``; concat ``v . tanh(W_q q + k)``.
+
+    Args:
+        query: (T, B, Q).
+        keys: (S, B, A). For dot A is Q. For concat these are the projected keys
+            ``W_m m``. For general they are not yet projected; ``weight`` does that.
+        memory: (S, B, M), what the context is a weighted sum of.
+        lengths: (B,) int64, valid positions of each row, 0 to S, on any device. The others
+            get exactly zero weight; a row of length 0 gets a zero context.
+        score: ``"dot"``, ``"general"`` or ``"concat"``.
+        weight: (Q, A), general only.
+        weight_query: (A, Q), concat only; left out, the query is projected already.
+        weight_v: (A,), concat only.
+        need_weights: also return the weights.
+
+    Returns:
+        ``context`` (T, B, M), and ``weights`` (T, B, S) or None.
+
+    Raises:
+        ValueError: an option is unknown or a weight does not go with the score.
+        RuntimeError: a tensor has the wrong shape, dtype or device.
+
+    Reference:
+        Luong et al. 2015, arXiv 1508.04025, eq. 7 and 8; concat is also the additive score
+        of Bahdanau et al. 2015, arXiv 1409.0473.
+    """
+    keys, query = _project(query, keys, score, weight, weight_query, weight_v)
+    context, weights = torch.ops.pyseq.attend(
+        query, keys, memory, weight_v, _beside(lengths, query), _core(score)
+    )
+    return AttendOutput(context, weights if need_weights else None)
+
+
+def decode(
+    x: Tensor,
+    layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
+    keys: Tensor,
+    memory: Tensor,
+    combine: Tensor,
+    *,
+    cell: CellName = "lstm",
+    score: ScoreName = "dot",
+    weight: Tensor | None = None,
+    weight_query: Tensor | None = None,
+    weight_v: Tensor | None = None,
+    state: DecoderState | tuple[State, Tensor] | None = None,
+    lengths: Tensor | None = None,
+    input_feeding: bool = True,
+    dropout_masks: Tensor | None = None,
+    need_weights: bool = False,
+) -> DecoderOutput:
+    """Run a whole attention decoder with teacher forcing.
+
+    At every step: the stacked cells, whose first input is ``[x_t; out_{t-1}]`` with input
+    feeding and ``x_t`` without; attention of the top state ``h_t`` over ``memory``, giving
+    the context ``c_t``; and ``out_t = tanh(W_c [c_t; h_t])``.
+
+    Args:
+        x: (T, B, I), float32 or float64, T at least 1.
+        layers: for each layer ``(w_ih, w_hh, b_ih, b_hh)``: (G*H, I + H) for the first
+            layer with input feeding, columns [x; fed], (G*H, I) without, (G*H, H) above;
+            (G*H, H); and the biases (G*H,), which may be left out.
+        keys, memory, lengths, score, weight, weight_query, weight_v: as in :func:`attend`,
+            with the top state as the query (Q is H).
+        combine: (H, M + H), ``W_c``, columns [context; h].
+        cell: ``"rnn_tanh"``, ``"rnn_relu"``, ``"gru"`` or ``"lstm"``.
+        state: ``(hidden, feed)``: h (L, B, H) or for LSTM the pair (h, c), and (B, H).
+            Default: zero.
+        input_feeding: whether the first layer sees the last output.
+        dropout_masks: (L - 1, T, B, H), what the output of each layer but the top one is
+            multiplied with on its way up; zeros and ``1 / (1 - p)``. Default: ones.
+        need_weights: also return the attention weights.
+
+    Returns:
+        ``output`` (T, B, H), ``weights`` (T, B, S) or None, and ``state``, from which the
+        next call goes on.
+
+    Raises:
+        ValueError: an option is unknown or a weight does not go with the score.
+        RuntimeError: a tensor has the wrong shape, dtype or device.
+
+    Reference:
+        Luong et al. 2015, arXiv 1508.04025, eq. 5 to 8 and section 3.3 (input feeding).
+    """
+    _check_option("cell", cell, tuple(GATES))
+    # The query is the top state, made inside the loop, so its projection happens there.
+    keys, _ = _project(None, keys, score, weight, weight_query, weight_v)
+    flat = _flatten(layers)
+    h_0 = c_0 = feed = None
+    if state is not None:
+        hidden, feed = state
+        h_0, c_0 = _split_state(cell, hidden)
+    output, weights, h_n, c_n = torch.ops.pyseq.decode(
+        x,
+        flat,
+        keys,
+        memory,
+        combine,
+        weight_query,
+        weight_v,
+        h_0,
+        c_0,
+        feed,
+        _beside(lengths, x),
+        dropout_masks,
+        cell,
+        _core(score),
+        input_feeding,
+        need_weights,
+    )
+    return DecoderOutput(
+        output,
+        weights if need_weights else None,
+        DecoderState((h_n, c_n) if cell == "lstm" else h_n, output[-1]),
+    )
+
+
+def _core(score: ScoreName) -> str:
+    """The score that is left for the kernels once the keys are projected."""
+    return "dot" if score == "general" else score
+
+
+def _project(
+    query: Tensor | None,
+    keys: Tensor,
+    score: ScoreName,
+    weight: Tensor | None,
+    weight_query: Tensor | None,
+    weight_v: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Check which weights go with ``score``; apply those that need no loop."""
+    _check_option("score", score, SCORES)
+    if (weight is not None) != (score == "general"):
+        raise ValueError(f"weight must be given for score 'general' and no other, got {score!r}")
+    if (weight_v is not None) != (score == "concat"):
+        raise ValueError(f"weight_v must be given for score 'concat' and no other, got {score!r}")
+    if weight_query is not None and score != "concat":
+        raise ValueError(f"weight_query goes with score 'concat', got {score!r}")
+    if weight is not None:
+        # (B, S, .) in memory is what the kernels read.
+        keys = torch.nn.functional.linear(keys.transpose(0, 1), weight).transpose(0, 1)
+    if query is not None and weight_query is not None:
+        query = torch.nn.functional.linear(query, weight_query)
+    return keys, query  # type: ignore[return-value]
+
+
+def _flatten(layers: Sequence[LayerWeights | tuple[Tensor | None, ...]]) -> list[Tensor]:
+    """(w_ih, w_hh, b_ih, b_hh) of every layer in one list, missing biases as zeros."""
+    flat: list[Tensor] = []
+    for layer in layers:
+        w_ih, w_hh, b_ih, b_hh = LayerWeights(*layer)  # type: ignore[arg-type]
+        zero = w_ih.new_zeros(w_ih.shape[0])
+        flat += [w_ih, w_hh, zero if b_ih is None else b_ih, zero if b_hh is None else b_hh]
+    if not flat:
+        raise ValueError("layers must hold at least one layer, got none")
+    return flat

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The specification of pyseq: every operator in plain torch, one step at a time.
+
+The fused operators of ``pyseq.functional`` have these signatures and must agree with
+these functions in values and gradients. Written to be read, not to be fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .types import (
+    AttendOutput,
+    CellName,
+    DecoderOutput,
+    DecoderState,
+    LayerWeights,
+    ScanOutput,
+    ScoreName,
+    State,
+)
+
+
+def cell_step(
+    cell: CellName, x_gates: Tensor, r_gates: Tensor, h: Tensor, c: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """New ``(h, c)`` of one step, before any projection.
+
+    ``x_gates`` and ``r_gates`` (B, G*H) are the input's and the recurrent part of the
+    pre-activations; they stay apart because the GRU's candidate gate multiplies only
+    the recurrent part: ``n = tanh(x_n + r * r_n)``, as cuDNN has it (Cho et al. 2014,
+    arXiv 1406.1078, apply ``r`` before the product).
+    """
+    if cell == "rnn_tanh":
+        return torch.tanh(x_gates + r_gates), None
+    if cell == "rnn_relu":
+        return torch.relu(x_gates + r_gates), None
+    if cell == "gru":
+        x_r, x_z, x_n = x_gates.chunk(3, -1)
+        r_r, r_z, r_n = r_gates.chunk(3, -1)
+        reset, update = torch.sigmoid(x_r + r_r), torch.sigmoid(x_z + r_z)
+        candidate = torch.tanh(x_n + reset * r_n)
+        return (1 - update) * candidate + update * h, None
+    i, f, g, o = (x_gates + r_gates).chunk(4, -1)
+    assert c is not None
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def scan(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    state: State | None = None,
+    *,
+    cell: CellName = "lstm",
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+) -> ScanOutput:
+    """One recurrent layer in one direction; see :func:`pyseq.functional.scan`."""
+    steps, batch, _ = x.shape
+    hidden = w_hh.shape[0] // {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}[cell]
+    c: Tensor | None = None
+    if cell == "lstm":
+        h, c = state if state is not None else (None, None)
+        c = x.new_zeros(batch, hidden) if c is None else c
+    else:
+        h = state
+    h = x.new_zeros(batch, w_hh.shape[1]) if h is None else h
+
+    outputs: list[Tensor] = [h] * steps
+    for t in reversed(range(steps)) if reverse else range(steps):
+        valid = torch.ones(batch, 1, dtype=torch.bool, device=x.device)
+        if lengths is not None:
+            valid = (t < lengths.to(x.device)).unsqueeze(1)
+        if resets is not None:
+            keep = ~(resets[t].unsqueeze(1).to(x.device) & valid)
+            h = h * keep
+            c = None if c is None else c * keep
+        new_h, new_c = cell_step(cell, linear(x[t], w_ih, b_ih), linear(h, w_hh, b_hh), h, c)
+        if w_hr is not None:
+            new_h = linear(new_h, w_hr)
+        h = torch.where(valid, new_h, h)
+        c = None if c is None or new_c is None else torch.where(valid, new_c, c)
+        outputs[t] = torch.where(valid, h, torch.zeros_like(h))
+    output = torch.stack(outputs)
+    return ScanOutput(output, h if c is None else (h, c))
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    score: ScoreName = "dot",
+    weight: Tensor | None = None,
+    weight_query: Tensor | None = None,
+    weight_v: Tensor | None = None,
+    need_weights: bool = False,
+) -> AttendOutput:
+    """Global attention over ``memory``; see :func:`pyseq.functional.attend`."""
+    if score == "concat":
+        assert weight_v is not None
+        projected = query if weight_query is None else linear(query, weight_query)
+        # (T, B, S, A) is what the fused operator never builds.
+        energies = torch.tanh(projected.unsqueeze(2) + keys.transpose(0, 1).unsqueeze(0))
+        scores = energies @ weight_v
+    else:
+        if score == "general":
+            assert weight is not None
+            keys = linear(keys, weight)
+        scores = torch.einsum("tba,sba->tbs", query, keys)
+    if lengths is not None:
+        positions = torch.arange(memory.shape[0], device=query.device)
+        valid = positions < lengths.to(query.device).unsqueeze(1)  # (B, S)
+        # A finite mask keeps rows without any valid position free of NaN; the product
+        # with `valid` then makes padded weights, and such rows, exactly zero.
+        scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min)
+        weights = torch.softmax(scores, -1) * valid
+    else:
+        weights = torch.softmax(scores, -1)
+    context = torch.einsum("tbs,sbm->tbm", weights, memory)
+    return AttendOutput(context, weights if need_weights else None)
+
+
+def decode(
+    x: Tensor,
+    layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
+    keys: Tensor,
+    memory: Tensor,
+    combine: Tensor,
+    *,
+    cell: CellName = "lstm",
+    score: ScoreName = "dot",
+    weight: Tensor | None = None,
+    weight_query: Tensor | None = None,
+    weight_v: Tensor | None = None,
+    state: DecoderState | tuple[State, Tensor] | None = None,
+    lengths: Tensor | None = None,
+    input_feeding: bool = True,
+    dropout_masks: Tensor | None = None,
+    need_weights: bool = False,
+) -> DecoderOutput:
+    """A whole attention decoder; see :func:`pyseq.functional.decode`."""
+    layers = [LayerWeights(*layer) for layer in layers]  # type: ignore[arg-type]
+    batch, size = x.shape[1], combine.shape[0]
+    if score == "general":
+        assert weight is not None
+        keys, score = linear(keys, weight), "dot"
+    if state is None:
+        zeros = [x.new_zeros(batch, size) for _ in layers]
+        h, c, feed = zeros, list(zeros), zeros[0]
+    else:
+        hidden, feed = state
+        h_0, c_0 = hidden if isinstance(hidden, tuple) else (hidden, hidden)
+        h, c = list(h_0.unbind(0)), list(c_0.unbind(0))
+
+    outputs, all_weights = [], []
+    for t, below in enumerate(x.unbind(0)):
+        if input_feeding:
+            below = torch.cat([below, feed], -1)
+        for k, layer in enumerate(layers):
+            x_gates = linear(below, layer.w_ih, layer.b_ih)
+            r_gates = linear(h[k], layer.w_hh, layer.b_hh)
+            h[k], new_c = cell_step(cell, x_gates, r_gates, h[k], c[k])
+            c[k] = c[k] if new_c is None else new_c
+            below = h[k]
+            if dropout_masks is not None and k + 1 < len(layers):
+                below = below * dropout_masks[k, t]
+        context, weights = attend(
+            h[-1].unsqueeze(0),
+            keys,
+            memory,
+            lengths,
+            score=score,
+            weight_query=weight_query,
+            weight_v=weight_v,
+            need_weights=True,
+        )
+        feed = torch.tanh(linear(torch.cat([context[0], h[-1]], -1), combine))
+        outputs.append(feed)
+        if need_weights:
+            assert weights is not None
+            all_weights.append(weights[0])
+    h_n = torch.stack(h)
+    hidden = (h_n, torch.stack(c)) if cell == "lstm" else h_n
+    return DecoderOutput(
+        torch.stack(outputs),
+        torch.stack(all_weights) if need_weights else None,
+        DecoderState(hidden, feed),
+    )

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names shared by the operators and their reference: cells, scores, states, results."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+CellName = Literal["rnn_tanh", "rnn_relu", "gru", "lstm"]
+ScoreName = Literal["dot", "general", "concat"]
+
+#: Rows of weight per hidden unit, in torch.nn's order (LSTM i, f, g, o; GRU r, z, n).
+GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+SCORES: tuple[str, ...] = ("dot", "general", "concat")
+
+#: h for RNN and GRU, (h, c) for LSTM, as in torch.nn.
+State = Tensor | tuple[Tensor, Tensor]
+
+
+class LayerWeights(NamedTuple):
+    """Weights of one recurrent layer; a plain tuple in this order serves as well."""
+
+    w_ih: Tensor  # (G*H, I)
+    w_hh: Tensor  # (G*H, H)
+    b_ih: Tensor | None = None  # (G*H,)
+    b_hh: Tensor | None = None  # (G*H,)
+
+
+class ScanOutput(NamedTuple):
+    """What ``scan`` returns."""
+
+    output: Tensor  # (T, B, P), zero at padded steps
+    state: State  # the state after each row's last valid step
+
+
+class AttendOutput(NamedTuple):
+    """What ``attend`` returns."""
+
+    context: Tensor  # (T, B, M)
+    weights: Tensor | None  # (T, B, S), zero at padded positions
+
+
+class DecoderState(NamedTuple):
+    """The state of an attention decoder between two steps."""
+
+    hidden: State  # h (L, B, H), or (h, c) for LSTM
+    feed: Tensor  # (B, H), the attentional vector of the last step
+
+
+class DecoderOutput(NamedTuple):
+    """What ``decode`` and ``AttentionDecoder`` return."""
+
+    output: Tensor  # (T, B, H), the attentional vectors
+    weights: Tensor | None  # (T, B, S), zero at padded positions
+    state: DecoderState
+
+
+#: Ids of the symbols that every vocabulary begins with: <pad>, <start>, <stop>, <unk>.
+PAD, START, STOP, UNK = range(4)
