@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of pyseq.cli: train, predict, evaluate, and every error as one sentence."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pyseq import checkpoint, cli, g2p
+from pyseq.translator import Translator
+
+pytest.importorskip("safetensors", reason="training needs the extra 'train'")
+pytest.importorskip("sacrebleu", reason="evaluating needs the extra 'train'")
+
+SMALL = [
+    "--hidden-size",
+    "16",
+    "--embedding-size",
+    "8",
+    "--learning-rate",
+    "0.03",
+    "--threads",
+    "1",
+]
+PAIRS = "ab\tx y\nba\ty x\naa\tx x\nbb\ty y\n"
+
+
+@pytest.fixture(autouse=True)
+def restore_threads(set_threads: Callable[[int], None]) -> None:
+    """Commands set the number of threads for the whole process."""
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.tsv"
+    path.write_text(PAIRS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Path:
+    """A model that knows ``pairs`` by heart, trained by the command itself."""
+    out = tmp_path_factory.mktemp("model") / "out"
+    options = ["--target-tokens", "word", "--valid-share", "0", "--epochs", "50", *SMALL]
+    assert cli.main(["train", str(pairs), "--out", str(out), *options]) == 0
+    return out
+
+
+def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    """Let standard input hold ``data``."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_predict(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, b"ab\n\nbb\r\nba")
+    assert cli.main(["predict", str(model), "--beam-size", "2", "--batch-size", "2"]) == 0
+    output = capsys.readouterr()
+    assert output.out == "x y\n\ny y\ny x\n"
+    assert output.err == ""
+
+
+def test_predict_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, b"")
+    assert cli.main(["predict", str(model)]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_unknown_symbols_are_named_once(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, "ab\naß\nß\n".encode())
+    assert cli.main(["predict", str(model)]) == 0
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 3
+    assert output.err.startswith("pyseq: line 2: 'ß' was not in the training data")
+    assert output.err.count("\n") == 1
+
+
+def test_predict_draws_attention(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra 'train'")
+    feed(monkeypatch, b"ab\n\nba\n")
+    assert cli.main(["predict", str(model), "--attention", str(tmp_path / "pictures")]) == 0
+    names = sorted(os.listdir(tmp_path / "pictures"))
+    assert names == ["line-000001.png", "line-000003.png"]
+    assert (tmp_path / "pictures" / names[0]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "test.tsv"
+    path.write_text("ab\tq q\nab\tx y\nba\ty x\nbb\tx y\n")
+    assert cli.main(["evaluate", str(model), str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [
+        ["lines", "3"],
+        ["PER", "16.67%"],  # one edit in six words
+        ["WER", "33.33%"],
+    ]
+    assert lines[3].startswith("BLEU")
+    assert "tok:13a" in lines[3]
+    assert lines[4].startswith("chrF")
+
+
+def test_resume_goes_on(model: Path, pairs: Path, tmp_path: Path) -> None:
+    train = ["train", str(pairs), "--out", str(tmp_path), "--valid-share", "0"]
+    options = ["--target-tokens", "word", "--schedule", "constant", *SMALL]
+    assert cli.main([*train, *options, "--epochs", "2"]) == 0
+    assert cli.main([*train, "--resume", "--epochs", "5", "--threads", "1"]) == 0
+    saved = checkpoint.load(tmp_path / "last")
+    assert saved.training is not None
+    assert saved.training.record["step"] == 5
+
+
+def test_validation_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pairs.tsv"
+    path.write_text("".join(f"{'a' * n}\t{'b' * n}\n" for n in range(1, 11)))
+    train = ["train", str(path), "--epochs", "1", *SMALL]
+    assert cli.main([*train, "--out", str(tmp_path / "a"), "--valid-share", "0.2"]) == 0
+    assert "8 training pairs, 2 for validation" in capsys.readouterr().err
+    assert cli.main([*train, "--out", str(tmp_path / "b"), "--valid", str(path)]) == 0
+    assert "10 training pairs, 10 for validation" in capsys.readouterr().err
+
+
+def test_skip_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pairs.tsv"
+    path.write_text("a\tb\nno tab\nc\td\n")
+    train = ["train", str(path), "--out", str(tmp_path / "out"), "--epochs", "1", *SMALL]
+    assert cli.main(train) == 1
+    assert f"{path}:2: no tab" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*train, "--skip-bad-lines"]) == 0
+    assert f"1 bad lines left out, the first: {path}:2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "{tmp}/missing.tsv", "--out", "{tmp}/x"], 1, "missing.tsv: No such file"),
+        (["train", "{tmp}", "--out", "{tmp}/x"], 1, ": Is a directory"),
+        (["train", "{empty}", "--out", "{tmp}/x"], 1, "empty.tsv: no pairs in this file"),
+        (["train", "{pairs}", "--out", "{pairs}/x"], 1, "cannot write the checkpoint"),
+        (["train", "{pairs}", "--out", "{model}"], 1, "holds a model already; give --resume"),
+        (["train", "{pairs}", "--out", "{tmp}/x", "--resume"], 1, "last: no such folder"),
+        (["train", "--out", "{tmp}/x"], 1, "give either a file of pairs or --task g2p"),
+        (["train", "{pairs}", "--out", "{tmp}/x", "--hidden-size", "7"], 1, "must be even"),
+        (["train", "{pairs}", "--out", "{tmp}/x", "--dropout", "2"], 1, "dropout must be"),
+        (["train", "{pairs}", "--out", "{tmp}/x", "--clip-norm", "0"], 1, "clip_norm must be"),
+        (["train", "{pairs}", "--out", "{tmp}/x", "--epochs", "0"], 2, "must be at least 1"),
+        (["train", "{pairs}", "--out", "{tmp}/x", "--epochs", "x"], 2, "positive integer"),
+        (["train", "{pairs}", "--out", "{tmp}/x", "--cell", "x"], 2, "invalid choice"),
+        (["train", "{pairs}"], 2, "--out"),
+        (["train", "{empty}", "--out", "{model}", "--resume"], 1, "no pairs in this file"),
+        (["train", "{other}", "--out", "{model}", "--resume", "--valid-share", "0"], 1,
+         "other.tsv: these are not the training pairs"),
+        (["train", "{pairs}", "--out", "{model}", "--resume", "--hidden-size", "8"], 1,
+         "--resume goes on with hidden_size = 16, got 8"),
+        (["train", "{pairs}", "--out", "{model}", "--resume", "--tokens", "space"], 1,
+         "--resume goes on with source_tokens = char, got space"),
+        (["predict", "{tmp}/missing"], 1, "missing: no such folder"),
+        (["predict", "{tmp}"], 1, "no saved model here"),
+        (["predict", "{pairs}"], 1, "not a folder"),
+        (["predict", "{model}", "--attention", "{pairs}"], 1, "pairs.tsv: File exists"),
+        (["evaluate", "{model}", "{tmp}/missing.tsv"], 1, "missing.tsv: No such file"),
+        (["evaluate", "{model}", "{empty}"], 1, "no pairs in this file"),
+        (["evaluate", "{model}"], 1, "give either a file of pairs or --task g2p"),
+        ([], 2, "COMMAND"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_sentence(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    pairs: Path,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty.tsv").write_text("")
+    (tmp_path / "other.tsv").write_text("a\tb\n")
+    places = {
+        "tmp": tmp_path,
+        "pairs": pairs,
+        "model": model,
+        "empty": tmp_path / "empty.tsv",
+        "other": tmp_path / "other.tsv",
+    }
+    capsys.readouterr()
+    assert cli.main([argument.format(**places) for argument in arguments]) == code
+    output = capsys.readouterr()
+    assert output.out == ""
+    last = output.err.splitlines()[-1]
+    assert last.startswith("pyseq")
+    assert message in last
+    assert "Traceback" not in output.err
+
+
+def test_bad_utf8_on_standard_input(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, b"ab\n\xff\n")
+    assert cli.main(["predict", str(model), "--batch-size", "1"]) == 1
+    output = capsys.readouterr()
+    assert output.out == "x y\n"
+    assert "standard input:2: not valid UTF-8" in output.err
+
+
+def test_no_attention_to_draw(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    options = ["--score", "none", "--no-input-feeding", "--epochs", "1", *SMALL]
+    assert cli.main(["train", str(pairs), "--out", out, *options]) == 0
+    assert Translator.load(out).model.config["score"] is None
+    assert cli.main(["predict", out, "--attention", str(tmp_path / "pictures")]) == 1
+    assert "this model has no attention to draw" in capsys.readouterr().err
+
+
+def test_the_dictionary_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [g2p.Entry("ab", [["AH", "B"], ["AE", "B"]]), g2p.Entry("ba", [["B", "AH"]])]
+    monkeypatch.setattr(g2p, "load", lambda: g2p.G2PData(entries, entries, entries))
+    train = ["train", "--task", "g2p", "--out", str(tmp_path), "--epochs", "1", *SMALL]
+    assert cli.main(train) == 0
+    output = capsys.readouterr()
+    assert "3 training pairs, 3 for validation" in output.err
+    assert output.out.startswith("PER ")
+    assert output.out.endswith("on 2 test words\n")
+    assert cli.main(["evaluate", str(tmp_path), "--task", "g2p"]) == 0
+    assert capsys.readouterr().out.startswith("lines  2\n")
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "pyseq", *map(str, arguments)]
+
+
+def test_predict_as_a_process(model: Path) -> None:
+    done = subprocess.run(
+        command("predict", model, "--threads", "1"),
+        input=b"ab\nba\n",
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout == b"x y\ny x\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error(model: Path) -> None:
+    with subprocess.Popen(
+        command("predict", model, "--batch-size", "1", "--threads", "1"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.write(b"ab\n" * 10)
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(120) == 1
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    path, out = tmp_path / "pairs.tsv", tmp_path / "out"
+    path.write_text("".join(f"{'ab' * n}\t{'ba' * n}\n" for n in range(1, 40)))
+    train = ["train", path, "--out", out, "--batch-size", "2", "--schedule", "constant", *SMALL]
+    with subprocess.Popen(
+        command(*train, "--epochs", "1000"), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        lines = [process.stderr.readline() for _ in range(2)]  # the second is of epoch 1
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        rest = process.stderr.read()
+        assert process.wait(120) == 130
+        assert time.monotonic() - started < 60
+    assert "epoch 1/1000" in lines[1]
+    last = rest.splitlines()[-1]
+    assert last.startswith("pyseq: stopped by SIGINT after epoch")
+    assert "--resume goes on from there" in last
+    saved = checkpoint.load(out / "last")
+    assert saved.training is not None
+    epochs = len(saved.training.record["reports"]) + 1
+    assert cli.main([*map(str, train), "--resume", "--epochs", str(epochs)]) == 0
+    assert isinstance(Translator.load(out)("abab"), str)

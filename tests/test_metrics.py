@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of pyseq.metrics: edit distance, error rates, BLEU and chrF."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from pyseq.errors import MissingExtraError
+from pyseq.metrics import edit_distance, error_rates, text_scores
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "reference", "distance"),
+    [
+        ([], [], 0),
+        (["a"], [], 1),
+        (["HH", "AH", "L"], ["HH", "EH", "L", "OW"], 2),
+        (list("kitten"), list("sitting"), 3),
+    ],
+)
+def test_edit_distance(hypothesis: list[str], reference: list[str], distance: int) -> None:
+    assert edit_distance(hypothesis, reference) == distance
+    assert edit_distance(reference, hypothesis) == distance
+
+
+def test_error_rates_use_the_closest_reference() -> None:
+    rates = error_rates(
+        [["a", "b"], ["c"], ["x", "y", "z"]],
+        [[["q"], ["a", "b"]], [["c", "d"]], [["x", "y", "z", "z"], ["x", "y"]]],
+    )
+    # 0 edits of 2; 1 of 2; 1 of 4, the longer of two equally close references.
+    assert rates.token == pytest.approx(2 / 8)
+    assert rates.line == pytest.approx(2 / 3)
+    assert rates.lines == 3
+
+
+@pytest.mark.parametrize(
+    ("hypotheses", "references", "message"),
+    [([], [], "got 0 and 0"), ([["a"]], [], "got 0 and 1"), ([["a"]], [[]], "at least one refer")],
+)
+def test_error_rates_refuse(hypotheses: list, references: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        error_rates(hypotheses, references)
+
+
+def test_text_scores() -> None:
+    lines = ["the cat sat on the mat today", "dogs bark at night and sleep by day"]
+    scores = text_scores(lines, [["no", lines[0]], [lines[1]]])
+    assert scores.bleu == pytest.approx(100)
+    assert scores.chrf == pytest.approx(100)
+    assert "tok:13a" in scores.bleu_signature
+    worse = text_scores(["a cat sat on a mat today", lines[1]], [[lines[0]], [lines[1]]])
+    assert 0 < worse.bleu < 100
+    assert 0 < worse.chrf < 100
+
+
+def test_text_scores_by_character() -> None:
+    assert text_scores(["我喜欢喝绿茶"], [["我喜欢喝绿茶"]], tokenize="char").bleu == pytest.approx(
+        100
+    )
+
+
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
+    with pytest.raises(MissingExtraError, match=r"rapidfuzz .*pip install 'pyseq-torch\[train\]'"):
+        edit_distance(["a"], ["b"])

@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of pyseq.training: losses, schedules, learning, exact resuming, failures."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyseq import checkpoint, training
+from pyseq.errors import CheckpointError, DataError, TrainingError
+from pyseq.text import Pair
+from pyseq.training import (
+    Data,
+    Interrupted,
+    ModelOptions,
+    Trainer,
+    TrainingOptions,
+    learning_rate_factor,
+    mean_loss,
+    sequence_loss,
+)
+from pyseq.translator import Translator
+
+pytest.importorskip("safetensors", reason="checkpoints need the extra 'train'")
+
+MODEL = ModelOptions(embedding_size=8, hidden_size=12, dropout=0.2)
+OPTIONS = TrainingOptions(epochs=4, batch_size=8, learning_rate=0.01)
+STEPS = 5  # of an epoch
+
+
+def reversals(count: int, seed: int) -> Data:
+    """Pairs whose target is the source backwards."""
+    chance = random.Random(seed)
+    sources = [chance.choices("abcde", k=chance.randint(1, 5)) for _ in range(count)]
+    pairs = [Pair(source, source[::-1], line) for line, source in enumerate(sources, start=1)]
+    return Data(pairs, "reversals")
+
+
+TRAIN, VALID = reversals(40, 1), reversals(16, 2)
+
+
+def begin(out: Path | None, options: TrainingOptions = OPTIONS, data: Data = TRAIN) -> Trainer:
+    return training.start(
+        data, VALID, tokens=("char", "char"), model=MODEL, options=options, out=out
+    )
+
+
+def go_on(out: Path, **changes: int) -> Trainer:
+    torch.manual_seed(12345)  # what the process did before must not matter
+    return training.resume(TRAIN, VALID, out=out, **changes)
+
+
+def at_step(trainer: Trainer, number: int, action: Callable[[], None]) -> None:
+    """Call ``action`` in the middle of the ``number``-th update of this trainer's run."""
+    done = 0
+
+    def hook(*_: object) -> None:
+        nonlocal done
+        if trainer.model.training:
+            done += 1
+            if done == number:
+                action()
+
+    trainer.model.register_forward_pre_hook(hook)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` by its relative path."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """Models this small are slower with more, by far if something else runs too."""
+    set_threads(1)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a whole run writes, with one thread."""
+    out, threads = tmp_path_factory.mktemp("run"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    begin(out).run()
+    torch.set_num_threads(threads)
+    return contents(out)
+
+
+def test_learning_rate_factor() -> None:
+    def factors(schedule: training.ScheduleName, warmup_steps: int = 0) -> list[float]:
+        return [
+            learning_rate_factor(step, 4, schedule=schedule, warmup_steps=warmup_steps)
+            for step in range(4)
+        ]
+
+    assert factors("linear") == [1, 0.75, 0.5, 0.25]
+    assert factors("constant") == [1, 1, 1, 1]
+    assert factors("warmup", 2) == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1, 0.5]
+    assert factors("warmup") == factors("linear")
+
+
+def test_sequence_loss_leaves_padding_out() -> None:
+    logits, target = torch.randn(2, 3, 6), torch.tensor([[4, 2, 0], [5, 4, 2]])
+    log_probs = torch.log_softmax(logits, -1)
+    picked = [log_probs[b, t, target[b, t]] for b in range(2) for t in range(3) if target[b, t]]
+    assert sequence_loss(logits, target).item() == pytest.approx(-sum(picked).item() / 5)
+    logits[0, 2] = 1e6
+    assert sequence_loss(logits, target).item() == pytest.approx(-sum(picked).item() / 5)
+
+
+def test_label_smoothing() -> None:
+    logits, target = torch.randn(1, 1, 6), torch.tensor([[4]])
+    log_probs = torch.log_softmax(logits, -1).flatten()
+    expected = -(0.7 * log_probs[4] + 0.3 * log_probs.mean())
+    smooth = sequence_loss(logits, target, label_smoothing=0.3)
+    assert smooth.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("clip_norm", -1.0),
+        ("schedule", "cosine"),
+        ("label_smoothing", 1.0),
+        ("warmup_steps", -1),
+        ("seed", -1),
+        ("checkpoint_every", 0),
+    ],
+)
+def test_options_are_checked(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        TrainingOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_learns_to_reverse() -> None:
+    options = TrainingOptions(epochs=20, batch_size=16, learning_rate=0.02)
+    trainer = training.start(
+        reversals(300, 1),
+        VALID,
+        tokens=("char", "char"),
+        model=ModelOptions(embedding_size=16, hidden_size=32, dropout=0.0),
+        options=options,
+    )
+    reports = trainer.run()
+    assert reports[0].valid_loss is not None
+    assert reports[-1].valid_loss is not None
+    assert reports[-1].valid_loss < 0.1 * reports[0].valid_loss
+    assert trainer.translator("abcd") == "dcba"
+
+
+def test_mean_loss_is_that_of_all_tokens() -> None:
+    trainer = begin(None)
+    assert trainer.validation is not None
+    whole = mean_loss(trainer.model, trainer.validation, batch_size=16)
+    assert whole == pytest.approx(mean_loss(trainer.model, trainer.validation, batch_size=3))
+    assert trainer.model.training
+
+
+def test_same_seed_same_bits(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    torch.manual_seed(777)
+    begin(tmp_path).run()
+    assert contents(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("step", [1, STEPS, STEPS + 2, 4 * STEPS - 1])
+def test_resuming_after_a_signal_is_exact(
+    tmp_path: Path, uninterrupted: dict[str, bytes], step: int
+) -> None:
+    trainer = begin(tmp_path)
+    handler = signal.getsignal(signal.SIGINT)
+    at_step(trainer, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match="stopped by SIGINT after epoch") as raised:
+        trainer.run()
+    assert raised.value.signum == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is handler
+    saved = checkpoint.load(tmp_path / "last")
+    assert saved.training is not None
+    assert saved.training.record["step"] == step
+    go_on(tmp_path).run()
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_resuming_twice_is_exact(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    trainer = begin(tmp_path)
+    for _ in range(2):
+        at_step(trainer, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            trainer.run()
+        trainer = go_on(tmp_path)
+    trainer.run()
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_resuming_after_a_crash_goes_back_to_the_last_checkpoint(
+    tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    def crash() -> None:
+        raise RuntimeError("power cut")
+
+    trainer = begin(tmp_path)
+    at_step(trainer, 8, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer.run()
+    trainer = go_on(tmp_path, checkpoint_every=2)
+    at_step(trainer, 4, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer.run()
+    saved = checkpoint.load(tmp_path / "last")
+    assert saved.training is not None
+    assert saved.training.record["step"] == 8
+    go_on(tmp_path).run()
+    found = contents(tmp_path)
+    # The interval between checkpoints is recorded; all else is as if nothing had happened.
+    for name, data in uninterrupted.items():
+        assert name in ("last/training.json", "last/config.json") or found[name] == data, name
+
+
+def test_more_epochs_with_a_constant_rate_are_exact(tmp_path: Path) -> None:
+    def options(epochs: int) -> TrainingOptions:
+        return TrainingOptions(epochs=epochs, batch_size=8, learning_rate=0.01, schedule="constant")
+
+    begin(tmp_path / "whole", options(4)).run()
+    begin(tmp_path / "parts", options(2)).run()
+    reports = go_on(tmp_path / "parts", epochs=4).run()
+    assert [report.epoch for report in reports] == [1, 2, 3, 4]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_does_nothing(
+    tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    begin(tmp_path).run()
+    assert len(go_on(tmp_path).run()) == 4
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_resuming_refuses_other_data_and_options(tmp_path: Path) -> None:
+    begin(tmp_path, TrainingOptions(epochs=1, batch_size=8)).run()
+    with pytest.raises(CheckpointError, match="not the training pairs"):
+        training.resume(reversals(40, 9), VALID, out=tmp_path)
+    saved = checkpoint.load(tmp_path / "last")
+    assert saved.training is not None
+    trainer = begin(None, TrainingOptions(epochs=1, batch_size=8, seed=5))
+    with pytest.raises(CheckpointError, match="seed must be 1 as in the run to be resumed, got 5"):
+        trainer.restore(saved.training)
+
+
+def test_resuming_needs_a_training_state(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        go_on(tmp_path)
+    begin(None).translator.save(tmp_path / "last")
+    with pytest.raises(CheckpointError, match="without its training state"):
+        go_on(tmp_path)
+
+
+def test_resuming_with_other_threads_says_so(
+    tmp_path: Path, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(1)
+    begin(tmp_path, TrainingOptions(epochs=1, batch_size=8)).run()
+    set_threads(2)
+    said: list[str] = []
+    training.resume(TRAIN, VALID, out=tmp_path, log=said.append)
+    assert said == [
+        "the run was begun with 1 threads and goes on with 2: the last bits of its numbers may "
+        "differ"
+    ]
+
+
+def test_the_best_epoch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 1.0, 2.0, 1.0])
+    weights = []
+
+    def loss(model: torch.nn.Module, *_: object, **__: object) -> float:
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+        return next(losses)
+
+    monkeypatch.setattr(training, "mean_loss", loss)
+    reports = begin(tmp_path).run()
+    assert [report.best for report in reports] == [True, True, False, False]
+    best, last = Translator.load(tmp_path), Translator.load(tmp_path / "last")
+    assert torch.equal(best.model.decoder.output.weight, weights[1]["decoder.output.weight"])
+    assert torch.equal(last.model.decoder.output.weight, weights[3]["decoder.output.weight"])
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, where: str) -> None:
+    trainer = begin(tmp_path)
+    at_step(trainer, STEPS + 2, lambda: _poison(trainer, where))
+    with pytest.raises(TrainingError, match=r"nan in epoch 2, step 2, in the batch of lines") as e:
+        trainer.run()
+    assert str(tmp_path / "last") in str(e.value)
+    lines = str(e.value).partition("lines ")[2].partition(";")[0].split(", ")
+    assert len(lines) == 8
+    assert {int(line) for line in lines} <= set(range(1, 41))
+    saved = checkpoint.load(tmp_path / "last")
+    assert saved.training is not None
+    assert saved.training.record["step"] == STEPS
+    assert all(value.isfinite().all() for value in saved.model.state_dict().values())
+    # The weights in memory were not touched by the bad step either.
+    if where == "gradient":
+        assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+
+
+def _poison(trainer: Trainer, where: str) -> None:
+    weight = trainer.model.decoder.output.bias
+    if where == "loss":
+        weight.data.fill_(math.nan)
+    else:
+        weight.register_hook(lambda gradient: gradient * math.nan)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes]
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trainer = begin(tmp_path)
+    at_step(trainer, STEPS + 2, lambda: monkeypatch.setattr(os, "fsync", full))
+    with pytest.raises(TrainingError, match=r"cannot write .* epoch \d.*: No space left on device"):
+        trainer.run()
+    monkeypatch.undo()
+    go_on(tmp_path).run()
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_an_unwritable_folder_is_found_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="cannot write the checkpoint of epoch 1, step 0"):
+        begin(tmp_path / "file" / "out").run()
+
+
+def test_runs_outside_the_main_thread() -> None:
+    trainer = begin(None, TrainingOptions(epochs=1, batch_size=8))
+    thread = threading.Thread(target=trainer.run)
+    thread.start()
+    thread.join()
+    assert len(trainer.reports) == 1
+
+
+def test_the_log_has_a_line_for_each_epoch() -> None:
+    said: list[str] = []
+    options = TrainingOptions(epochs=2, batch_size=8)
+    training.start(
+        TRAIN, VALID, tokens=("char", "char"), model=MODEL, options=options, log=said.append
+    ).run()
+    assert [line.partition(":")[0] for line in said] == ["epoch 1/2", "epoch 2/2"]
+    assert "nats/token" in said[0]
+    assert "tokens/s" in said[0]
+
+
+def test_train_from_strings() -> None:
+    pairs = [("ab", "x y"), ("ba", "y x"), ("aa", "x x"), ("bb", "y y")]
+    translator = training.train(
+        pairs,
+        tokens=("char", "word"),
+        embedding_size=8,
+        hidden_size=16,
+        epochs=60,
+        learning_rate=0.03,
+    )
+    assert [translator(source) for source, _ in pairs] == [target for _, target in pairs]
+    assert not translator.model.training
+
+
+def test_train_gives_the_best_epoch_if_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, 2.0])
+    monkeypatch.setattr(training, "mean_loss", lambda *_, **__: next(losses))
+    pairs = [("ab", "x"), ("ba", "y")]
+    translator = training.train(pairs, validation=pairs, hidden_size=8, epochs=2, out=tmp_path)
+    best, last = Translator.load(tmp_path), Translator.load(tmp_path / "last")
+    weights = [t.model.decoder.output.weight for t in (translator, best, last)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_train_refuses_bad_pairs() -> None:
+    with pytest.raises(DataError, match="pairs:2: the source is empty"):
+        training.train([("a", "b"), (" ", "c")])
+    with pytest.raises(DataError, match="pairs: no pairs to train on"):
+        training.train([])
