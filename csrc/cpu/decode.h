@@ -16,7 +16,7 @@ struct DecodeForwardMemory {
   T* combine_context;
   T* combine_hidden;
   T* w_query;
-  T* below;   // (B, H): a layer's output times its dropout mask
+  T* below;   // (2, B, H): a layer's output times its dropout mask; layers take turns
   T* scores;  // (B, S)
 
   template <class Cell>
@@ -32,7 +32,7 @@ struct DecodeForwardMemory {
     memory.combine_context = pieces.take(packed_size<T>(H, 1, args.memory_size));
     memory.combine_hidden = pieces.take(packed_size<T>(H, 1, H));
     if (args.w_query != nullptr) memory.w_query = pieces.take(packed_size<T>(args.key_size, 1, H));
-    memory.below = pieces.take(B * H);
+    memory.below = pieces.take(2 * B * H);
     memory.scores = pieces.take(B * args.source);
     return memory;
   }
@@ -112,6 +112,7 @@ void decode_forward_cell(const Decode<T>& args) {
             recurrent_segment<Cell>(layer.states + before, H, memory.w_hh[l], H);
         T* const gates = layer.gates + (l == 0 ? t : t * kept) * B * G * H;
         const bool masked = layer.mask != nullptr && l + 1 < L;
+        T* const masked_output = memory.below + (l & 1) * B * H;
         product<T, G, Cell::kPre>(
             segments, segment_count, at.rows.begin, at.rows.end, units.begin, units.end,
             [&](int64_t row, int64_t panel, const T* sums) {
@@ -134,12 +135,12 @@ void decode_forward_cell(const Decode<T>& args) {
                   sums);
               store(layer.states + after + offset, h, lanes);
               if (masked) {
-                store(memory.below + offset, h * load(layer.mask + t * B * H + offset, lanes),
+                store(masked_output + offset, h * load(layer.mask + t * B * H + offset, lanes),
                       lanes);
               }
             });
         at.wait();
-        below = masked ? memory.below : layer.states + after;
+        below = masked ? masked_output : layer.states + after;
       }
 
       const T* const top = below;
