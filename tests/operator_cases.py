@@ -1,0 +1,576 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs for the tests of the operators, and one way to run an operator on them.
+
+A case names sizes and options and has a readable id; its call holds the tensors. The same
+call runs on ``pyseq.functional`` and on ``pyseq.reference``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyseq import reference
+from pyseq.types import GATES, CellName, ScoreName
+
+DTYPES = (torch.float32, torch.float64)
+DEVICES = ("cpu",)
+
+#: Inputs that carry no gradient.
+CONSTANTS = ("lengths", "resets", "dropout_masks")
+
+
+class Call(NamedTuple):
+    """One call of an operator."""
+
+    op: str  # "scan", "attend" or "decode"
+    inputs: dict[str, Any]  # tensors, and tuples or lists of them, by argument name
+    options: dict[str, Any]  # everything else, by argument name
+
+
+class Results(NamedTuple):
+    """What a call gave: tensors by name, such as ``state[0]``."""
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested tuples, lists and dictionaries, with its name."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from leaves(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, (tuple, list)):
+        keys = getattr(value, "_fields", range(len(value)))
+        for key, item in zip(keys, value, strict=True):
+            label = f"[{key}]" if isinstance(key, int) else f".{key}"
+            yield from leaves(item, name + label if name else str(key))
+
+
+def map_leaves(function: Callable[[str, Tensor], Tensor], value: Any, name: str = "") -> Any:
+    """``value`` with every tensor replaced by ``function(name, tensor)``."""
+    if isinstance(value, Tensor):
+        return function(name, value)
+    if isinstance(value, Mapping):
+        return {
+            key: map_leaves(function, item, f"{name}.{key}" if name else key)
+            for key, item in value.items()
+        }
+    if isinstance(value, (tuple, list)):
+        return type(value)(
+            [map_leaves(function, item, f"{name}[{i}]") for i, item in enumerate(value)]
+        )
+    return value
+
+
+def changed(call: Call, function: Callable[[str, Tensor], Tensor]) -> Call:
+    """``call`` with every input tensor replaced by ``function(name, tensor)``."""
+    return call._replace(inputs=map_leaves(function, call.inputs))
+
+
+def in_double(call: Call) -> Call:
+    """``call`` with its floating-point inputs in float64."""
+    return changed(call, lambda _, t: t.double() if t.is_floating_point() else t)
+
+
+def differentiable(call: Call) -> list[str]:
+    """The names of the inputs that a gradient can be asked for."""
+    return [
+        name
+        for name, tensor in leaves(call.inputs)
+        if tensor.is_floating_point() and name not in CONSTANTS
+    ]
+
+
+def tracked(call: Call, names: Collection[str] | None = None) -> Call:
+    """``call`` on detached inputs, of which ``names`` (default: all that can) want gradients.
+
+    The storage is shared, so strides stay as they are.
+    """
+    wanted = differentiable(call) if names is None else names
+    return changed(call, lambda name, t: t.detach().requires_grad_(name in wanted))
+
+
+def outputs_of(module: ModuleType, call: Call) -> dict[str, Tensor]:
+    """Run the call on ``pyseq.functional`` or ``pyseq.reference``."""
+    return dict(leaves(getattr(module, call.op)(**call.inputs, **call.options)))
+
+
+def cotangents(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A fixed random gradient for each output; the same for every dtype."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(out.shape, generator=generator).to(out) for name, out in outputs.items()
+    }
+
+
+def run(
+    module: ModuleType,
+    call: Call,
+    *,
+    wanted: Collection[str] | None = None,
+    used: Collection[str] | None = None,
+) -> Results:
+    """Outputs of the call and gradients of a random weighted sum of them.
+
+    Args:
+        module: ``pyseq.functional`` or ``pyseq.reference``.
+        call: what to run.
+        wanted: inputs to ask gradients for. Default: all that can have one.
+        used: outputs that enter the sum. Default: all.
+    """
+    call = tracked(call, wanted)
+    outputs = outputs_of(module, call)
+    total = sum_of(outputs, used)
+    asked = {name: tensor for name, tensor in leaves(call.inputs) if tensor.requires_grad}
+    gradients = torch.autograd.grad(total, list(asked.values()), materialize_grads=True)
+    return Results(
+        {name: out.detach() for name, out in outputs.items()},
+        dict(zip(asked, gradients, strict=True)),
+    )
+
+
+def sum_of(outputs: Mapping[str, Tensor], used: Collection[str] | None = None) -> Tensor:
+    """The weighted sum of the outputs (of those ``used``) that tests differentiate."""
+    weights = cotangents(outputs)
+    terms = [(out * weights[name]).sum() for name, out in outputs.items()]
+    names = list(outputs)
+    return torch.stack(
+        [t for n, t in zip(names, terms, strict=True) if not used or n in used]
+    ).sum()
+
+
+def expected_of(call: Call, **options: Any) -> Results:
+    """What :func:`run` must give: the reference's results in float64."""
+    return run(reference, in_double(call), **options)
+
+
+def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few settings in which any two values of two factors occur together at least once.
+
+    Greedy: start from a pair still missing, fill up at random several times, keep the
+    filling that covers most. The full product would take hours.
+    """
+    rng = random.Random(0)
+    names = list(factors)
+
+    def pairs(row: Mapping[str, int]) -> set[tuple[str, int, str, int]]:
+        return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
+
+    missing = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(factors[a]))
+        for j in range(len(factors[b]))
+    }
+    rows = []
+    while missing:
+        a, i, b, j = min(missing)
+        candidates = [
+            {name: rng.randrange(len(factors[name])) for name in names} | {a: i, b: j}
+            for _ in range(40)
+        ]
+        best = max(candidates, key=lambda row: len(missing & pairs(row)))
+        missing -= pairs(best)
+        rows.append({name: factors[name][index] for name, index in best.items()})
+    return rows
+
+
+def make_lengths(kind: str | None, steps: int, batch: int) -> Tensor | None:
+    """Lengths (B,) in no order. Kinds: ragged (1 to T), holes (0 to T), zero, full."""
+    if kind is None:
+        return None
+    lengths = torch.full((batch,), steps)
+    if kind in ("ragged", "holes"):
+        lengths = torch.randint(1, steps + 1, (batch,))
+        lengths[batch // 2 : batch // 2 + 1] = steps
+    if kind == "holes":
+        lengths[::3] = 0
+    return torch.zeros_like(lengths) if kind == "zero" else lengths
+
+
+def make_resets(kind: str | None, steps: int, batch: int) -> Tensor | None:
+    """Resets (T, B). Kinds: first (at step 0), all, random."""
+    if kind is None:
+        return None
+    resets = torch.full((steps, batch), kind == "all")
+    if kind == "first":
+        resets[0] = True
+    return torch.rand(steps, batch) < 0.3 if kind == "random" else resets
+
+
+def _weight(rows: int, columns: int, **kind: Any) -> Tensor:
+    """A random matrix that keeps the magnitude of what it multiplies."""
+    return torch.randn(rows, columns, **kind) / max(columns, 1) ** 0.5
+
+
+def _join(*parts: str | bool | None) -> str:
+    return "-".join(part for part in parts if isinstance(part, str) and part)
+
+
+def _biases(kind: str, rows: int, **tensor: Any) -> dict[str, Tensor]:
+    """``b_ih`` and ``b_hh`` (rows,). Kinds: both, ih, none."""
+    names = {"both": ("b_ih", "b_hh"), "ih": ("b_ih",), "none": ()}[kind]
+    return {name: torch.randn(rows, **tensor) for name in names}
+
+
+@dataclass(frozen=True)
+class ScanCase:
+    """Sizes and options of one call of ``scan``."""
+
+    cell: CellName = "lstm"
+    sizes: tuple[int, int, int, int] = (5, 3, 4, 7)  # T, B, I, H
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    projection: int = 0  # P, or 0 for none
+    lengths: str | None = None
+    resets: str | None = None
+    reverse: bool = False
+    state: bool = True
+    bias: str = "both"
+
+    @property
+    def id(self) -> str:
+        steps, batch, inputs, hidden = self.sizes
+        return _join(
+            self.cell,
+            self.device,
+            str(self.dtype).removeprefix("torch."),
+            f"T{steps}-B{batch}-I{inputs}-H{hidden}",
+            self.projection > 0 and f"P{self.projection}",
+            self.lengths and f"lengths_{self.lengths}",
+            self.resets and f"resets_{self.resets}",
+            self.reverse and "reverse",
+            not self.state and "nostate",
+            self.bias != "both" and f"bias_{self.bias}",
+        )
+
+    def call(self) -> Call:
+        """The call, on tensors that depend on nothing but the case."""
+        torch.manual_seed(0)
+        steps, batch, inputs, hidden = self.sizes
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        rows, width = GATES[self.cell] * hidden, self.projection or hidden
+        tensors: dict[str, Any] = {
+            "x": torch.randn(steps, batch, inputs, **kind),
+            "w_ih": _weight(rows, inputs, **kind),
+            "w_hh": _weight(rows, width, **kind),
+            **_biases(self.bias, rows, **kind),
+        }
+        if self.projection:
+            tensors["w_hr"] = _weight(width, hidden, **kind)
+        if self.state:
+            h = torch.randn(batch, width, **kind)
+            lstm = self.cell == "lstm"
+            tensors["state"] = (h, torch.randn(batch, hidden, **kind)) if lstm else h
+        if self.lengths:
+            tensors["lengths"] = make_lengths(self.lengths, steps, batch)
+        if self.resets:
+            tensors["resets"] = make_resets(self.resets, steps, batch)
+        return Call("scan", tensors, {"cell": self.cell, "reverse": self.reverse})
+
+
+@dataclass(frozen=True)
+class AttendCase:
+    """Sizes and options of one call of ``attend``."""
+
+    score: ScoreName = "dot"
+    sizes: tuple[int, int, int, int, int, int] = (4, 5, 3, 6, 7, 8)  # T, S, B, A, M, Q
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    lengths: str | None = None
+    need_weights: bool = False
+    project_query: bool = True  # concat: with weight_query
+
+    @property
+    def id(self) -> str:
+        letters = zip("TSBAMQ", self.sizes, strict=True)
+        return _join(
+            self.score,
+            self.device,
+            str(self.dtype).removeprefix("torch."),
+            "-".join(f"{letter}{size}" for letter, size in letters),
+            self.lengths and f"lengths_{self.lengths}",
+            self.need_weights and "weights",
+            self.score == "concat" and not self.project_query and "projected",
+        )
+
+    def call(self) -> Call:
+        """The call, on tensors that depend on nothing but the case."""
+        torch.manual_seed(0)
+        steps, source, batch, size, width, query = self.sizes
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        own = self.score == "general" or (self.score == "concat" and self.project_query)
+        tensors: dict[str, Any] = {
+            "query": torch.randn(steps, batch, query if own else size, **kind),
+            # Scores of dot and general then have a variance of 1.
+            "keys": torch.randn(source, batch, size, **kind)
+            / (1 if self.score == "concat" else size**0.5),
+            "memory": torch.randn(source, batch, width, **kind),
+            **_score_weights(self.score, query, size, own, **kind),
+        }
+        if self.lengths:
+            tensors["lengths"] = make_lengths(self.lengths, source, batch)
+        return Call("attend", tensors, {"score": self.score, "need_weights": self.need_weights})
+
+
+def _score_weights(
+    score: ScoreName, query: int, size: int, project_query: bool, **kind: Any
+) -> dict[str, Tensor]:
+    """The weights that go with a score: queries of ``query``, keys of ``size`` numbers."""
+    if score == "general":
+        return {"weight": _weight(query, size, **kind)}
+    if score == "dot":
+        return {}
+    weights = {"weight_v": torch.randn(size, **kind)}
+    if project_query:
+        weights["weight_query"] = _weight(size, query, **kind)
+    return weights
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """Sizes and options of one call of ``decode``."""
+
+    cell: CellName = "lstm"
+    score: ScoreName = "dot"
+    sizes: tuple[int, int, int, int, int, int, int] = (4, 5, 3, 6, 7, 8, 9)  # T S B I H A M
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    layers: int = 1
+    input_feeding: bool = True
+    lengths: str | None = None
+    dropout: bool = False
+    state: bool = True
+    bias: str = "both"
+    need_weights: bool = False
+    project_query: bool = True  # concat: with weight_query
+
+    @property
+    def id(self) -> str:
+        letters = zip("TSBIHAM", self.sizes, strict=True)
+        return _join(
+            self.cell,
+            self.score,
+            self.device,
+            str(self.dtype).removeprefix("torch."),
+            "-".join(f"{letter}{size}" for letter, size in letters),
+            f"L{self.layers}",
+            not self.input_feeding and "nofeed",
+            self.lengths and f"lengths_{self.lengths}",
+            self.dropout and "dropout",
+            not self.state and "nostate",
+            self.bias != "both" and f"bias_{self.bias}",
+            self.need_weights and "weights",
+            self.score == "concat" and not self.project_query and "projected",
+        )
+
+    def call(self) -> Call:
+        """The call, on tensors that depend on nothing but the case."""
+        torch.manual_seed(0)
+        steps, source, batch, inputs, hidden, size, width = self.sizes
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        own = self.score == "general" or (self.score == "concat" and self.project_query)
+        # The top state is the query; unless something projects it, A is H.
+        size = size if own else hidden
+        rows = GATES[self.cell] * hidden
+        stack = []
+        for layer in range(self.layers):
+            fed = hidden if self.input_feeding else 0
+            columns = hidden if layer else inputs + fed
+            biases = _biases(self.bias, rows, **kind)
+            stack.append(
+                (
+                    _weight(rows, columns, **kind),
+                    _weight(rows, hidden, **kind),
+                    biases.get("b_ih"),
+                    biases.get("b_hh"),
+                )
+            )
+        tensors: dict[str, Any] = {
+            "x": torch.randn(steps, batch, inputs, **kind),
+            "layers": stack,
+            "keys": torch.randn(source, batch, size, **kind),
+            "memory": torch.randn(source, batch, width, **kind),
+            "combine": _weight(hidden, width + hidden, **kind),
+            **_score_weights(self.score, hidden, size, own, **kind),
+        }
+        if self.state:
+            h = torch.randn(self.layers, batch, hidden, **kind)
+            feed = torch.randn(batch, hidden, **kind)
+            tensors["state"] = ((h, torch.randn_like(h)) if self.cell == "lstm" else h, feed)
+        if self.lengths:
+            tensors["lengths"] = make_lengths(self.lengths, source, batch)
+        if self.dropout:
+            shape = (self.layers - 1, steps, batch, hidden)
+            tensors["dropout_masks"] = (torch.rand(shape, **kind) > 0.25) / 0.75
+            tensors["dropout_masks"] = tensors["dropout_masks"].to(self.dtype)
+        options = {
+            "cell": self.cell,
+            "score": self.score,
+            "input_feeding": self.input_feeding,
+            "need_weights": self.need_weights,
+        }
+        return Call("decode", tensors, options)
+
+
+Case = ScanCase | AttendCase | DecodeCase
+
+CELLS: tuple[CellName, ...] = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+
+# Widths next to 8, 16, 32 and 64 meet the borders of vectors and tiles on every tier; the
+# batches 1 to 9 and 13 those of rows in a tile; the large ones are shared by the threads.
+SCAN_SIZES = (
+    (1, 1, 1, 1),
+    (1, 2, 3, 5),
+    (5, 2, 4, 7),
+    (3, 13, 1, 15),
+    (4, 1, 5, 16),
+    (4, 2, 8, 17),
+    (2, 3, 8, 33),
+    (3, 4, 6, 64),
+    (3, 5, 6, 65),
+    (2, 6, 3, 67),
+    (2, 7, 16, 31),
+    (2, 8, 5, 32),
+    (3, 9, 7, 48),
+    (2, 64, 3, 24),
+    (6, 0, 3, 5),
+    (40, 3, 4, 16),
+    (3, 17, 20, 130),
+    (4, 1, 4, 256),
+    (2, 33, 3, 128),
+)
+ATTEND_SIZES = (
+    (1, 1, 1, 1, 1, 1),
+    (4, 5, 3, 6, 7, 8),
+    (1, 7, 2, 15, 16, 3),
+    (5, 1, 4, 16, 33, 9),
+    (3, 17, 5, 33, 15, 7),
+    (2, 16, 6, 17, 64, 16),
+    (7, 9, 7, 64, 1, 65),
+    (9, 15, 8, 65, 17, 33),
+    (16, 64, 1, 8, 67, 64),
+    (17, 33, 9, 67, 31, 2),
+    (3, 4, 0, 5, 6, 7),
+    (6, 65, 13, 31, 32, 17),
+    (33, 8, 2, 128, 130, 31),
+)
+DECODE_SIZES = (
+    (1, 1, 1, 1, 1, 1, 1),
+    (4, 5, 3, 6, 7, 8, 9),
+    (1, 4, 2, 5, 15, 16, 15),
+    (3, 1, 4, 8, 16, 17, 16),
+    (5, 3, 1, 1, 17, 33, 8),
+    (2, 7, 5, 3, 33, 15, 33),
+    (3, 16, 6, 4, 64, 7, 65),
+    (2, 17, 7, 9, 65, 64, 64),
+    (3, 6, 8, 5, 67, 1, 2),
+    (2, 4, 0, 3, 5, 6, 7),
+    (3, 9, 9, 4, 32, 31, 17),
+    (2, 33, 13, 7, 31, 65, 1),
+    (12, 5, 2, 3, 7, 9, 16),
+    (3, 15, 17, 16, 130, 32, 67),
+    (3, 8, 1, 4, 256, 128, 128),
+)
+LENGTHS = (None, "ragged", "holes", "zero", "full")
+
+
+#: Scores, and whether the operator itself projects the query.
+SCORES: tuple[tuple[ScoreName, bool], ...] = (
+    ("dot", True),
+    ("general", True),
+    ("concat", True),
+    ("concat", False),
+)
+
+
+def scan_cases() -> list[ScanCase]:
+    """Cases of ``scan``: for each device, dtype and cell, every pair of settings."""
+    rows = pairwise(
+        {
+            "sizes": SCAN_SIZES,
+            "lengths": LENGTHS,
+            "resets": (None, "first", "all", "random"),
+            "reverse": (False, True),
+            "state": (True, False),
+            "bias": ("both", "none", "ih"),
+        }
+    )
+    cases = []
+    for device, dtype, row in itertools.product(DEVICES, DTYPES, rows):
+        cases += [ScanCase(cell=cell, dtype=dtype, device=device, **row) for cell in CELLS]
+        hidden = row["sizes"][3]
+        # A projection to fewer numbers, as is usual, and for some sizes to more.
+        width = hidden + 2 if hidden % 16 == 0 else max(1, hidden // 2)
+        cases.append(ScanCase(projection=width, dtype=dtype, device=device, **row))
+    return cases
+
+
+def attend_cases() -> list[AttendCase]:
+    """Cases of ``attend``: for each device, dtype and score, every pair of settings."""
+    rows = pairwise({"sizes": ATTEND_SIZES, "lengths": LENGTHS, "need_weights": (False, True)})
+    return [
+        AttendCase(score=score, project_query=project, dtype=dtype, device=device, **row)
+        for device, dtype, (score, project), row in itertools.product(DEVICES, DTYPES, SCORES, rows)
+    ]
+
+
+def decode_cases() -> list[DecodeCase]:
+    """Cases of ``decode``: for each device, dtype and cell, every pair of settings."""
+    rows = pairwise(
+        {
+            "score": SCORES,
+            "sizes": DECODE_SIZES,
+            "layers": (1, 2, 3),
+            "input_feeding": (True, False),
+            "lengths": LENGTHS,
+            "dropout": (False, True),
+            "state": (True, False),
+            "bias": ("both", "none", "ih"),
+            "need_weights": (False, True),
+        }
+    )
+    for row in rows:
+        row["score"], row["project_query"] = row["score"]
+    return [
+        DecodeCase(cell=cell, dtype=dtype, device=device, **row)
+        for device, dtype, cell, row in itertools.product(DEVICES, DTYPES, CELLS, rows)
+    ]
+
+
+def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+    """A handful that meets every kernel once: each cell, each score, all options on."""
+    scans = [
+        ScanCase(cell=cell, lengths="holes", resets="random", reverse=reverse, dtype=dtype)
+        for cell in CELLS
+        for reverse in (False, True)
+    ]
+    base = ScanCase(projection=3, lengths="ragged", dtype=dtype)
+    attends = [
+        AttendCase(score=score, lengths="holes", need_weights=True, dtype=dtype)
+        for score in ("dot", "general", "concat")
+    ]
+    scores: tuple[ScoreName, ...] = ("dot", "general", "concat", "concat")
+    decodes = [
+        DecodeCase(
+            cell=cell,
+            score=score,
+            layers=2,
+            lengths="holes",
+            dropout=True,
+            need_weights=True,
+            dtype=dtype,
+        )
+        for cell, score in zip(CELLS, scores, strict=True)
+    ]
+    return [*scans, base, *attends, *decodes]

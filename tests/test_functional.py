@@ -1,0 +1,717 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused operators against the reference: values, gradients, refusals, registration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from operator_cases import (
+    DTYPES,
+    AttendCase,
+    Call,
+    Case,
+    DecodeCase,
+    ScanCase,
+    attend_cases,
+    changed,
+    decode_cases,
+    differentiable,
+    expected_of,
+    in_double,
+    leaves,
+    outputs_of,
+    run,
+    scan_cases,
+    small_cases,
+    sum_of,
+    tracked,
+)
+from tolerances import assert_close, assert_same_bits
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyseq import functional, reference
+
+
+def by_id(cases: Iterable[Case]) -> list[Any]:
+    """The cases as parameters of a test, named by their ids."""
+    return [pytest.param(case, id=f"{op_of(case)}-{case.id}") for case in cases]
+
+
+def op_of(case: Case) -> str:
+    return type(case).__name__.removesuffix("Case").lower()
+
+
+#: One call of each operator with everything in it, for what has nothing to do with sizes.
+FULL: tuple[Case, ...] = (
+    ScanCase(projection=4, lengths="holes", resets="random"),
+    ScanCase(cell="gru", lengths="ragged", reverse=True),
+    AttendCase(score="general", lengths="holes", need_weights=True),
+    AttendCase(score="concat", lengths="ragged", need_weights=True),
+    DecodeCase(score="concat", layers=2, lengths="holes", dropout=True, need_weights=True),
+    DecodeCase(cell="gru", score="general", layers=2, lengths="ragged", need_weights=True),
+)
+#: Large enough for both threads and for every part of the tiling.
+LARGE: tuple[Case, ...] = (
+    ScanCase(cell="lstm", sizes=(9, 37, 20, 130), lengths="ragged"),
+    ScanCase(cell="gru", sizes=(9, 2, 20, 200), lengths="ragged", reverse=True),
+    AttendCase(score="dot", sizes=(40, 50, 9, 70, 90, 70), lengths="ragged", need_weights=True),
+    AttendCase(score="concat", sizes=(40, 50, 9, 70, 90, 30), lengths="ragged"),
+    DecodeCase(
+        score="dot", sizes=(7, 30, 18, 20, 130, 130, 90), lengths="ragged", need_weights=True
+    ),
+    DecodeCase(cell="gru", score="concat", sizes=(7, 30, 2, 20, 200, 64, 90), layers=2),
+)
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("case", by_id([*scan_cases(), *attend_cases(), *decode_cases()]))
+def test_values_and_gradients(case: Case) -> None:
+    call = case.call()
+    expected, actual = expected_of(call), run(functional, call)
+    assert_close(actual.outputs, expected.outputs)
+    assert_close(actual.gradients, expected.gradients)
+    for name, value in [*actual.outputs.items(), *actual.gradients.items()]:
+        assert value.dtype == case.dtype, f"{name} is {value.dtype}"
+
+
+@pytest.mark.parametrize("case", by_id(small_cases(torch.float64)))
+def test_gradcheck(case: Case) -> None:
+    shrunk: dict[type, tuple[int, ...]] = {
+        ScanCase: (3, 2, 2, 3),
+        AttendCase: (2, 3, 2, 3, 2, 2),
+        DecodeCase: (2, 3, 2, 2, 3, 2, 3),
+    }
+    sizes: Any = shrunk[type(case)]
+    call = tracked(replace(case, sizes=sizes).call())
+    inputs = dict(leaves(call.inputs))
+    names = differentiable(call)
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(names, values, strict=True))
+        return tuple(outputs_of(functional, changed(call, lambda n, t: given.get(n, t))).values())
+
+    assert torch.autograd.gradcheck(function, [inputs[name] for name in names])
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_gradient_of_each_output_alone(case: Case) -> None:
+    call = case.call()
+    for name in outputs_of(reference, call):
+        expected = expected_of(call, used=[name])
+        assert_close(run(functional, call, used=[name]).gradients, expected.gradients)
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_gradient_for_each_input_alone(case: Case) -> None:
+    call = case.call()
+    expected = expected_of(call)
+    for name in differentiable(call):
+        actual = run(functional, call, wanted=[name])
+        assert_close(actual.outputs, expected.outputs)
+        assert_close(actual.gradients, {name: expected.gradients[name]})
+
+
+@pytest.mark.parametrize("case", by_id([*FULL, *LARGE]))
+def test_values_without_gradients(case: Case) -> None:
+    call = case.call()
+    expected = outputs_of(reference, in_double(call))
+    with torch.no_grad():
+        assert_close(outputs_of(functional, call), expected)
+    with torch.inference_mode():
+        assert_close(outputs_of(functional, call), expected)
+
+
+@pytest.mark.parametrize("case", by_id(case for case in (*small_cases(), *LARGE) if case.lengths))
+def test_padding_is_exactly_zero(case: Case) -> None:
+    call = case.call()
+    lengths = call.inputs["lengths"]
+    with torch.no_grad():
+        outputs = outputs_of(functional, call)
+    if call.op == "scan":
+        steps = torch.arange(case.sizes[0]).unsqueeze(1)
+        assert outputs["output"][steps >= lengths].eq(0).all()
+        return
+    positions = torch.arange(call.inputs["memory"].shape[0])
+    if "weights" in outputs:
+        padded = (positions >= lengths.unsqueeze(1)).expand_as(outputs["weights"])
+        assert outputs["weights"][padded].eq(0).all()
+    if call.op == "attend":
+        assert outputs["context"][:, lengths == 0].eq(0).all()
+
+
+def poisoned(call: Call) -> Call:
+    """``call`` with NaN in every padded step of x, and position of keys and memory."""
+    lengths = call.inputs["lengths"]
+
+    def poison(name: str, tensor: Tensor) -> Tensor:
+        if name not in ("x", "keys", "memory") or (name == "x" and call.op == "decode"):
+            return tensor
+        padded = torch.arange(tensor.shape[0]).unsqueeze(1) >= lengths
+        return tensor.masked_fill(padded.unsqueeze(2), torch.nan)
+
+    return changed(call, poison)
+
+
+@pytest.mark.parametrize("case", by_id(case for case in (*FULL, *LARGE) if case.lengths))
+def test_nan_in_padding_stays_there(case: Case) -> None:
+    call = case.call()
+    expected, actual = expected_of(call), run(functional, poisoned(call))
+    assert_close(actual.outputs, expected.outputs)
+    if call.options.get("score") == "general":
+        # keys times weight is torch's product, whose gradient multiplies the padding by zero.
+        del expected.gradients["weight"], actual.gradients["weight"]
+    assert_close(actual.gradients, expected.gradients)
+
+
+@pytest.mark.parametrize("case", by_id(LARGE))
+def test_nan_in_one_row_leaves_the_others_alone(case: Case) -> None:
+    call = case.call()
+    clean = outputs_of(functional, call)
+    first = "query" if call.op == "attend" else "x"
+    call.inputs[first] = call.inputs[first].clone()
+    call.inputs[first][0, 0] = torch.nan
+    for name, value in outputs_of(functional, call).items():
+        # (T, B, .), (B, .) or (L, B, .): the batch is next to last.
+        rows, others = value.unbind(-2), clean[name].unbind(-2)
+        assert rows[0].isnan().any(), f"{name} hides the NaN"
+        assert torch.equal(torch.stack(rows[1:]), torch.stack(others[1:])), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_saturated_gates_stay_finite(cell: Any, dtype: torch.dtype) -> None:
+    call = ScanCase(cell=cell, dtype=dtype).call()
+    call.inputs["x"] = call.inputs["x"] * 1e6
+    expected, actual = expected_of(call), run(functional, call)
+    assert_close(actual.outputs, expected.outputs)
+    assert_close(actual.gradients, expected.gradients)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["attend", "decode"])
+def test_huge_scores_stay_finite(op: str, dtype: torch.dtype) -> None:
+    case = (
+        AttendCase(dtype=dtype, sizes=(4, 5, 3, 6, 7, 6))
+        if op == "attend"
+        else DecodeCase(dtype=dtype)
+    )
+    call = replace(case, need_weights=True, lengths="holes").call()
+    call.inputs["keys"] = call.inputs["keys"] * 1e4
+    assert_close(run(functional, call).outputs, expected_of(call).outputs)
+
+
+# Repeating, order and layout
+
+
+@pytest.mark.parametrize("case", by_id(LARGE))
+def test_same_bits_on_every_call(case: Case) -> None:
+    call = case.call()
+    first = run(functional, call)
+    for _ in range(20):
+        again = run(functional, call)
+        assert_same_bits(again.outputs, first.outputs)
+        assert_same_bits(again.gradients, first.gradients)
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_inputs_are_not_written(case: Case) -> None:
+    call = case.call()
+    before = {name: tensor.clone() for name, tensor in leaves(call.inputs)}
+    run(functional, call)
+    assert_same_bits(dict(leaves(call.inputs)), before)
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_no_output_shares_memory_with_an_input(case: Case) -> None:
+    call = case.call()
+    with torch.no_grad():
+        outputs = outputs_of(functional, call)
+    owned = {tensor.untyped_storage().data_ptr() for _, tensor in leaves(call.inputs)}
+    for name, value in outputs.items():
+        assert value.untyped_storage().data_ptr() not in owned, name
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def sliced(tensor: Tensor) -> Tensor:
+    """Every second number of a wider tensor, the others NaN (or true, or -1)."""
+    fill = torch.nan if tensor.is_floating_point() else -1
+    wide = torch.full((*tensor.shape, 2), fill, dtype=tensor.dtype)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    """The first slice of the last axis, repeated with stride 0."""
+    return tensor[..., :1].expand_as(tensor)
+
+
+def flipped_batch(tensor: Tensor) -> Tensor:
+    """A view that does not start at the beginning of its storage."""
+    return torch.cat([tensor, tensor])[tensor.shape[0] :]
+
+
+@pytest.mark.parametrize("layout", [transposed, sliced, expanded, flipped_batch])
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_layouts(case: Case, layout: Callable[[Tensor], Tensor]) -> None:
+    call = changed(case.call(), lambda _, t: layout(t))
+    expected, actual = expected_of(call), run(functional, call)
+    assert_close(actual.outputs, expected.outputs)
+    assert_close(actual.gradients, expected.gradients)
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_gradients_of_outputs_may_be_expanded(case: Case) -> None:
+    call = tracked(case.call())
+    inputs = [t for _, t in leaves(call.inputs) if t.requires_grad]
+    actual = torch.autograd.grad(
+        [out.sum() for out in outputs_of(functional, call).values()], inputs
+    )
+    double = tracked(in_double(case.call()))
+    expected = torch.autograd.grad(
+        [out.sum() for out in outputs_of(reference, double).values()],
+        [t for _, t in leaves(double.inputs) if t.requires_grad],
+    )
+    names = differentiable(call)
+    assert_close(dict(zip(names, actual, strict=True)), dict(zip(names, expected, strict=True)))
+
+
+# Autograd's corners
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_backward_twice_gives_the_same(case: Case) -> None:
+    call = tracked(case.call())
+    total = sum_of(outputs_of(functional, call))
+    inputs = {n: t for n, t in leaves(call.inputs) if t.requires_grad}
+    first, second = (
+        torch.autograd.grad(total, list(inputs.values()), retain_graph=True) for _ in range(2)
+    )
+    assert_same_bits(dict(zip(inputs, second, strict=True)), dict(zip(inputs, first, strict=True)))
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_second_derivative_is_refused(case: Case) -> None:
+    call = tracked(case.call())
+    total = sum_of(outputs_of(functional, call))
+    inputs = [t for _, t in leaves(call.inputs) if t.requires_grad]
+    gradients = torch.autograd.grad(total, inputs, create_graph=True)
+    squares = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+    with pytest.raises(RuntimeError, match=rf"{call.op}.*(derivative|differentia|double backward)"):
+        torch.autograd.grad(squares, inputs)
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_inputs_changed_before_backward_are_noticed(case: Case) -> None:
+    call = tracked(case.call())
+    total = sum_of(outputs_of(functional, call))
+    inputs = dict(leaves(call.inputs))
+    with torch.no_grad():
+        inputs["memory" if "memory" in inputs else "w_hh"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_outputs_changed_before_backward_give_no_wrong_gradient(case: Case) -> None:
+    for name in outputs_of(reference, case.call()):
+        call = tracked(case.call())
+        outputs = outputs_of(functional, call)
+        outputs[name].mul_(2)
+        inputs = [t for _, t in leaves(call.inputs) if t.requires_grad]
+        # What the operator saved must be its own, or autograd must see the change.
+        try:
+            gradients = torch.autograd.grad(sum_of(outputs, [name]), inputs, materialize_grads=True)
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                continue
+            raise
+        single = expected_of(case.call(), used=[name]).gradients
+        expected = {key: 2 * gradient for key, gradient in single.items()}
+        assert_close(dict(zip(expected, gradients, strict=True)), expected)
+
+
+# Refusals
+
+
+def scan_call(**changes: Any) -> Call:
+    """A valid call of ``scan`` (T 5, B 3, I 4, H 7, P 6) with some inputs replaced."""
+    call = ScanCase(projection=6, lengths="ragged", resets="random").call()
+    return call._replace(inputs=call.inputs | changes)
+
+
+def attend_call(**changes: Any) -> Call:
+    """A valid call of ``attend`` (T 4, S 5, B 3, A 6, M 7, Q 6) with some inputs replaced."""
+    call = AttendCase(score="concat", project_query=False, lengths="ragged").call()
+    return call._replace(inputs=call.inputs | changes)
+
+
+def decode_call(**changes: Any) -> Call:
+    """A valid call of ``decode`` (T 4, S 5, B 3, I 6, H 7, A 8, M 9, L 2), some inputs replaced."""
+    call = DecodeCase(score="concat", layers=2, lengths="ragged", dropout=True).call()
+    return call._replace(inputs=call.inputs | changes)
+
+
+def layer_call(index: int, part: int, value: Tensor) -> Call:
+    """A call of ``decode`` with one weight of one layer replaced."""
+    layers = [list(layer) for layer in decode_call().inputs["layers"]]
+    layers[index][part] = value
+    return decode_call(layers=[tuple(layer) for layer in layers])
+
+
+def ones(*shape: int, **kind: Any) -> Tensor:
+    return torch.ones(shape, **kind)
+
+
+#: Calls with one bad tensor each, and what the message must say: the tensor, and what it was.
+BAD_CALLS: dict[str, tuple[Callable[[], Call], str]] = {
+    "scan-x-2d": (lambda: scan_call(x=ones(5, 3)), r"\bx must .*got .*\(5, 3\)"),
+    "scan-x-no-steps": (lambda: scan_call(x=ones(0, 3, 4)), r"\bx must .*got .*\(0, 3, 4\)"),
+    "scan-x-batch": (lambda: scan_call(x=ones(5, 2, 4)), r"must .*2.*got .*3"),
+    "scan-w_ih-rows": (lambda: scan_call(w_ih=ones(27, 4)), r"w_ih must .*28.*got .*\(27, 4\)"),
+    "scan-w_ih-columns": (lambda: scan_call(w_ih=ones(28, 5)), r"w_ih must .*got .*\(28, 5\)"),
+    "scan-w_hh-columns": (
+        lambda: scan_call(w_hh=ones(28, 5)),
+        r"w_h[hr] must .*\(\d+, \d+\).*got .*\(\d+, \d+\)",
+    ),
+    "scan-w_hh-1d": (lambda: scan_call(w_hh=ones(28)), r"w_hh must .*got .*\(28,?\)"),
+    "scan-b_ih": (lambda: scan_call(b_ih=ones(7)), r"b_ih must .*28.*got .*\(7,?\)"),
+    "scan-b_hh": (lambda: scan_call(b_hh=ones(1, 28)), r"b_hh must .*28.*got .*\(1, 28\)"),
+    "scan-w_hr": (lambda: scan_call(w_hr=ones(7, 6)), r"w_h[hr] must .*got .*\(\d+, \d+\)"),
+    "scan-h": (
+        lambda: scan_call(state=(ones(3, 7), ones(3, 7))),
+        r"h_0 must .*\(3, 6\).*got .*\(3, 7\)",
+    ),
+    "scan-c": (
+        lambda: scan_call(state=(ones(3, 6), ones(2, 7))),
+        r"c_0 must .*\(3, 7\).*got .*\(2, 7\)",
+    ),
+    "scan-lengths-shape": (
+        lambda: scan_call(lengths=torch.tensor([5, 5])),
+        r"lengths must .*3.*got .*\(2,?\)",
+    ),
+    "scan-lengths-dtype": (
+        lambda: scan_call(lengths=torch.tensor([5, 5, 5], dtype=torch.int32)),
+        r"lengths must .*int64.*got .*[iI]nt",
+    ),
+    "scan-lengths-negative": (
+        lambda: scan_call(lengths=torch.tensor([5, -1, 5])),
+        r"lengths must .*0.*5.*got .*-1",
+    ),
+    "scan-lengths-large": (
+        lambda: scan_call(lengths=torch.tensor([5, 6, 5])),
+        r"lengths must .*0.*5.*got .*6",
+    ),
+    "scan-resets-shape": (
+        lambda: scan_call(resets=ones(3, 5, dtype=torch.bool)),
+        r"resets must .*\(5, 3\).*got .*\(3, 5\)",
+    ),
+    "scan-resets-dtype": (lambda: scan_call(resets=ones(5, 3)), r"resets must .*[bB]ool.*got "),
+    "scan-dtype-mix": (
+        lambda: scan_call(w_hh=ones(28, 6, dtype=torch.float64)),
+        r"w_hh must .*[fF]loat.*got .*([dD]ouble|float64)",
+    ),
+    "scan-half": (
+        lambda: changed(scan_call(), lambda _, t: t.half() if t.is_floating_point() else t),
+        r"\bx must .*float32.*got .*([hH]alf|float16)",
+    ),
+    "scan-bfloat16": (
+        lambda: changed(scan_call(), lambda _, t: t.bfloat16() if t.is_floating_point() else t),
+        r"\bx must .*float32.*got .*[bB][fF]loat16",
+    ),
+    "scan-integers": (
+        lambda: scan_call(x=ones(5, 3, 4, dtype=torch.int64)),
+        r"\bx must .*float32.*got .*([lL]ong|int64)",
+    ),
+    "scan-complex": (
+        lambda: scan_call(x=ones(5, 3, 4, dtype=torch.complex64)),
+        r"\bx must .*float32.*got .*[cC]omplex",
+    ),
+    "attend-query-2d": (
+        lambda: attend_call(query=ones(4, 6)),
+        r"query must .*got .*\(4, 6\)",
+    ),
+    "attend-no-queries": (
+        lambda: attend_call(query=ones(0, 3, 6)),
+        r"query must .*got .*\(0, 3, 6\)",
+    ),
+    "attend-query-size": (
+        lambda: attend_call(query=ones(4, 3, 5)),
+        r"(query|keys) must .*got .*\(\d, 3, [56]\)",
+    ),
+    "attend-keys-batch": (
+        lambda: attend_call(keys=ones(5, 2, 6)),
+        r"keys must .*3.*got .*\(5, 2, 6\)",
+    ),
+    "attend-memory-batch": (
+        lambda: attend_call(memory=ones(5, 2, 7)),
+        r"memory must .*3.*got .*\(5, 2, 7\)",
+    ),
+    "attend-memory-steps": (
+        lambda: attend_call(memory=ones(4, 3, 7)),
+        r"(keys|memory) must .*got .*\([45], 3, [67]\)",
+    ),
+    "attend-weight_v": (
+        lambda: attend_call(weight_v=ones(5)),
+        r"weight_v must .*6.*got .*\(5,?\)",
+    ),
+    "attend-lengths-shape": (
+        lambda: attend_call(lengths=torch.tensor([[5, 5, 5]])),
+        r"lengths must .*3.*got .*\(1, 3\)",
+    ),
+    "attend-lengths-dtype": (
+        lambda: attend_call(lengths=ones(3)),
+        r"lengths must .*int64.*got .*([fF]loat)",
+    ),
+    "attend-lengths-negative": (
+        lambda: attend_call(lengths=torch.tensor([5, -3, 5])),
+        r"lengths must .*0.*5.*got .*-3",
+    ),
+    "attend-lengths-large": (
+        lambda: attend_call(lengths=torch.tensor([99, 5, 5])),
+        r"lengths must .*0.*5.*got .*99",
+    ),
+    "attend-dtype-mix": (
+        lambda: attend_call(memory=ones(5, 3, 7, dtype=torch.float64)),
+        r"memory must .*[fF]loat.*got .*([dD]ouble|float64)",
+    ),
+    "attend-half": (
+        lambda: changed(attend_call(), lambda _, t: t.half() if t.is_floating_point() else t),
+        r"query must .*float32.*got .*([hH]alf|float16)",
+    ),
+    "decode-x-2d": (lambda: decode_call(x=ones(4, 3)), r"\bx must .*got .*\(4, 3\)"),
+    "decode-x-no-steps": (lambda: decode_call(x=ones(0, 3, 6)), r"\bx must .*got .*\(0, 3, 6\)"),
+    "decode-w_ih": (
+        lambda: layer_call(0, 0, ones(28, 6)),
+        r"w_ih.* must .*13.*got .*\(28, 6\)",
+    ),
+    "decode-w_ih-above": (
+        lambda: layer_call(1, 0, ones(28, 13)),
+        r"w_ih.* must .*7.*got .*\(28, 13\)",
+    ),
+    "decode-w_hh": (
+        lambda: layer_call(1, 1, ones(28, 8)),
+        r"w_hh.* must .*7.*got .*\(28, 8\)",
+    ),
+    "decode-b_hh": (lambda: layer_call(1, 3, ones(27)), r"b_hh.* must .*28.*got .*\(27,?\)"),
+    "decode-keys": (
+        lambda: decode_call(keys=ones(5, 3, 9)),
+        r"(keys|weight_query) must .*got .*\(.*\)",
+    ),
+    "decode-memory": (
+        lambda: decode_call(memory=ones(4, 3, 9)),
+        r"(keys|memory) must .*got .*\([45], 3, [89]\)",
+    ),
+    "decode-combine": (
+        lambda: decode_call(combine=ones(7, 17)),
+        r"combine must .*16.*got .*\(7, 17\)",
+    ),
+    "decode-weight_query": (
+        lambda: decode_call(weight_query=ones(8, 6)),
+        r"weight_query must .*7.*got .*\(8, 6\)",
+    ),
+    "decode-weight_v": (
+        lambda: decode_call(weight_v=ones(7)),
+        r"weight_v must .*8.*got .*\(7,?\)",
+    ),
+    "decode-h": (
+        lambda: decode_call(state=((ones(1, 3, 7), ones(2, 3, 7)), ones(3, 7))),
+        r"h_0 must .*\(2, 3, 7\).*got .*\(1, 3, 7\)",
+    ),
+    "decode-c": (
+        lambda: decode_call(state=((ones(2, 3, 7), ones(2, 3, 8)), ones(3, 7))),
+        r"c_0 must .*\(2, 3, 7\).*got .*\(2, 3, 8\)",
+    ),
+    "decode-feed": (
+        lambda: decode_call(state=((ones(2, 3, 7), ones(2, 3, 7)), ones(3, 9))),
+        r"feed must .*\(3, 7\).*got .*\(3, 9\)",
+    ),
+    "decode-lengths": (
+        lambda: decode_call(lengths=torch.tensor([5, 6, 5])),
+        r"lengths must .*0.*5.*got .*6",
+    ),
+    "decode-masks": (
+        lambda: decode_call(dropout_masks=ones(2, 4, 3, 7)),
+        r"dropout_masks must .*\(1, 4, 3, 7\).*got .*\(2, 4, 3, 7\)",
+    ),
+    "decode-dtype-mix": (
+        lambda: decode_call(combine=ones(7, 16, dtype=torch.float64)),
+        r"combine must .*[fF]loat.*got .*([dD]ouble|float64)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_bad_tensors_are_refused(make: Callable[[], Call], message: str) -> None:
+    call = make()
+    with pytest.raises(RuntimeError, match=message):
+        outputs_of(functional, call)
+    with pytest.raises(RuntimeError, match=message):
+        run(functional, call)
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_tensors_of_two_devices_are_refused(case: Case) -> None:
+    for target in differentiable(case.call()):
+        call = changed(case.call(), lambda n, t, at=target: t.to("meta") if n == at else t)
+        with pytest.raises(RuntimeError, match=r"[mM]eta|device"):
+            outputs_of(functional, call)
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
+def test_projection_is_refused_but_for_lstm(cell: Any) -> None:
+    call = ScanCase(cell=cell).call()
+    call.inputs["w_hr"] = ones(7, 7)
+    with pytest.raises((RuntimeError, ValueError), match=rf"w_hr.*{cell}|w_hr.*lstm"):
+        outputs_of(functional, call)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: scan_call()._replace(options={"cell": "elman"}), "cell must be .*got 'elman'"),
+        (lambda: scan_call(state=ones(3, 6)), r"pair \(h, c\), got Tensor"),
+        (lambda: ScanCase(cell="gru").call()._replace(options={"cell": "lstm"}), "pair"),
+        (lambda: attend_call()._replace(options={"score": "cosine"}), "score must .*'cosine'"),
+        (lambda: attend_call(weight=ones(6, 6)), "weight must be given .*got 'concat'"),
+        (lambda: attend_call()._replace(options={"score": "dot"}), "weight_v must .*got 'dot'"),
+        (lambda: decode_call(layers=[]), "at least one layer, got none"),
+        (lambda: decode_call()._replace(options={"cell": "elman"}), "cell must .*'elman'"),
+    ],
+    ids=["cell", "pair", "single", "score", "weight", "weight_v", "layers", "decode-cell"],
+)
+def test_bad_options_are_refused(make: Callable[[], Call], message: str) -> None:
+    call = make()
+    with pytest.raises(ValueError, match=message):
+        outputs_of(functional, call)
+
+
+EMPTY: tuple[Case, ...] = (
+    ScanCase(sizes=(3, 2, 0, 4)),
+    ScanCase(sizes=(3, 2, 4, 0)),
+    ScanCase(cell="gru", sizes=(3, 0, 0, 0)),
+    AttendCase(sizes=(2, 0, 3, 4, 5, 4)),
+    AttendCase(score="concat", sizes=(2, 3, 3, 0, 5, 4)),
+    AttendCase(sizes=(2, 3, 3, 4, 0, 4)),
+    DecodeCase(sizes=(2, 0, 3, 4, 5, 6, 7)),
+    DecodeCase(sizes=(2, 3, 3, 0, 5, 6, 7)),
+    DecodeCase(sizes=(2, 3, 3, 4, 0, 6, 7)),
+    DecodeCase(sizes=(2, 3, 3, 4, 5, 6, 0)),
+)
+
+
+@pytest.mark.parametrize("case", by_id(EMPTY))
+def test_empty_sizes_work_or_are_refused(case: Case) -> None:
+    call = case.call()
+    try:
+        actual = run(functional, call)
+    except RuntimeError as error:
+        if " must " in str(error):
+            return
+        raise
+    expected = expected_of(call)
+    assert_close(actual.outputs, expected.outputs)
+    assert_close(actual.gradients, expected.gradients)
+
+
+# The dispatcher
+
+
+class RecordCalls(TorchFunctionMode):
+    """Keeps the arguments of every call of an operator of pyseq, as Python makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if str(func).startswith("pyseq."):
+            self.calls.append((getattr(func, "default", func), args))
+        return func(*args, **(kwargs or {}))
+
+
+class RecordKernels(TorchDispatchMode):
+    """Keeps the arguments of every call of an operator of pyseq below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "pyseq":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def checked_calls(case: Case) -> tuple[list[Any], list[Any]]:
+    """The public operator's calls that a case leads to, and those of its kernels."""
+    call = tracked(case.call())
+    with RecordCalls() as public:
+        outputs_of(functional, call)
+    with RecordKernels() as kernels:
+        sum_of(outputs_of(functional, call)).backward()
+    return public.calls, kernels.calls
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_opcheck(case: Case) -> None:
+    public, kernels = checked_calls(case)
+    assert [op.name() for op, _ in public] == [f"pyseq::{op_of(case)}"]
+    for op, args in public:
+        torch.library.opcheck(
+            op,
+            args,
+            test_utils=(
+                "test_schema",
+                "test_autograd_registration",
+                "test_faketensor",
+                "test_aot_dispatch_static",
+                "test_aot_dispatch_dynamic",
+            ),
+        )
+    for op, args in kernels:
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_every_operator_is_checked() -> None:
+    registered = {
+        name.removesuffix(".default")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("pyseq::")
+    }
+    seen = {op.name() for case in FULL for calls in checked_calls(case) for op, _ in calls}
+    assert seen == registered
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_keeps_one_graph(case: Case, dynamic: bool) -> None:
+    call = case.call()
+
+    def step(inputs: dict[str, Any]) -> Any:
+        return getattr(functional, call.op)(**inputs, **call.options)
+
+    torch._dynamo.reset()
+    # The backend that traces forward and backward but generates no code: seconds, not minutes.
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    traced = tracked(call)
+    outputs = dict(leaves(compiled(traced.inputs)))
+    inputs = {n: t for n, t in leaves(traced.inputs) if t.requires_grad}
+    gradients = torch.autograd.grad(sum_of(outputs), list(inputs.values()))
+    expected = expected_of(call)
+    assert_close(outputs, expected.outputs)
+    assert_close(dict(zip(inputs, gradients, strict=True)), expected.gradients)

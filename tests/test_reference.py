@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference itself: against torch.nn on the same weights, and against its equations."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from operator_cases import (
+    CELLS,
+    AttendCase,
+    DecodeCase,
+    ScanCase,
+    leaves,
+    outputs_of,
+    run,
+)
+from tolerances import assert_close
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from pyseq import reference
+
+MODULES: dict[str, type[torch.nn.RNNBase]] = {
+    "rnn_tanh": torch.nn.RNN,
+    "rnn_relu": torch.nn.RNN,
+    "gru": torch.nn.GRU,
+    "lstm": torch.nn.LSTM,
+}
+
+
+def torch_layer(cell: str, inputs: dict[str, Any], hidden: int) -> torch.nn.RNNBase:
+    """The layer of torch.nn that shares the weights among ``inputs``."""
+    options: dict[str, Any] = {}
+    if cell.startswith("rnn"):
+        options["nonlinearity"] = cell.removeprefix("rnn_")
+    if "w_hr" in inputs:
+        options["proj_size"] = inputs["w_hr"].shape[0]
+    layer = MODULES[cell](inputs["x"].shape[-1], hidden, dtype=torch.float64, **options)
+    names = [n for n in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr") if n in inputs]
+    with torch.no_grad():
+        for name, parameter in zip(names, layer.parameters(), strict=True):
+            parameter.copy_(inputs[name])
+    return layer
+
+
+@pytest.mark.parametrize("lengths", [None, "ragged"])
+@pytest.mark.parametrize("cell", [*CELLS, "projected"])
+def test_scan_is_torch_nn(cell: Any, lengths: str | None) -> None:
+    projection = 3 if cell == "projected" else 0
+    cell = "lstm" if projection else cell
+    case = ScanCase(cell=cell, projection=projection, lengths=lengths, dtype=torch.float64)
+    call = case.call()
+    expected_layer = torch_layer(cell, call.inputs, case.sizes[3])
+
+    x: Any = call.inputs["x"].requires_grad_()
+    inputs = x
+    if lengths:
+        inputs = pack_padded_sequence(x, call.inputs["lengths"], enforce_sorted=False)
+    state = call.inputs["state"]
+    first = tuple(s[None] for s in state) if cell == "lstm" else state[None]
+    output, last = expected_layer(inputs, first)
+    if lengths:
+        output, _ = pad_packed_sequence(output, total_length=case.sizes[0])
+    last = tuple(s[0] for s in last) if cell == "lstm" else last[0]
+
+    actual = reference.scan(**call.inputs, **call.options)
+    expected = dict(leaves({"output": output, "state": last}))
+    assert_close(dict(leaves(actual)), expected)
+    (d_actual,) = torch.autograd.grad(actual.output.square().sum(), x)
+    (d_expected,) = torch.autograd.grad(output.square().sum(), x)
+    assert_close({"x": d_actual}, {"x": d_expected})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_reverse_runs_each_row_backwards(cell: Any) -> None:
+    case = ScanCase(cell=cell, lengths="holes", reverse=True, dtype=torch.float64)
+    call = case.call()
+    lengths = call.inputs["lengths"].tolist()
+
+    def turned(sequence: Tensor) -> Tensor:
+        turned = sequence.clone()
+        for row, length in enumerate(lengths):
+            turned[:length, row] = sequence[:length, row].flip(0)
+        return turned
+
+    actual = reference.scan(**call.inputs, **call.options)
+    inputs = call.inputs | {"x": turned(call.inputs["x"])}
+    forward = reference.scan(**inputs, cell=cell)
+    expected = forward._replace(output=turned(forward.output))
+    assert_close(dict(leaves(actual)), dict(leaves(expected)))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_reset_starts_a_new_sequence(cell: Any) -> None:
+    call = ScanCase(cell=cell, dtype=torch.float64).call()
+    x = call.inputs["x"]
+    resets = torch.zeros(x.shape[:2], dtype=torch.bool)
+    resets[2] = True
+    actual = reference.scan(**call.inputs, resets=resets, cell=cell)
+    head = reference.scan(**call.inputs | {"x": x[:2]}, cell=cell)
+    tail = reference.scan(**call.inputs | {"x": x[2:], "state": None}, cell=cell)
+    expected = tail._replace(output=torch.cat([head.output, tail.output]))
+    assert_close(dict(leaves(actual)), dict(leaves(expected)))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_reset_stops_the_gradient(cell: Any) -> None:
+    case = ScanCase(cell=cell, resets="first", dtype=torch.float64)
+    gradients = run(reference, case.call()).gradients
+    for name, gradient in gradients.items():
+        assert gradient.eq(0).all() == name.startswith("state"), name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_padded_steps_keep_the_state(cell: Any) -> None:
+    call = ScanCase(cell=cell, lengths="zero", dtype=torch.float64).call()
+    output, state = reference.scan(**call.inputs, **call.options)
+    assert output.eq(0).all()
+    assert_close(dict(leaves(state, "state")), dict(leaves(call.inputs["state"], "state")))
+
+
+def test_attend_dot_is_scaled_dot_product_attention() -> None:
+    case = AttendCase(sizes=(4, 5, 3, 6, 7, 6), lengths="ragged", dtype=torch.float64)
+    inputs = case.call().inputs
+    query, keys, memory = (inputs[name].transpose(0, 1) for name in ("query", "keys", "memory"))
+    valid = torch.arange(5) < inputs["lengths"].unsqueeze(1)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, keys, memory, attn_mask=valid.unsqueeze(1), scale=1.0
+    )
+    actual = reference.attend(**inputs, score="dot").context
+    assert_close({"context": actual}, {"context": expected.transpose(0, 1)})
+
+
+@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+def test_attend_scores_follow_their_equations(score: Any) -> None:
+    """One query at a time, as in Luong et al. 2015, equation 8."""
+    case = AttendCase(score=score, sizes=(2, 3, 2, 4, 5, 4), need_weights=True, dtype=torch.float64)
+    call = case.call()
+    inputs = call.inputs
+    actual = reference.attend(**inputs, **call.options)
+    assert actual.weights is not None
+    for t, b in itertools.product(range(2), range(2)):
+        query, scores = inputs["query"][t, b], []
+        for key in inputs["keys"][:, b]:
+            if score == "dot":
+                scores.append(query @ key)
+            elif score == "general":
+                scores.append(query @ inputs["weight"] @ key)
+            else:
+                hidden = torch.tanh(inputs["weight_query"] @ query + key)
+                scores.append(inputs["weight_v"] @ hidden)
+        weights = torch.softmax(torch.stack(scores), 0)
+        assert_close(
+            {"weights": actual.weights[t, b], "context": actual.context[t, b]},
+            {"weights": weights, "context": weights @ inputs["memory"][:, b]},
+        )
+
+
+@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+def test_attend_weights_are_a_distribution_over_valid_positions(score: Any) -> None:
+    call = AttendCase(score=score, lengths="holes", need_weights=True, dtype=torch.float64).call()
+    lengths = call.inputs["lengths"]
+    context, weights = reference.attend(**call.inputs, **call.options)
+    assert weights is not None
+    totals = (lengths > 0).double().expand(weights.shape[:2])
+    assert_close({"sum": weights.sum(-1)}, {"sum": totals})
+    assert weights[:, torch.arange(5) >= lengths.unsqueeze(1)].eq(0).all()
+    assert context[:, lengths == 0].eq(0).all()
+    gradients = run(reference, call).gradients
+    assert gradients["memory"][:, lengths == 0].eq(0).all()
+    assert gradients["keys"][:, lengths == 0].eq(0).all()
+
+
+def test_decode_is_cells_and_attention_in_a_loop() -> None:
+    """One layer of LSTMCell, dot score and input feeding, written out with torch.nn."""
+    case = DecodeCase(sizes=(4, 5, 3, 6, 7, 7, 9), dtype=torch.float64)
+    call = case.call()
+    inputs = call.inputs
+    cell = torch.nn.LSTMCell(6 + 7, 7, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter, value in zip(cell.parameters(), inputs["layers"][0], strict=True):
+            parameter.copy_(value)
+    (h, c), feed = inputs["state"]
+    h, c = h[0], c[0]
+    outputs = []
+    for x in inputs["x"]:
+        h, c = cell(torch.cat([x, feed], -1), (h, c))
+        scores = (inputs["keys"] * h).sum(-1)
+        context = (torch.softmax(scores, 0).unsqueeze(2) * inputs["memory"]).sum(0)
+        feed = torch.tanh(torch.cat([context, h], -1) @ inputs["combine"].T)
+        outputs.append(feed)
+    expected = {
+        "output": torch.stack(outputs),
+        "state.hidden[0]": h[None],
+        "state.hidden[1]": c[None],
+        "state.feed": feed,
+    }
+    assert_close(outputs_of(reference, call), expected)
+
+
+@pytest.mark.parametrize("input_feeding", [True, False])
+@pytest.mark.parametrize("cell", CELLS)
+def test_decode_goes_on_from_its_state(cell: Any, input_feeding: bool) -> None:
+    case = DecodeCase(
+        cell=cell,
+        layers=2,
+        lengths="ragged",
+        input_feeding=input_feeding,
+        need_weights=True,
+        dtype=torch.float64,
+    )
+    call = case.call()
+    x = call.inputs["x"]
+    whole = reference.decode(**call.inputs, **call.options)
+    head = reference.decode(**call.inputs | {"x": x[:3]}, **call.options)
+    tail = reference.decode(**call.inputs | {"x": x[3:], "state": head.state}, **call.options)
+    assert head.weights is not None
+    assert tail.weights is not None
+    joined = tail._replace(
+        output=torch.cat([head.output, tail.output]),
+        weights=torch.cat([head.weights, tail.weights]),
+    )
+    assert_close(dict(leaves(joined)), dict(leaves(whole)))
+
+
+def test_dropout_masks_of_ones_change_nothing_and_zeros_cut_the_layers() -> None:
+    call = DecodeCase(layers=2, dropout=True, dtype=torch.float64).call()
+    masks = call.inputs.pop("dropout_masks")
+    without = outputs_of(reference, call)
+    call.inputs["dropout_masks"] = torch.ones_like(masks)
+    assert_close(outputs_of(reference, call), without)
+    call.inputs["dropout_masks"] = torch.zeros_like(masks)
+    gradients = run(reference, call, used=["output"]).gradients
+    assert gradients["x"].eq(0).all()

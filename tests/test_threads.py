@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators under any number of threads: same bits, forked children, many callers."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from operator_cases import (
+    DTYPES,
+    AttendCase,
+    Case,
+    DecodeCase,
+    Results,
+    ScanCase,
+    expected_of,
+    run,
+)
+from tolerances import assert_close, assert_same_bits
+
+from pyseq import functional
+
+# Large enough to be shared out: many rows (split by batch), and few rows of a wide layer
+# (split by hidden units). With one input number and no score weights outside of the loop,
+# every product that torch makes before the loop has one term, hence the same bits always.
+SHARED: tuple[Case, ...] = tuple(
+    case
+    for dtype in DTYPES
+    for case in (
+        ScanCase(cell="lstm", sizes=(12, 45, 1, 72), lengths="ragged", dtype=dtype),
+        ScanCase(cell="gru", sizes=(12, 1, 1, 300), resets="random", dtype=dtype),
+        ScanCase(cell="rnn_tanh", sizes=(12, 3, 1, 500), reverse=True, dtype=dtype),
+        ScanCase(sizes=(12, 2, 1, 260), projection=100, dtype=dtype),
+        AttendCase(sizes=(30, 40, 11, 60, 70, 60), need_weights=True, dtype=dtype),
+        AttendCase(score="concat", project_query=False, sizes=(30, 40, 1, 60, 70, 60), dtype=dtype),
+        DecodeCase(sizes=(8, 30, 21, 1, 96, 96, 80), layers=2, dtype=dtype),
+        DecodeCase(
+            cell="gru",
+            score="concat",
+            sizes=(8, 30, 2, 1, 200, 64, 80),
+            lengths="ragged",
+            dtype=dtype,
+        ),
+    )
+)
+IDS = [case.id for case in SHARED]
+
+
+@pytest.mark.parametrize("case", SHARED, ids=IDS)
+def test_one_and_more_threads_give_the_same_bits(
+    case: Case, set_threads: Callable[[int], None]
+) -> None:
+    call = case.call()
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results.append(run(functional, call))
+    first = results[0]
+    for other in results[1:]:
+        assert_same_bits(other.outputs, first.outputs)
+        # The gradient of the first state comes out of the loop; the weights' come out of
+        # torch's products, which may split their sums by thread.
+        assert_same_bits(states(other), states(first))
+        assert_close(other.gradients, first.gradients)
+
+
+def states(results: Results) -> dict[str, torch.Tensor]:
+    """The gradients of the initial state."""
+    return {n: g for n, g in results.gradients.items() if n.startswith("state")}
+
+
+def test_many_python_threads_at_once() -> None:
+    calls = [case.call() for case in SHARED]
+    expected = [expected_of(call) for call in calls]
+
+    def work(index: int) -> Results:
+        return run(functional, calls[index])
+
+    order = [i for _ in range(4) for i in range(len(calls))]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for index, actual in zip(order, pool.map(work, order), strict=True):
+            assert_close(actual.outputs, expected[index].outputs)
+            assert_close(actual.gradients, expected[index].gradients)
+
+
+def _run_in_child() -> None:
+    torch.set_num_threads(1)
+    for case in SHARED[: len(SHARED) // 2]:
+        call = case.call()
+        assert_close(run(functional, call).outputs, expected_of(call).outputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_with_one_thread_works(set_threads: Callable[[int], None]) -> None:
+    """As in a worker of a data loader: the parent's pool of threads is gone in the child."""
+    set_threads(2)
+    for case in SHARED:
+        run(functional, case.call())
+    child = multiprocessing.get_context("fork").Process(target=_run_in_child)
+    child.start()
+    child.join(60)
+    hung = child.is_alive()
+    if hung:
+        child.kill()
+        child.join()
+    assert not hung, "the child hangs"
+    assert child.exitcode == 0
