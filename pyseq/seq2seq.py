@@ -312,6 +312,11 @@ class Seq2Seq(torch.nn.Module):
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
         memory, hidden = self.encoder(source, source_lengths)
+        if target_in.shape[0] != source.shape[0]:
+            raise RuntimeError(
+                f"target_in must have one row for each of the {source.shape[0]} sources, "
+                f"got {target_in.shape[0]}"
+            )
         logits, _ = self.decoder(target_in, memory, lengths=source_lengths, state=(hidden, None))
         return logits
 

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seq2Seq: its parts, what padding may not change, and that it learns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from pyseq.seq2seq import Encoder, Seq2Seq
+from pyseq.types import PAD, START, STOP
+
+SIZES = {"embedding_size": 6, "hidden_size": 8}
+CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+SCORES = ("dot", "general", "concat", None)
+LENGTHS = torch.tensor([3, 5, 1])
+
+
+def model(**options: Any) -> Seq2Seq:
+    return Seq2Seq(11, 9, **{**SIZES, **options})
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    source = torch.randint(4, 11, (3, 5))
+    source[torch.arange(5) >= LENGTHS.unsqueeze(1)] = PAD
+    return source, LENGTHS, torch.randint(4, 9, (3, 4))
+
+
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["two-way", "one-way"])
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_parameter_gets_a_gradient(cell: str, score: str | None, bidirectional: bool) -> None:
+    module = model(cell=cell, score=score, bidirectional=bidirectional, num_layers=2)
+    logits = module(*batch())
+    assert logits.shape == (3, 4, 9)
+    assert logits.is_contiguous()
+    logits.logsumexp(-1).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if cell != "rnn_relu":  # whose units may all be off
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_defaults_and_shapes() -> None:
+    module = Seq2Seq(11, 9)
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    assert shapes["encoder.embedding.weight"] == (11, 256)
+    assert shapes["encoder.rnn.weight_hh_l0_reverse"] == (512, 128)
+    assert shapes["decoder.embedding.weight"] == (9, 256)
+    assert shapes["decoder.rnn.weight_ih_l0"] == (1024, 512)
+    assert shapes["decoder.rnn.score.weight"] == (256, 256)
+    assert shapes["decoder.rnn.combine.weight"] == (256, 512)
+    assert shapes["decoder.output.weight"] == (9, 256)
+    assert module.encoder.embedding.weight[PAD].eq(0).all()
+
+
+def test_config_rebuilds_the_model() -> None:
+    options = {
+        "embedding_size": 5,
+        "hidden_size": 7,
+        "num_layers": 2,
+        "cell": "gru",
+        "bidirectional": False,
+        "score": None,
+        "input_feeding": False,
+        "dropout": 0.3,
+    }
+    first = Seq2Seq(11, 9, **options)  # type: ignore[arg-type]
+    assert first.config == {"source_vocab_size": 11, "target_vocab_size": 9, **options}
+    second = Seq2Seq(**json.loads(json.dumps(first.config)))
+    second.load_state_dict(first.state_dict())
+    data = batch()
+    assert torch.equal(first.eval()(*data), second.eval()(*data))
+    first.config["dropout"] = 9  # a copy
+    assert first.config["dropout"] == 0.3
+
+
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["two-way", "one-way"])
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_encoder_is_torchs_on_packed_rows(kind: str, bidirectional: bool) -> None:
+    encoder = Encoder(
+        11, **SIZES, num_layers=2, cell=kind.lower(), bidirectional=bidirectional
+    ).double()
+    size = 4 if bidirectional else 8
+    theirs = getattr(torch.nn, kind)(6, size, 2, bidirectional=bidirectional, dtype=torch.float64)
+    theirs.load_state_dict(encoder.rnn.state_dict())
+    source, lengths, _ = batch()
+    memory, state = encoder(source, lengths)
+    packed = pack_padded_sequence(encoder.embedding(source.t()), lengths, enforce_sorted=False)
+    output, last = theirs(packed)
+    actual, expected = {"memory": memory}, {"memory": pad_packed_sequence(output)[0]}
+    parts = (state, last) if kind == "LSTM" else ((state,), (last,))
+    for i, (ours, other) in enumerate(zip(*parts, strict=True)):
+        rows = other.reshape(2, -1, 3, size)  # layer, direction, row
+        actual[str(i)], expected[str(i)] = ours, rows.transpose(1, 2).reshape(2, 3, 8)
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_padding_changes_nothing(score: str | None) -> None:
+    module = model(score=score, cell="gru", num_layers=2).double().eval()
+    source, lengths, target_in = batch()
+    expected = module(source, lengths, target_in)
+    # Other ids in the padding, more of it, and rows of their own.
+    noisy = torch.cat([source, torch.full((3, 2), PAD)], 1)
+    noisy[torch.arange(7) >= lengths.unsqueeze(1)] = 10
+    assert_close({"y": module(noisy, lengths, target_in)}, {"y": expected})
+    for row, length in enumerate(lengths.tolist()):
+        here = slice(row, row + 1)
+        alone = module(source[here, :length], lengths[here], target_in[here])
+        assert_close({"y": alone}, {"y": expected[here]})
+
+
+def test_no_prediction_sees_its_own_token_or_later_ones() -> None:
+    module = model().double().eval()
+    source, lengths, target_in = batch()
+    before = module(source, lengths, target_in)
+    target_in[:, 2:] = STOP
+    after = module(source, lengths, target_in)
+    assert torch.equal(before[:, :2], after[:, :2])
+    assert not torch.equal(before[:, 2], after[:, 2])
+
+
+def test_dropout_in_training_only() -> None:
+    module, data = model(dropout=0.5), batch()
+    assert not torch.equal(module(*data), module(*data))
+    module.eval()
+    assert torch.equal(module(*data), module(*data))
+
+
+Call = Callable[[], object]
+ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
+    "odd": (lambda: model(hidden_size=7), ValueError, "hidden_size must be even .* got 7"),
+    "cell": (lambda: model(cell="mlp"), ValueError, "cell must be one of .* got 'mlp'"),
+    "score": (lambda: model(score="cos"), ValueError, "score must be one of .* got 'cos'"),
+    "dropout": (lambda: model(dropout=-0.1), ValueError, "dropout must be .* got -0.1"),
+    "vocabulary": (lambda: Seq2Seq(3, 9), ValueError, "source_vocab_size must be .* got 3"),
+    "embedding": (lambda: model(embedding_size=0), ValueError, "embedding_size .* got 0"),
+    "layers": (lambda: model(num_layers=0), ValueError, "num_layers"),
+    "source-dims": (
+        lambda: model()(torch.tensor([4, 5]), torch.tensor([2]), torch.tensor([[START]])),
+        RuntimeError,
+        r"source must be 2-D .* got \(2,\)",
+    ),
+    "target-dims": (
+        lambda: model()(batch()[0], LENGTHS, torch.tensor([START])),
+        RuntimeError,
+        "target_in must be 2-D",
+    ),
+    "batches": (
+        lambda: model()(batch()[0], LENGTHS, torch.tensor([[START]])),
+        RuntimeError,
+        "target_in must have one row for each of the 3 sources, got 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_say_what_was_expected(case: str) -> None:
+    call, error, match = ERRORS[case]
+    with pytest.raises(error, match=match):
+        call()
+
+
+def reversal_batch(
+    size: int, longest: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random sources (B, S), their lengths, and targets (B, S + 1): reversed, then <stop>."""
+    lengths = torch.randint(1, longest + 1, (size,), generator=generator)
+    source = torch.randint(4, 10, (size, longest), generator=generator)
+    steps = torch.arange(longest + 1)
+    source[steps[:-1] >= lengths.unsqueeze(1)] = PAD
+    target = torch.full((size, longest + 1), PAD)
+    places = lengths.unsqueeze(1) - 1 - steps
+    target = source.gather(1, places.clamp(min=0)[:, :longest])
+    target = torch.cat([target, torch.full((size, 1), PAD)], 1).masked_fill(places < 0, PAD)
+    target[torch.arange(size), lengths] = STOP
+    return source, lengths, target
+
+
+@pytest.mark.parametrize(
+    ("options", "longest"),
+    [
+        ({"cell": "lstm", "score": "general"}, 6),
+        ({"cell": "gru", "score": "concat"}, 6),
+        ({"cell": "gru", "score": None}, 3),  # all of the source in one vector: shorter ones
+    ],
+    ids=["lstm-general", "gru-concat", "gru-none"],
+)
+def test_learns_to_reverse(
+    options: dict[str, Any], longest: int, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(1)  # enough for these sizes, and as fast on a busy machine
+    generator = torch.Generator().manual_seed(7)
+    module = Seq2Seq(10, 10, embedding_size=32, hidden_size=48, dropout=0.0, **options)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.005)
+    for _ in range(200):
+        source, lengths, target = reversal_batch(64, longest, generator)
+        start = torch.full((64, 1), START)
+        logits = module(source, lengths, torch.cat([start, target[:, :-1]], 1))
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), ignore_index=PAD
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+
+    source, lengths, target = reversal_batch(200, longest, generator)
+    for beam_size in (1, 3):
+        found = module.generate(source, lengths, max_length=longest + 2, beam_size=beam_size)
+        right = [
+            hypothesis.tokens == row[:length]
+            for hypothesis, row, length in zip(
+                found, target.tolist(), lengths.tolist(), strict=True
+            )
+        ]
+        assert sum(right) >= 0.9 * len(right)
