@@ -150,7 +150,7 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
         r"source must be 2-D .* got \(2,\)",
     ),
     "target-dims": (
-        lambda: model()(batch()[0], LENGTHS, torch.tensor([START])),
+        lambda: model()(batch()[0], LENGTHS, torch.full((3,), START)),
         RuntimeError,
         "target_in must be 2-D",
     ),
