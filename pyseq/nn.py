@@ -95,6 +95,15 @@ def _check_shape(name: str, tensor: Tensor, letters: str, expected: tuple[int, .
         raise RuntimeError(f"{name} must be {letters} = ({sizes}), got {shape}")
 
 
+def _check_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
+    if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        raise ValueError(
+            f"{name} dtype ({tensor.dtype}) does not match weight dtype ({weight.dtype}); "
+            f"convert it with {name}.to({weight.dtype}) or the module with "
+            f"module.to({tensor.dtype})"
+        )
+
+
 def _check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int) or value <= 0:
@@ -154,6 +163,8 @@ class _Recurrent(torch.nn.RNNBase):
     compiler front end refuses subclasses of torch.nn.LSTM itself, not of RNNBase.)
     """
 
+    weight_ih_l0: Tensor
+
     def __init__(
         self,
         mode: str,
@@ -196,13 +207,7 @@ class _Recurrent(torch.nn.RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise unless ``input`` has this module's dtype, dimensions and input size."""
-        dtype = self.weight_ih_l0.dtype
-        if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
-            raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}); "
-                f"convert the input with input.to({dtype}) or the module with "
-                f"module.to({input.dtype})"
-            )
+        _check_dtype("input", input, self.weight_ih_l0)
         expected_dim = 3 if batch_sizes is None else 2
         if input.dim() != expected_dim:
             raise RuntimeError(f"input must have {expected_dim} dimensions, got {input.dim()}")
@@ -494,6 +499,11 @@ class _Cell(torch.nn.RNNCellBase):
         name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        _check_dtype("input", input, self.weight_ih)
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"{name}: Expected input.size(-1) to be {self.input_size}, got {input.size(-1)}"
+            )
         batched = input.dim() == 2
         parts = _state_parts(cell, hx)
         for part in parts:
@@ -801,6 +811,8 @@ class AttentionDecoder(torch.nn.Module):
         without attention, the decoder of Sutskever et al. 2014, arXiv 1409.3215.
     """
 
+    weight_ih_l0: Tensor
+
     def __init__(
         self,
         input_size: int,
@@ -941,12 +953,13 @@ class AttentionDecoder(torch.nn.Module):
             the next call goes on; its ``feed`` is the last output.
 
         Raises:
-            ValueError: the state has the wrong form.
+            ValueError: the state has the wrong form, or x another dtype than the weights.
             RuntimeError: a tensor has the wrong shape, dtype or device, or is missing.
         """
         if self.batch_first and x.dim() == 3:
             x = x.transpose(0, 1)
         _check_shape("x", x, "(T, B, I)", (-1, -1, self.input_size))
+        _check_dtype("x", x, self.weight_ih_l0)
         parts, feed = self._check_state(state, x.shape[1])
         if self.score is None:
             result = self._forward_plain(x, parts)

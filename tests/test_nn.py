@@ -34,6 +34,12 @@ CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 SCORES = ("dot", "general", "concat")
 
 
+@pytest.fixture(autouse=True)
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """The tensors are tiny: more threads would only wait for one another."""
+    set_threads(1)
+
+
 def flat(state: Any) -> list[Tensor]:
     return [state] if isinstance(state, Tensor) else list(state)
 
@@ -345,6 +351,8 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
     "dropout": (lambda: nn.GRU(I, H, 2, dropout=2), ValueError, "dropout"),
     "proj": (lambda: nn.LSTM(I, H, proj_size=H), ValueError, "proj_size"),
     "cell-dims": (lambda: nn.GRUCell(I, H)(X), ValueError, "GRUCell: .* 1D or 2D, got 3D"),
+    "cell-size": (lambda: nn.GRUCell(I + 1, H)(X[0]), RuntimeError, "to be 4, got 3"),
+    "cell-dtype": (lambda: nn.GRUCell(I, H)(X[0].double()), ValueError, "float64.*float32"),
     "cell-hx-dims": (lambda: nn.GRUCell(I, H)(X[0], SHORT), ValueError, "hx to be 2D"),
     "cell-hx": (lambda: nn.LSTMCell(I, H)(X[0], SHORT[0]), ValueError, r"pair \(h, c\)"),
     "score": (lambda: nn.Attention(3, 3, score="cosine"), ValueError, "got 'cosine'"),
@@ -369,6 +377,11 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
         lambda: nn.AttentionDecoder(4, H, H)(X, torch.zeros(2, B, H)),
         RuntimeError,
         r"x must be \(T, B, I\) = \(any, any, 4\)",
+    ),
+    "decoder-dtype": (
+        lambda: nn.AttentionDecoder(I, H, H)(X.double(), torch.zeros(2, B, H)),
+        ValueError,
+        r"x dtype \(torch.float64\) does not match weight dtype \(torch.float32\)",
     ),
     "decoder-memory": (
         lambda: nn.AttentionDecoder(I, H, 7)(X, torch.zeros(2, B, H)),

@@ -21,6 +21,12 @@ SOURCE = torch.zeros(3, 2, dtype=torch.int64)
 LENGTHS = torch.tensor([2, 2, 1])
 
 
+@pytest.fixture(autouse=True)
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """The tensors are tiny: more threads would only wait for one another."""
+    set_threads(1)
+
+
 class Chain:
     """A model whose next token depends on the last one and on the row's table only.
 

@@ -22,6 +22,12 @@ SCORES = ("dot", "general", "concat", None)
 LENGTHS = torch.tensor([3, 5, 1])
 
 
+@pytest.fixture(autouse=True)
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """The tensors are tiny: more threads would only wait for one another."""
+    set_threads(1)
+
+
 def model(**options: Any) -> Seq2Seq:
     return Seq2Seq(11, 9, **{**SIZES, **options})
 
@@ -194,10 +200,7 @@ def reversal_batch(
     ],
     ids=["lstm-general", "gru-concat", "gru-none"],
 )
-def test_learns_to_reverse(
-    options: dict[str, Any], longest: int, set_threads: Callable[[int], None]
-) -> None:
-    set_threads(1)  # enough for these sizes, and as fast on a busy machine
+def test_learns_to_reverse(options: dict[str, Any], longest: int) -> None:
     generator = torch.Generator().manual_seed(7)
     module = Seq2Seq(10, 10, embedding_size=32, hidden_size=48, dropout=0.0, **options)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.005)
