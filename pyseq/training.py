@@ -274,7 +274,7 @@ class Trainer:
         self._batches = BucketedBatches(examples, options.batch_size, seed=options.seed)
         self._data_fingerprint = examples.fingerprint()
         self._optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=options.learning_rate, foreach=True
+            self.model.parameters(), lr=options.learning_rate, fused=True
         )
         self._total_steps = options.epochs * len(self._batches)
         self._step = 0  # updates done in the whole run
@@ -422,7 +422,7 @@ class Trainer:
         if record["data"] != self._data_fingerprint:
             raise CheckpointError(
                 f"{self.examples.name}: these are not the training pairs that the run to be "
-                "resumed was begun with"
+                "resumed was begun with (the held-out share must be the same, too)"
             )
         self._check_options(record["options"])
         torch.set_rng_state(tensors["rng.torch"])
@@ -513,7 +513,8 @@ class Trainer:
 def _signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of stopping; a second signal acts at once.
 
-    Only the main thread may set handlers; elsewhere nothing is collected.
+    Only the main thread may set handlers; elsewhere nothing is collected. What the process
+    was told to ignore (``nohup``, a shell's background job) stays ignored.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -530,7 +531,8 @@ def _signals() -> Iterator[list[int]]:
         restore()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, receive)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, receive)
     try:
         yield received
     finally:

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make demo``: learns to pronounce English from the CMU dictionary in a few minutes.
+
+Times a training step against plain torch, trains, prints the error rates on words that it
+never saw, pronounces words that no dictionary has, and draws where it looked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from . import cli, functional, g2p, reference, training
+from .errors import PyseqError
+from .plot import save_heatmap
+from .text import SPECIALS
+from .training import Data, Interrupted, ModelOptions, Trainer, TrainingOptions
+from .translator import Translator
+from .types import STOP
+
+# Spelled like English, but in no dictionary.
+_NEW_WORDS = ("blorptastic", "snorkelwick", "quizzify", "thunkable", "zephyrine", "wobblegate")
+_DRAWN_WORD = "thunkable"
+
+_EPOCHS = 5
+_TIMED_STEPS = 7
+
+
+@contextmanager
+def reference_operators() -> Iterator[None]:
+    """Let every module of pyseq compute with the operators of ``pyseq.reference`` meanwhile.
+
+    They have the same signatures, so the same model and the same weights run in plain
+    torch: what is compared is the operators and nothing else.
+    """
+    names = ("scan", "attend", "decode")
+    fused = {name: getattr(functional, name) for name in names}
+    try:
+        for name in names:
+            setattr(functional, name, getattr(reference, name))
+        yield
+    finally:
+        for name in names:
+            setattr(functional, name, fused[name])
+
+
+def time_training_step(trainer: Trainer, *, repeats: int = _TIMED_STEPS) -> tuple[float, float]:
+    """Median seconds of a training step with the fused and with the reference operators.
+
+    The two take turns on the same batch, so that whatever else the machine does meets
+    both. The model of ``trainer`` is left as it was found.
+    """
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    optimizer = torch.optim.Adam(trainer.model.parameters(), fused=True)
+    examples, size = trainer.examples, trainer.options.batch_size
+    seconds: tuple[list[float], list[float]] = ([], [])
+
+    def timed_step() -> float:
+        begin = time.perf_counter()
+        training.training_step(trainer.model, batch, optimizer, clip_norm=trainer.options.clip_norm)
+        return time.perf_counter() - begin
+
+    trainer.model.train()
+    # Words of middle length, as many as in any batch.
+    order = examples.by_length(range(len(examples)))
+    batch = examples.collate(order[len(order) // 2 :][:size])
+    with torch.random.fork_rng():  # for dropout
+        for turn in range(repeats + 1):
+            fused = timed_step()
+            with reference_operators():
+                plain = timed_step()
+            if turn > 0:  # the first turn warms up
+                seconds[0].append(fused)
+                seconds[1].append(plain)
+    trainer.model.load_state_dict(weights)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pyseq.demo", description=__doc__)
+    parser.add_argument("--out", default="demo", metavar="DIR", help="where the model goes")
+    parser.add_argument("--epochs", type=int, default=_EPOCHS, metavar="N")
+    arguments = parser.parse_args(argv)
+    try:
+        _run(Path(arguments.out), arguments.epochs)
+    except Interrupted as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 128 + error.signum
+    except (PyseqError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(out: Path, epochs: int) -> None:
+    begin = time.perf_counter()
+    parts = g2p.load()
+    print(
+        f"CMU pronouncing dictionary: {len(parts.train):,} words to learn from, "
+        f"{len(parts.validation):,} for validation, {len(parts.test):,} for the test",
+        flush=True,
+    )
+    trainer = training.start(
+        Data(g2p.pairs(parts.train), "cmudict (training words)"),
+        Data(g2p.pairs(parts.validation), "cmudict (validation words)"),
+        tokens=(g2p.SOURCE_TOKENS, g2p.TARGET_TOKENS),
+        model=ModelOptions(**g2p.MODEL),
+        options=TrainingOptions(**{**g2p.TRAINING, "epochs": epochs}),
+        out=out,
+        progress=True,
+        log=lambda line: print(line, flush=True),
+    )
+    fused, plain = time_training_step(trainer)
+    step = (
+        f"one training step, {trainer.options.batch_size} words, {torch.get_num_threads()} "
+        f"threads: {fused * 1e3:.0f} ms, with the same operators in plain torch "
+        f"{plain * 1e3:.0f} ms: {plain / fused:.1f} times faster"
+    )
+    print(step, flush=True)
+    learning = time.perf_counter()
+    trainer.run()
+    minutes = (time.perf_counter() - learning) / 60
+
+    translator = Translator.load(out)
+    print(f"\nafter {minutes:.1f} minutes of training: {cli.g2p_summary(translator)}")
+    known = {entry.word for part in parts for entry in part}
+    words = [word for word in _NEW_WORDS if word not in known]
+    print(f"\nwords that are not in the dictionary ({len(words)}):")
+    for word, result in zip(words, translator.translate(words, beam_size=4), strict=True):
+        print(f"  {word:<14}{result.text}")
+    picture = _draw(translator, out / f"attention-{_DRAWN_WORD}.png")
+    print(f"\nwhere it looked: {picture}\n{step}")
+    print(f"the whole demo: {(time.perf_counter() - begin) / 60:.1f} minutes; model: {out}")
+    print(f"try: echo pronounceable | {sys.executable} -m pyseq predict {out}")
+
+
+def _draw(translator: Translator, path: Path) -> Path:
+    (result,) = translator.translate([_DRAWN_WORD])
+    assert result.weights is not None  # the demo's model has attention
+    save_heatmap(
+        path,
+        result.weights,
+        rows=result.tokens,
+        columns=[*result.source_tokens, SPECIALS[STOP]],
+        title=_DRAWN_WORD,
+    )
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
