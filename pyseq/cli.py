@@ -329,6 +329,7 @@ def _given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
     given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     if given.get("score") == "none":
         given["score"] = None
+        given.setdefault("input_feeding", False)  # what is fed back is made by attention
     return given
 
 

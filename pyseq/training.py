@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -280,6 +280,7 @@ class Trainer:
         self._step = 0  # updates done in the whole run
         self._loss_sum, self._tokens = 0.0, 0  # of the epoch under way
         self._best_loss = math.inf
+        self._rate = 0.0  # target tokens a second in the epoch under way, since it went on
         self._bar_class = require("tqdm", extra="train").tqdm if progress else None
         self._log = log
 
@@ -315,44 +316,42 @@ class Trainer:
         """The rest of an epoch, or as much of it as there is before a signal."""
         options, device = self.options, _device(self.model)
         self.model.train()
-        bar = self._bar()
         begin, done = time.perf_counter(), 0
-        for batch in self._batches:
-            batch = _to(batch, device)
-            factor = learning_rate_factor(
-                self._step,
-                self._total_steps,
-                schedule=options.schedule,
-                warmup_steps=options.warmup_steps,
-            )
-            for group in self._optimizer.param_groups:
-                group["lr"] = options.learning_rate * factor
-            loss = training_step(
-                self.model,
-                batch,
-                self._optimizer,
-                clip_norm=options.clip_norm,
-                label_smoothing=options.label_smoothing,
-            )
-            if not math.isfinite(loss):
-                raise TrainingError(self._not_finite_text(loss, batch))
-            self._step += 1
-            count = int((batch.target_out != PAD).sum())
-            self._loss_sum += loss * count
-            self._tokens += count
-            done += count
-            if bar is not None:
-                rate = done / (time.perf_counter() - begin)
-                bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
-                bar.update()
-            if received:
-                break
-            every = options.checkpoint_every
-            if every is not None and self._step % every == 0:
-                self._save_last()
-        if bar is not None:
-            bar.close()
-        self._rate = done / (time.perf_counter() - begin)
+        with self._bar() as bar:
+            for batch in self._batches:
+                batch = _to(batch, device)
+                factor = learning_rate_factor(
+                    self._step,
+                    self._total_steps,
+                    schedule=options.schedule,
+                    warmup_steps=options.warmup_steps,
+                )
+                for group in self._optimizer.param_groups:
+                    group["lr"] = options.learning_rate * factor
+                loss = training_step(
+                    self.model,
+                    batch,
+                    self._optimizer,
+                    clip_norm=options.clip_norm,
+                    label_smoothing=options.label_smoothing,
+                )
+                if not math.isfinite(loss):
+                    raise TrainingError(self._not_finite_text(loss, batch))
+                self._step += 1
+                count = int((batch.target_out != PAD).sum())
+                self._loss_sum += loss * count
+                self._tokens += count
+                done += count
+                self._rate = done / (time.perf_counter() - begin)
+                if bar is not None:
+                    text = f"loss {loss:.3f}, {self._rate:,.0f} tokens/s"
+                    bar.set_postfix_str(text, refresh=False)
+                    bar.update()
+                if received:
+                    return
+                every = options.checkpoint_every
+                if every is not None and self._step % every == 0:
+                    self._save_last()
 
     def _finish_epoch(self) -> None:
         valid_loss = None
@@ -466,9 +465,10 @@ class Trainer:
 
     # What is said to the user.
 
-    def _bar(self) -> Any:
+    def _bar(self) -> AbstractContextManager[Any]:
+        """A progress bar for the rest of the epoch, or None, as a context."""
         if self._bar_class is None:
-            return None
+            return nullcontext()
         return self._bar_class(
             total=len(self._batches),
             initial=self._batches.position,

@@ -221,7 +221,7 @@ def test_no_attention_to_draw(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "out")
-    options = ["--score", "none", "--no-input-feeding", "--epochs", "1", *SMALL]
+    options = ["--score", "none", "--epochs", "1", *SMALL]
     assert cli.main(["train", str(pairs), "--out", out, *options]) == 0
     assert Translator.load(out).model.config["score"] is None
     assert cli.main(["predict", out, "--attention", str(tmp_path / "pictures")]) == 1
