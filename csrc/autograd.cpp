@@ -67,8 +67,8 @@ struct Scan : Function<Scan> {
     const bool needs_x = x.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = call<&scan_forward>("pyseq::scan_forward");
-    const auto [y, h_n, c_n, gates, apart, states, cells, inner] = op.call(
-        x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse);
+    const auto [y, h_n, c_n, gates, apart, states, cells, inner] =
+        op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse);
     context->save_for_backward({x, w_ih, w_hh, or_undefined(w_hr), or_undefined(lengths),
                                 or_undefined(resets), gates, apart, states, cells, inner});
     auto& options = context->saved_data;
@@ -133,8 +133,8 @@ struct Attend : Function<Attend> {
       const at::NoGradGuard constant;
       static const auto op = call<&attend_backward>("pyseq::attend_backward");
       const auto [d_query, d_keys, d_memory, d_weight_v] =
-          op.call(given(d[0]), given(d[1]), saved[0], saved[1], saved[2], weight_v,
-                  given(saved[4]), saved[5], context->saved_data["score"].toStringView());
+          op.call(given(d[0]), given(d[1]), saved[0], saved[1], saved[2], weight_v, given(saved[4]),
+                  saved[5], context->saved_data["score"].toStringView());
       result[0] = d_query;
       result[1] = d_keys;
       result[2] = d_memory;
@@ -156,9 +156,8 @@ struct Decode : Function<Decode> {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = call<&decode_forward>("pyseq::decode_forward");
     const auto [output, attn, h_n, c_n, gates_first, gates_above, apart, states, cells, query,
-                attended] =
-        op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed, lengths,
-                dropout_masks, cell, score, input_feeding);
+                attended] = op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0,
+                                    c_0, feed, lengths, dropout_masks, cell, score, input_feeding);
     variable_list saved{x,
                         keys,
                         memory,
@@ -215,9 +214,8 @@ struct Decode : Function<Decode> {
       result.insert(result.end(), d_layers.begin(), d_layers.end());
       for (const Tensor& gradient :
            {d_keys, d_memory, d_combine, if_given(weight_query.has_value(), d_weight_query),
-            if_given(weight_v.has_value(), d_weight_v),
-            if_given(options["h_0"].toBool(), d_h_0), if_given(options["c_0"].toBool(), d_c_0),
-            if_given(feed.has_value(), d_feed)}) {
+            if_given(weight_v.has_value(), d_weight_v), if_given(options["h_0"].toBool(), d_h_0),
+            if_given(options["c_0"].toBool(), d_c_0), if_given(feed.has_value(), d_feed)}) {
         result.push_back(gradient);
       }
     }
@@ -277,9 +275,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
     return op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
                    lengths, dropout_masks, cell, score, input_feeding, need_weights);
   }
-  const variable_list result = Decode::apply(
-      x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed, lengths,
-      dropout_masks, std::string(cell), std::string(score), input_feeding);
+  const variable_list result =
+      Decode::apply(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
+                    lengths, dropout_masks, std::string(cell), std::string(score), input_feeding);
   return {result[0], result[1], result[2], result[3]};
 }
 

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
+#include "autocast.h"
 #include "autograd.h"
 #include "build_info.h"
 #include "cpu/kernels.h"
@@ -75,6 +76,12 @@ TORCH_LIBRARY_IMPL(pyseq, Autograd, m) {
   m.impl("scan", &pyseq::autograd::scan);
   m.impl("attend", &pyseq::autograd::attend);
   m.impl("decode", &pyseq::autograd::decode);
+}
+
+TORCH_LIBRARY_IMPL(pyseq, AutocastCPU, m) {
+  m.impl("scan", pyseq::AutocastCpu<&pyseq::scan>::of("pyseq::scan"));
+  m.impl("attend", pyseq::AutocastCpu<&pyseq::attend>::of("pyseq::attend"));
+  m.impl("decode", pyseq::AutocastCpu<&pyseq::decode>::of("pyseq::decode"));
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -33,8 +33,8 @@ inline void check_tensor(const at::Tensor& tensor, const char* name, const char*
               ", got ", shape_text(tensor.sizes()));
   TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of ",
               like_name, ", ", like.scalar_type(), ", got ", tensor.scalar_type());
-  TORCH_CHECK(tensor.device() == like.device(), name, " must be on the device of ", like_name,
-              ", ", like.device(), ", got ", tensor.device());
+  TORCH_CHECK(tensor.device() == like.device(), name, " must be on the device of ", like_name, ", ",
+              like.device(), ", got ", tensor.device());
 }
 
 inline void check_tensor(const std::optional<at::Tensor>& tensor, const char* name,

@@ -137,8 +137,9 @@ ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   if (resets.has_value()) {
     TORCH_CHECK(resets->scalar_type() == at::kBool, "resets must be bool, got ",
                 resets->scalar_type());
-    TORCH_CHECK(resets->sizes() == (c10::IntArrayRef{steps, batch}), "resets must be (T, B) = ",
-                shape_text({steps, batch}), ", got ", shape_text(resets->sizes()));
+    TORCH_CHECK(resets->sizes() == (c10::IntArrayRef{steps, batch}),
+                "resets must be (T, B) = ", shape_text({steps, batch}), ", got ",
+                shape_text(resets->sizes()));
   }
   return {cell, steps, batch, input, hidden, state_size, w_hr.has_value()};
 }
@@ -163,8 +164,7 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                    const OptionalTensor& c_0, const OptionalTensor& lengths_in,
                    const OptionalTensor& resets_in, std::string_view name, bool reverse,
                    bool save) {
-  const ScanShape shape =
-      check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr_in, h_0, c_0, resets_in, name);
+  const ScanShape shape = check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr_in, h_0, c_0, resets_in, name);
   const auto& [cell, T_, B, I, H, P, projects] = shape;
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
@@ -183,10 +183,8 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const Tensor states = first_state(h_0, x, slots, first, B, P, cleared);
   const Tensor cells =
       cell.has_cell ? first_state(c_0, x, slots, first, B, H, cleared) : nothing(x);
-  const Tensor apart =
-      save && cell.has_apart ? at::empty({T_, B, H}, x.options()) : nothing(x);
-  const Tensor inner =
-      projects ? at::empty({save ? T_ : 1, B, H}, x.options()) : nothing(x);
+  const Tensor apart = save && cell.has_apart ? at::empty({T_, B, H}, x.options()) : nothing(x);
+  const Tensor inner = projects ? at::empty({save ? T_ : 1, B, H}, x.options()) : nothing(x);
   const Tensor y = at::empty({T_, B, P}, x.options());
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan", [&] {
@@ -251,8 +249,8 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
                             const Tensor& gates, const Tensor& apart, const Tensor& states,
                             const Tensor& cells, const Tensor& inner, std::string_view name,
                             bool reverse, bool needs_x) {
-  const ScanShape shape = check_scan(x, w_ih, w_hh, std::nullopt, std::nullopt, w_hr_in, d_h_n,
-                                     d_c_n, resets_in, name);
+  const ScanShape shape =
+      check_scan(x, w_ih, w_hh, std::nullopt, std::nullopt, w_hr_in, d_h_n, d_c_n, resets_in, name);
   const auto& [cell, T_, B, I, H, P, projects] = shape;
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
@@ -341,9 +339,8 @@ AttendShape check_attend(const Tensor& query, const Tensor& keys, const Tensor& 
 
 template <class T>
 cpu::Attend<T> attend_arguments(const AttendShape& shape, bool additive, const Tensor& query,
-                                const Tensor& keys, const Tensor& memory,
-                                const OptionalTensor& v, const OptionalTensor& lengths,
-                                const Tensor& attn, T* context) {
+                                const Tensor& keys, const Tensor& memory, const OptionalTensor& v,
+                                const OptionalTensor& lengths, const Tensor& attn, T* context) {
   return {
       .additive = additive,
       .steps = shape.steps,
@@ -374,12 +371,10 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query_in, const Tensor& keys_in,
   const Tensor query = query_in.contiguous(), keys = rows_first(keys_in),
                memory = rows_first(memory_in);
   const Tensor attn = at::empty({shape.steps, shape.batch, shape.source}, query.options());
-  const Tensor context =
-      at::empty({shape.steps, shape.batch, shape.memory_size}, query.options());
+  const Tensor context = at::empty({shape.steps, shape.batch, shape.memory_size}, query.options());
   AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "attend", [&] {
-    cpu::kernels<scalar_t>().attend_forward(
-        attend_arguments<scalar_t>(shape, additive, query, keys, memory, v, lengths, attn,
-                                   context.data_ptr<scalar_t>()));
+    cpu::kernels<scalar_t>().attend_forward(attend_arguments<scalar_t>(
+        shape, additive, query, keys, memory, v, lengths, attn, context.data_ptr<scalar_t>()));
   });
   return {context, attn};
 }
@@ -512,14 +507,14 @@ DecodeTensors decode_inputs(const DecodeShape& shape, const Tensor& x, at::Tenso
   all.weight_v = contiguous(weight_v);
   all.lengths = check_lengths(lengths, shape.batch, shape.source, "S");
   all.masks = contiguous(dropout_masks);
-  all.feed = feed.has_value() ? feed->contiguous()
-                              : at::zeros({shape.batch, shape.hidden}, x.options());
+  all.feed =
+      feed.has_value() ? feed->contiguous() : at::zeros({shape.batch, shape.hidden}, x.options());
   return all;
 }
 
 template <class T>
-std::vector<cpu::DecoderLayer<T>> decoder_layers(const DecodeShape& shape,
-                                                 const DecodeTensors& all, bool input_feeding) {
+std::vector<cpu::DecoderLayer<T>> decoder_layers(const DecodeShape& shape, const DecodeTensors& all,
+                                                 bool input_feeding) {
   std::vector<cpu::DecoderLayer<T>> layers(shape.layers);
   for (int64_t l = 0; l < shape.layers; ++l) {
     cpu::DecoderLayer<T>& layer = layers[l];
@@ -532,8 +527,8 @@ std::vector<cpu::DecoderLayer<T>> decoder_layers(const DecodeShape& shape,
     layer.w_hh = all.w_hh[l].const_data_ptr<T>();
     layer.bias = data<T>(all.bias[l].sum);
     layer.apart_bias = data<T>(all.bias[l].apart);
-    layer.gates = l == 0 ? all.gates_first.data_ptr<T>()
-                         : all.gates_above.select(0, l - 1).data_ptr<T>();
+    layer.gates =
+        l == 0 ? all.gates_first.data_ptr<T>() : all.gates_above.select(0, l - 1).data_ptr<T>();
     if (all.apart.numel() > 0) layer.apart = all.apart.select(0, l).data_ptr<T>();
     layer.states = all.states.select(0, l).data_ptr<T>();
     if (shape.cell.has_cell) layer.cells = all.cells.select(0, l).data_ptr<T>();
@@ -546,8 +541,8 @@ std::vector<cpu::DecoderLayer<T>> decoder_layers(const DecodeShape& shape,
 
 template <class T>
 cpu::Decode<T> decode_arguments(const DecodeShape& shape, const DecodeTensors& all,
-                                const std::vector<cpu::DecoderLayer<T>>& layers,
-                                bool input_feeding, bool save) {
+                                const std::vector<cpu::DecoderLayer<T>>& layers, bool input_feeding,
+                                bool save) {
   return {
       .cell = shape.cell.kind,
       .additive = shape.additive,
@@ -654,14 +649,14 @@ DecodeSaved decode_forward(const Tensor& x, at::TensorList layers, const Tensor&
 }
 
 DecodeGradients decode_backward(
-    const OptionalTensor& d_output_in, const OptionalTensor& d_attn_in,
-    const OptionalTensor& d_h_n, const OptionalTensor& d_c_n, const Tensor& x,
-    at::TensorList layers_in, const Tensor& keys, const Tensor& memory, const Tensor& combine,
-    const OptionalTensor& weight_query, const OptionalTensor& weight_v, const OptionalTensor& feed,
-    const OptionalTensor& lengths, const OptionalTensor& dropout_masks, const Tensor& output,
-    const Tensor& attn, const Tensor& gates_first, const Tensor& gates_above, const Tensor& apart,
-    const Tensor& states, const Tensor& cells, const Tensor& query, const Tensor& context,
-    std::string_view cell_name, std::string_view score, bool input_feeding, bool needs_x) {
+    const OptionalTensor& d_output_in, const OptionalTensor& d_attn_in, const OptionalTensor& d_h_n,
+    const OptionalTensor& d_c_n, const Tensor& x, at::TensorList layers_in, const Tensor& keys,
+    const Tensor& memory, const Tensor& combine, const OptionalTensor& weight_query,
+    const OptionalTensor& weight_v, const OptionalTensor& feed, const OptionalTensor& lengths,
+    const OptionalTensor& dropout_masks, const Tensor& output, const Tensor& attn,
+    const Tensor& gates_first, const Tensor& gates_above, const Tensor& apart, const Tensor& states,
+    const Tensor& cells, const Tensor& query, const Tensor& context, std::string_view cell_name,
+    std::string_view score, bool input_feeding, bool needs_x) {
   const DecodeShape shape =
       check_decode(x, layers_in, keys, memory, combine, weight_query, weight_v, d_h_n, d_c_n, feed,
                    dropout_masks, cell_name, score, input_feeding);
@@ -781,8 +776,8 @@ Tensor map_activation(const Tensor& x_in, bool is_tanh) {
   const Tensor y = at::empty_like(x);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "activation", [&] {
     const auto& kernels = cpu::kernels<scalar_t>();
-    (is_tanh ? kernels.tanh : kernels.sigmoid)(x.const_data_ptr<scalar_t>(),
-                                               y.data_ptr<scalar_t>(), x.numel());
+    (is_tanh ? kernels.tanh : kernels.sigmoid)(x.const_data_ptr<scalar_t>(), y.data_ptr<scalar_t>(),
+                                               x.numel());
   });
   return y;
 }

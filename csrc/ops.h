@@ -86,9 +86,9 @@ DecodeGradients decode_backward(
     const Tensor& memory, const Tensor& combine, const OptionalTensor& weight_query,
     const OptionalTensor& weight_v, const OptionalTensor& feed, const OptionalTensor& lengths,
     const OptionalTensor& dropout_masks, const Tensor& output, const Tensor& attn,
-    const Tensor& gates_first, const Tensor& gates_above, const Tensor& apart,
-    const Tensor& states, const Tensor& cells, const Tensor& query, const Tensor& context,
-    std::string_view cell, std::string_view score, bool input_feeding, bool needs_x);
+    const Tensor& gates_first, const Tensor& gates_above, const Tensor& apart, const Tensor& states,
+    const Tensor& cells, const Tensor& query, const Tensor& context, std::string_view cell,
+    std::string_view score, bool input_feeding, bool needs_x);
 
 // The activations of the CPU tier in use, for the tests of their accuracy.
 Tensor sigmoid(const Tensor& x);

@@ -64,3 +64,4 @@ def _check_built() -> None:
 _check_built()
 
 from . import _C as _C  # noqa: E402
+from . import fake as fake  # noqa: E402

@@ -46,9 +46,13 @@ def _split_state(cell: CellName, state: State | None) -> tuple[Tensor | None, Te
     return state, None
 
 
-def _beside(indices: Tensor | None, x: Tensor) -> Tensor | None:
+def _beside(name: str, indices: Tensor | None, x: Tensor) -> Tensor | None:
     """Lengths and resets may come on any device; the kernels read them where x is."""
-    return None if indices is None else indices.to(x.device)
+    if indices is None:
+        return None
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {_kind(indices)}")
+    return indices.to(x.device)
 
 
 def _kind(value: object) -> str:
@@ -113,8 +117,8 @@ def scan(
         w_hr,
         h_0,
         c_0,
-        _beside(lengths, x),
-        _beside(resets, x),
+        _beside("lengths", lengths, x),
+        _beside("resets", resets, x),
         cell,
         reverse,
     )
@@ -164,7 +168,7 @@ def attend(
     """
     keys, query = _project(query, keys, score, weight, weight_query, weight_v)
     context, weights = torch.ops.pyseq.attend(
-        query, keys, memory, weight_v, _beside(lengths, query), _core(score)
+        query, keys, memory, weight_v, _beside("lengths", lengths, query), _core(score)
     )
     return AttendOutput(context, weights if need_weights else None)
 
@@ -239,7 +243,7 @@ def decode(
         h_0,
         c_0,
         feed,
-        _beside(lengths, x),
+        _beside("lengths", lengths, x),
         dropout_masks,
         cell,
         _core(score),
@@ -286,7 +290,7 @@ def _flatten(layers: Sequence[LayerWeights | tuple[Tensor | None, ...]]) -> list
     """(w_ih, w_hh, b_ih, b_hh) of every layer in one list, missing biases as zeros."""
     flat: list[Tensor] = []
     for layer in layers:
-        w_ih, w_hh, b_ih, b_hh = LayerWeights(*layer)  # type: ignore[arg-type]
+        w_ih, w_hh, b_ih, b_hh = LayerWeights(*layer)
         zero = w_ih.new_zeros(w_ih.shape[0])
         flat += [w_ih, w_hh, zero if b_ih is None else b_ih, zero if b_hh is None else b_hh]
     if not flat:

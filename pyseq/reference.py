@@ -151,13 +151,13 @@ def decode(
     need_weights: bool = False,
 ) -> DecoderOutput:
     """A whole attention decoder; see :func:`pyseq.functional.decode`."""
-    layers = [LayerWeights(*layer) for layer in layers]  # type: ignore[arg-type]
+    weights_of = [LayerWeights(*layer) for layer in layers]
     batch, size = x.shape[1], combine.shape[0]
     if score == "general":
         assert weight is not None
         keys, score = linear(keys, weight), "dot"
     if state is None:
-        zeros = [x.new_zeros(batch, size) for _ in layers]
+        zeros = [x.new_zeros(batch, size) for _ in weights_of]
         h, c, feed = zeros, list(zeros), zeros[0]
     else:
         hidden, feed = state
@@ -168,13 +168,13 @@ def decode(
     for t, below in enumerate(x.unbind(0)):
         if input_feeding:
             below = torch.cat([below, feed], -1)
-        for k, layer in enumerate(layers):
+        for k, layer in enumerate(weights_of):
             x_gates = linear(below, layer.w_ih, layer.b_ih)
             r_gates = linear(h[k], layer.w_hh, layer.b_hh)
             h[k], new_c = cell_step(cell, x_gates, r_gates, h[k], c[k])
             c[k] = c[k] if new_c is None else new_c
             below = h[k]
-            if dropout_masks is not None and k + 1 < len(layers):
+            if dropout_masks is not None and k + 1 < len(weights_of):
                 below = below * dropout_masks[k, t]
         context, weights = attend(
             h[-1].unsqueeze(0),

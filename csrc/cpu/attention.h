@@ -137,9 +137,8 @@ void additive_backward(const T* query, const T* keys, const T* v, const T* d_sco
     V d_scale = load(d_v + offset, count);
     for (int64_t s = 0; s < key_count; ++s) {
       T* d_key = d_keys + s * size + offset;
-      const V d_sum =
-          AdditiveScore::backward<Math<T>>(q, load(keys + s * size + offset, count), scale,
-                                           broadcast(d_scores[s]), d_scale);
+      const V d_sum = AdditiveScore::backward<Math<T>>(q, load(keys + s * size + offset, count),
+                                                       scale, broadcast(d_scores[s]), d_scale);
       d_q += d_sum;
       store(d_key, load(d_key, count) + d_sum, count);
     }

@@ -99,7 +99,8 @@ void decode_forward_cell(const Decode<T>& args) {
     for (int64_t t = 0; t < args.steps; ++t) {
       const int64_t before = slot_before(t, args.steps, false, args.save) * B * H;
       const int64_t after = slot_after(t, args.steps, false, args.save) * B * H;
-      const T* below = args.feeding ? (t == 0 ? args.feed : args.output + (t - 1) * B * H) : nullptr;
+      const T* below =
+          args.feeding ? (t == 0 ? args.feed : args.output + (t - 1) * B * H) : nullptr;
 
       for (int64_t l = 0; l < L; ++l) {
         const DecoderLayer<T>& layer = args.layers[l];
@@ -161,8 +162,8 @@ void decode_forward_cell(const Decode<T>& args) {
       // member takes the whole softmax, which costs less than to wait once more.
       const auto score_row = [&](int64_t row) {
         const Range part = at.part(valid_positions<T>(args.lengths, row, S));
-        scores<T, Score, 1>(query + row * A, 0, args.keys + (row * S + part.begin) * A,
-                            part.size(), A, args.v, memory.scores + row * S + part.begin, 0);
+        scores<T, Score, 1>(query + row * A, 0, args.keys + (row * S + part.begin) * A, part.size(),
+                            A, args.v, memory.scores + row * S + part.begin, 0);
       };
       T* const context = args.context + t * kept * B * M;
       const auto attend_row = [&](int64_t row) {
@@ -207,8 +208,8 @@ struct DecodeBackwardMemory {
   T* combine_context;
   T* combine_hidden;
   T* w_query;
-  T* d_top;     // (B, H): what reaches the top state from combination and attention
-  T* d_attn;    // (B, S)
+  T* d_top;   // (B, H): what reaches the top state from combination and attention
+  T* d_attn;  // (B, S)
 
   template <class Cell>
   static DecodeBackwardMemory take(const Decode<T>& args, Pieces<T>& pieces) {
@@ -253,8 +254,7 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
     for (int64_t l = 0; l < L; ++l) {
       const DecoderLayer<T>& layer = args.layers[l];
       if (layer.w_in != nullptr) {
-        pack_columns(layer.w_in, layer.w_in_stride, H, G * H, mine.begin, mine.end,
-                     memory.w_in[l]);
+        pack_columns(layer.w_in, layer.w_in_stride, H, G * H, mine.begin, mine.end, memory.w_in[l]);
       }
       pack_columns(layer.w_hh, H, H, G * H, mine.begin, mine.end, memory.w_hh[l]);
     }
@@ -362,9 +362,8 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
             direct = memory.d_top;
           }
         } else {
-          segments[segment_count++] =
-              plain_segment<T>(args.layers[l + 1].d_x_gates + t * B * G * H, G * H,
-                               memory.w_in[l + 1], G * H, 0);
+          segments[segment_count++] = plain_segment<T>(args.layers[l + 1].d_x_gates + t * B * G * H,
+                                                       G * H, memory.w_in[l + 1], G * H, 0);
         }
         if (t + 1 < T_) {
           segments[segment_count++] = plain_segment<T>(layer.d_r_gates + (t + 1) * B * G * H, G * H,
@@ -388,11 +387,11 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
               }
               const int64_t gates = (t * B + row) * G * H + unit;
               cell_backward<Cell>(
-                  UnitBackward<T>{H, lanes, layer.gates + gates,
-                                  layer.apart == nullptr ? nullptr
-                                                         : layer.apart + t * B * H + offset,
-                                  layer.states + t * B * H + offset, c_prev, layer.d_h + offset,
-                                  d_c, layer.d_x_gates + gates, layer.d_r_gates + gates},
+                  UnitBackward<T>{
+                      H, lanes, layer.gates + gates,
+                      layer.apart == nullptr ? nullptr : layer.apart + t * B * H + offset,
+                      layer.states + t * B * H + offset, c_prev, layer.d_h + offset, d_c,
+                      layer.d_x_gates + gates, layer.d_r_gates + gates},
                   d_h);
             });
         at.wait();
@@ -419,18 +418,16 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
 template <class T>
 void decode_forward(const Decode<T>& args) {
   with_cell(args.cell, [&](auto cell) {
-    with_score(args.additive, [&](auto score) {
-      decode_forward_cell<T, decltype(cell), decltype(score)>(args);
-    });
+    with_score(args.additive,
+               [&](auto score) { decode_forward_cell<T, decltype(cell), decltype(score)>(args); });
   });
 }
 
 template <class T>
 void decode_backward(const DecodeBackward<T>& args) {
   with_cell(args.forward.cell, [&](auto cell) {
-    with_score(args.forward.additive, [&](auto score) {
-      decode_backward_cell<T, decltype(cell), decltype(score)>(args);
-    });
+    with_score(args.forward.additive,
+               [&](auto score) { decode_backward_cell<T, decltype(cell), decltype(score)>(args); });
   });
 }
 

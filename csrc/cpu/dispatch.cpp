@@ -8,9 +8,9 @@
 namespace pyseq::cpu {
 
 // PYSEQ_TIERS, from CMakeLists.txt: X(name) for every tier compiled in, best first.
-#define PYSEQ_DECLARE(name)    \
-  namespace name {             \
-  extern const Tier kTier;     \
+#define PYSEQ_DECLARE(name) \
+  namespace name {          \
+  extern const Tier kTier;  \
   }
 PYSEQ_TIERS(PYSEQ_DECLARE)
 #undef PYSEQ_DECLARE
@@ -45,8 +45,8 @@ bool allowed(const char* name) {
 
 const Tier& choose() {
   const Tier* last = nullptr;
-#define PYSEQ_TRY(name)                                          \
-  last = &name::kTier;                                           \
+#define PYSEQ_TRY(name) \
+  last = &name::kTier;  \
   if (machine_has(#name) && allowed(#name)) return name::kTier;
   PYSEQ_TIERS(PYSEQ_TRY)
 #undef PYSEQ_TRY

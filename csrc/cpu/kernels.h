@@ -23,17 +23,17 @@ struct ScanForward {
   int64_t steps, batch, hidden, state_size;
   bool reverse, save;
   int threads;
-  const T* w_hh;         // (G*H, P)
-  const T* w_hr;         // (P, H) or null
-  const T* apart_bias;   // (H) or null: added to the sum that stays apart (GRU)
+  const T* w_hh;           // (G*H, P)
+  const T* w_hr;           // (P, H) or null
+  const T* apart_bias;     // (H) or null: added to the sum that stays apart (GRU)
   const int64_t* lengths;  // (B) or null
   const bool* resets;      // (T, B) or null
-  T* gates;   // (T, B, G*H): in the input part with biases, out what backward needs
-  T* apart;   // (T, B, H) or null: the same for the sum that stays apart
-  T* states;  // (slots, B, P)
-  T* cells;   // (slots, B, H) or null
-  T* inner;   // with w_hr: (T or 1, B, H), h before the projection
-  T* y;       // (T, B, P)
+  T* gates;                // (T, B, G*H): in the input part with biases, out what backward needs
+  T* apart;                // (T, B, H) or null: the same for the sum that stays apart
+  T* states;               // (slots, B, P)
+  T* cells;                // (slots, B, H) or null
+  T* inner;                // with w_hr: (T or 1, B, H), h before the projection
+  T* y;                    // (T, B, P)
 };
 
 template <class T>
@@ -50,12 +50,12 @@ struct ScanBackward {
   const T* apart;
   const T* states;
   const T* cells;
-  const T* d_y;        // (T, B, P)
-  T* d_h;              // (B, P): in of the last state, out of the first
-  T* d_c;              // (B, H) or null: likewise
-  T* d_x_gates;        // (T, B, G*H)
-  T* d_r_gates;        // (T, B, G*H); the same memory unless a sum stays apart
-  T* d_projected;      // with w_hr: (T, B, P), the gradient of h before it is shared out
+  const T* d_y;    // (T, B, P)
+  T* d_h;          // (B, P): in of the last state, out of the first
+  T* d_c;          // (B, H) or null: likewise
+  T* d_x_gates;    // (T, B, G*H)
+  T* d_r_gates;    // (T, B, G*H); the same memory unless a sum stays apart
+  T* d_projected;  // with w_hr: (T, B, P), the gradient of h before it is shared out
 };
 
 template <class T>
@@ -63,18 +63,18 @@ struct Attend {
   bool additive;
   int64_t steps, batch, source, key_size, memory_size;
   int threads;
-  const T* query;         // (T, B, A)
-  const T* keys;          // (B, S, A)
-  const T* memory;        // (B, S, M)
-  const T* v;             // (A), additive only
+  const T* query;          // (T, B, A)
+  const T* keys;           // (B, S, A)
+  const T* memory;         // (B, S, M)
+  const T* v;              // (A), additive only
   const int64_t* lengths;  // (B) or null
-  T* attn;                // (T, B, S)
-  T* context;             // (T, B, M), forward only
+  T* attn;                 // (T, B, S)
+  T* context;              // (T, B, M), forward only
 };
 
 template <class T>
 struct AttendBackward {
-  Attend<T> forward;  // attn holds what forward gave
+  Attend<T> forward;   // attn holds what forward gave
   const T* d_context;  // (T, B, M)
   const T* d_attn;     // (T, B, S) or null
   T* d_scores;         // (T, B, S)
@@ -87,7 +87,7 @@ constexpr int64_t kMaxLayers = 64;
 
 template <class T>
 struct DecoderLayer {
-  const T* w_in;        // from below, or the fed output: (G*H, H) with rows w_in_stride apart
+  const T* w_in;  // from below, or the fed output: (G*H, H) with rows w_in_stride apart
   int64_t w_in_stride;
   const T* w_hh;        // (G*H, H)
   const T* bias;        // (G*H), layers above the first

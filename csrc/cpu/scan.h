@@ -16,9 +16,7 @@ struct Steps {
   const bool* resets;
 
   int64_t time(int64_t n) const { return reverse ? steps - 1 - n : n; }
-  bool active(int64_t n, int64_t row) const {
-    return lengths == nullptr || time(n) < lengths[row];
-  }
+  bool active(int64_t n, int64_t row) const { return lengths == nullptr || time(n) < lengths[row]; }
   bool any_active(int64_t n, const Range& rows) const {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       if (active(n, row)) return true;
@@ -40,9 +38,8 @@ void scan_forward_cell(const ScanForward<T>& args) {
   const Steps steps{args.steps, B, args.reverse, args.lengths, args.resets};
 
   const int64_t weights = G * H * P + (projects ? P * H : 0);
-  const Plan plan =
-      plan_steps({B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1},
-                 args.threads);
+  const Plan plan = plan_steps(
+      {B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1}, args.threads);
   const int64_t w_hh_size = packed_size<T>(H, G, P);
   const int64_t w_hr_size = projects ? packed_size<T>(P, 1, H) : 0;
   Workspace workspace(static_cast<size_t>(w_hh_size + w_hr_size) * sizeof(T));
@@ -137,9 +134,8 @@ void scan_backward_cell(const ScanBackward<T>& args) {
   const Steps steps{args.steps, B, args.reverse, args.lengths, args.resets};
 
   const int64_t weights = G * H * P + (projects ? P * H : 0);
-  const Plan plan =
-      plan_steps({B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1},
-                 args.threads);
+  const Plan plan = plan_steps(
+      {B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1}, args.threads);
   const int64_t w_hh_size = packed_size<T>(P, 1, G * H);
   const int64_t w_hr_size = projects ? packed_size<T>(H, 1, P) : 0;
   Workspace workspace(static_cast<size_t>(w_hh_size + w_hr_size) * sizeof(T));
@@ -198,34 +194,33 @@ void scan_backward_cell(const ScanBackward<T>& args) {
       const bool follows = n + 1 < args.steps && steps.any_active(n + 1, at.rows);
       const T* d_next = follows ? args.d_r_gates + steps.time(n + 1) * B * G * H : nullptr;
       const Segment<T> recurrent = plain_segment(d_next, G * H, w_hh, G * H);
-      product<T, 1, 1>(
-          &recurrent, follows ? 1 : 0, at.rows.begin, at.rows.end, outputs.begin, outputs.end,
-          [&](int64_t row, int64_t panel, const T* sums) {
-            const int64_t offset = row * P + panel * kLanes<T>;
-            const int count = lanes_inside<T>(P, panel);
-            // What comes from the step after, which a reset cuts off.
-            Vec<T> d_h = load(sums) + load(args.d_h + offset, count);
-            if (steps.cleared(n + 1, row)) d_h = Vec<T>{};
-            const bool active = n >= 0 && steps.active(n, row);
-            if (active) d_h += load(args.d_y + t * B * P + offset, count);
-            if (projects) {
-              if (n >= 0) {
-                store(args.d_projected + t * B * P + offset, active ? d_h : Vec<T>{}, count);
-              }
-              store(args.d_h + offset, active ? Vec<T>{} : d_h, count);
-            } else {
-              if (!active) store(args.d_h + offset, d_h, count);
-              step_back(row, panel, d_h);
-            }
-          });
+      product<T, 1, 1>(&recurrent, follows ? 1 : 0, at.rows.begin, at.rows.end, outputs.begin,
+                       outputs.end, [&](int64_t row, int64_t panel, const T* sums) {
+                         const int64_t offset = row * P + panel * kLanes<T>;
+                         const int count = lanes_inside<T>(P, panel);
+                         // What comes from the step after, which a reset cuts off.
+                         Vec<T> d_h = load(sums) + load(args.d_h + offset, count);
+                         if (steps.cleared(n + 1, row)) d_h = Vec<T>{};
+                         const bool active = n >= 0 && steps.active(n, row);
+                         if (active) d_h += load(args.d_y + t * B * P + offset, count);
+                         if (projects) {
+                           if (n >= 0) {
+                             store(args.d_projected + t * B * P + offset, active ? d_h : Vec<T>{},
+                                   count);
+                           }
+                           store(args.d_h + offset, active ? Vec<T>{} : d_h, count);
+                         } else {
+                           if (!active) store(args.d_h + offset, d_h, count);
+                           step_back(row, panel, d_h);
+                         }
+                       });
       at.wait();
       if (projects) {
         const T* d_projected = n < 0 ? nullptr : args.d_projected + t * B * P;
         const Segment<T> projection = plain_segment(d_projected, P, w_hr, P);
-        product<T, 1, 1>(&projection, n < 0 ? 0 : 1, at.rows.begin, at.rows.end, units.begin,
-                         units.end, [&](int64_t row, int64_t panel, const T* sums) {
-                           step_back(row, panel, load(sums));
-                         });
+        product<T, 1, 1>(
+            &projection, n < 0 ? 0 : 1, at.rows.begin, at.rows.end, units.begin, units.end,
+            [&](int64_t row, int64_t panel, const T* sums) { step_back(row, panel, load(sums)); });
         at.wait();
       }
     }

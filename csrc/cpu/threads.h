@@ -44,11 +44,11 @@ struct Place {
 
 // How a loop of dependent steps is spread over threads, by a small cost model.
 struct StepCost {
-  int64_t rows;            // rows of the batch
-  int64_t weights;         // multiply-adds per row and step: the weights it passes
-  int64_t row_work;        // further multiply-adds per row and step (attention)
-  int64_t weight_bytes;    // bytes of packed weights read per step
-  int barriers;            // barriers per step when the units are split
+  int64_t rows;          // rows of the batch
+  int64_t weights;       // multiply-adds per row and step: the weights it passes
+  int64_t row_work;      // further multiply-adds per row and step (attention)
+  int64_t weight_bytes;  // bytes of packed weights read per step
+  int barriers;          // barriers per step when the units are split
 };
 
 struct Plan {
@@ -63,8 +63,7 @@ Plan plan_steps(const StepCost& cost, int threads);
 // Runs body(context, thread, threads) on up to `threads` threads; the count passed is what
 // the runtime really gave. With one thread no parallel region is entered, so that a forked
 // child, whose runtime is gone, does not hang.
-void run_parallel(int threads, void (*body)(void* context, int thread, int threads),
-                  void* context);
+void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
 
 // Barriers for the teams, and one for all threads, of one call.
 struct Teams {

@@ -45,8 +45,8 @@ void pack_gates(const T* weight, int64_t stride, int64_t units, int gates, int64
 // Packs panels [begin, end) of the transpose: the outputs are the weight's columns, k runs
 // over its rows, and there is one gate.
 template <class T>
-void pack_columns(const T* weight, int64_t stride, int64_t columns, int64_t k_count,
-                  int64_t begin, int64_t end, T* packed) {
+void pack_columns(const T* weight, int64_t stride, int64_t columns, int64_t k_count, int64_t begin,
+                  int64_t end, T* packed) {
   for (int64_t panel = begin; panel < end; ++panel) {
     T* out = packed + panel * k_count * kLanes<T>;
     const T* from = weight + panel * kLanes<T>;
@@ -82,8 +82,7 @@ template <class T, int G, int MR, int NP>
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        sum[p][m][g] =
-            accumulate ? load(sums + ((p * MR + m) * pre + slot[g]) * kLanes<T>) : V{};
+        sum[p][m][g] = accumulate ? load(sums + ((p * MR + m) * pre + slot[g]) * kLanes<T>) : V{};
       }
     }
   }

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fake kernels: the shapes that each operator returns, for torch.compile and torch.export.
+
+Imported by ``_library`` once the extension has registered the operators. ``csrc/ops.cpp``
+says what the tensors are; a result without use has no elements there, and so here.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.library import register_fake
+
+from .types import GATES
+
+
+def _cell_size(cell: str, batch: int, hidden: int) -> tuple[int, ...]:
+    return (batch, hidden) if cell == "lstm" else (0,)
+
+
+def _rows_first(tensor: Tensor) -> Tensor:
+    """(S, B, D) that lies in memory as (B, S, D), which is how the kernels leave it."""
+    source, batch, size = tensor.shape
+    return tensor.new_empty(batch, source, size).transpose(0, 1)
+
+
+@register_fake("pyseq::scan")
+def _scan(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    steps, batch, _ = x.shape
+    hidden, size = w_hh.shape[0] // GATES[cell], w_hh.shape[1]
+    return (
+        x.new_empty(steps, batch, size),
+        x.new_empty(batch, size),
+        x.new_empty(_cell_size(cell, batch, hidden)),
+    )
+
+
+@register_fake("pyseq::scan_forward")
+def _scan_forward(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    steps, batch, _ = x.shape
+    rows, size = w_hh.shape
+    hidden = rows // GATES[cell]
+    return (
+        *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse),
+        x.new_empty(steps, batch, rows),
+        x.new_empty((steps, batch, hidden) if cell == "gru" else 0),
+        x.new_empty(steps + 1, batch, size),
+        x.new_empty((steps + 1, batch, hidden) if cell == "lstm" else 0),
+        x.new_empty(0 if w_hr is None else (steps, batch, hidden)),
+    )
+
+
+@register_fake("pyseq::scan_backward")
+def _scan_backward(
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    gates: Tensor,
+    apart: Tensor,
+    states: Tensor,
+    cells: Tensor,
+    inner: Tensor,
+    cell: str,
+    reverse: bool,
+    needs_x: bool,
+) -> tuple[Tensor, ...]:
+    batch = x.shape[1]
+    rows, size = w_hh.shape
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        w_ih.new_empty(w_ih.shape),
+        w_hh.new_empty(w_hh.shape),
+        x.new_empty(rows),
+        x.new_empty(rows),
+        x.new_empty(0 if w_hr is None else w_hr.shape),
+        x.new_empty(batch, size),
+        x.new_empty(_cell_size(cell, batch, rows // GATES[cell])),
+    )
+
+
+@register_fake("pyseq::attend")
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    weight_v: Tensor | None,
+    lengths: Tensor | None,
+    score: str,
+) -> tuple[Tensor, ...]:
+    steps, batch, _ = query.shape
+    source, _, size = memory.shape
+    return query.new_empty(steps, batch, size), query.new_empty(steps, batch, source)
+
+
+@register_fake("pyseq::attend_backward")
+def _attend_backward(
+    d_context: Tensor | None,
+    d_attn: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    weight_v: Tensor | None,
+    lengths: Tensor | None,
+    attn: Tensor,
+    score: str,
+) -> tuple[Tensor, ...]:
+    return (
+        query.new_empty(query.shape),
+        _rows_first(keys),
+        _rows_first(memory),
+        query.new_empty(0 if weight_v is None else weight_v.shape),
+    )
+
+
+@register_fake("pyseq::decode")
+def _decode(
+    x: Tensor,
+    layers: list[Tensor],
+    keys: Tensor,
+    memory: Tensor,
+    combine: Tensor,
+    weight_query: Tensor | None,
+    weight_v: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    feed: Tensor | None,
+    lengths: Tensor | None,
+    dropout_masks: Tensor | None,
+    cell: str,
+    score: str,
+    input_feeding: bool,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    steps, batch, _ = x.shape
+    hidden, count = combine.shape[0], len(layers) // 4
+    return (
+        x.new_empty(steps, batch, hidden),
+        x.new_empty((steps, batch, memory.shape[0]) if need_weights else 0),
+        x.new_empty(count, batch, hidden),
+        x.new_empty((count, batch, hidden) if cell == "lstm" else 0),
+    )
+
+
+@register_fake("pyseq::decode_forward")
+def _decode_forward(
+    x: Tensor,
+    layers: list[Tensor],
+    keys: Tensor,
+    memory: Tensor,
+    combine: Tensor,
+    weight_query: Tensor | None,
+    weight_v: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    feed: Tensor | None,
+    lengths: Tensor | None,
+    dropout_masks: Tensor | None,
+    cell: str,
+    score: str,
+    input_feeding: bool,
+) -> tuple[Tensor, ...]:
+    steps, batch, _ = x.shape
+    hidden, count, rows = combine.shape[0], len(layers) // 4, layers[1].shape[0]
+    states = (count, steps + 1, batch, hidden)
+    return (
+        x.new_empty(steps, batch, hidden),
+        x.new_empty(steps, batch, memory.shape[0]),
+        x.new_empty(count, batch, hidden),
+        x.new_empty((count, batch, hidden) if cell == "lstm" else 0),
+        x.new_empty(steps, batch, rows),
+        x.new_empty(count - 1, steps, batch, rows),
+        x.new_empty((count, steps, batch, hidden) if cell == "gru" else 0),
+        x.new_empty(states),
+        x.new_empty(states if cell == "lstm" else 0),
+        x.new_empty(0 if weight_query is None else (steps, batch, keys.shape[2])),
+        x.new_empty(steps, batch, memory.shape[2]),
+    )
+
+
+@register_fake("pyseq::decode_backward")
+def _decode_backward(
+    d_output: Tensor | None,
+    d_attn: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    x: Tensor,
+    layers: list[Tensor],
+    keys: Tensor,
+    memory: Tensor,
+    combine: Tensor,
+    weight_query: Tensor | None,
+    weight_v: Tensor | None,
+    feed: Tensor | None,
+    lengths: Tensor | None,
+    dropout_masks: Tensor | None,
+    output: Tensor,
+    attn: Tensor,
+    gates_first: Tensor,
+    gates_above: Tensor,
+    apart: Tensor,
+    states: Tensor,
+    cells: Tensor,
+    query: Tensor,
+    context: Tensor,
+    cell: str,
+    score: str,
+    input_feeding: bool,
+    needs_x: bool,
+) -> tuple[Tensor | list[Tensor], ...]:
+    count, _, batch, hidden = states.shape
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        [weight.new_empty(weight.shape) for weight in layers],
+        _rows_first(keys),
+        _rows_first(memory),
+        combine.new_empty(combine.shape),
+        x.new_empty(0 if weight_query is None else weight_query.shape),
+        x.new_empty(0 if weight_v is None else weight_v.shape),
+        x.new_empty(count, batch, hidden),
+        x.new_empty((count, batch, hidden) if cell == "lstm" else 0),
+        x.new_empty(batch, hidden),
+    )
+
+
+@register_fake("pyseq::sigmoid")
+@register_fake("pyseq::tanh")
+def _activation(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
