@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -92,6 +93,14 @@ Tensor project_input(const Tensor& x, const Tensor& weight, const OptionalTensor
   const Tensor product =
       bias.has_value() ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
   return product.view({x.size(0), x.size(1), weight.size(0)});
+}
+
+// x with zeros at padded steps. Their gates have zero gradients, but zero times whatever
+// padding holds may be NaN.
+Tensor without_padding(const Tensor& x, const OptionalTensor& lengths) {
+  if (!lengths.has_value()) return x;
+  const Tensor steps = at::arange(x.size(0), lengths->options());
+  return x.masked_fill(steps.unsqueeze(1).ge(*lengths).unsqueeze(2), 0);
 }
 
 // The gradients of both biases from those of the pre-activations; the two never share
@@ -300,7 +309,7 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
   const Tensor d_x_rows = flat(d_x_gates), d_r_rows = flat(d_r_gates);
   const auto [d_b_ih, d_b_hh] = bias_gradients(d_x_gates, d_r_gates);
   return {needs_x ? at::mm(d_x_rows, w_ih).view({T_, B, I}) : nothing(x),
-          at::mm(d_x_rows.t(), flat(x)),
+          at::mm(d_x_rows.t(), flat(without_padding(x, lengths))),
           at::mm(d_r_rows.t(), flat(h_before)),
           d_b_ih,
           d_b_hh,

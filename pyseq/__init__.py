@@ -9,12 +9,15 @@ from .checkpoint import load, save
 from .search import Hypothesis
 from .seq2seq import Seq2Seq
 from .text import Vocab
+from .training import train
+from .translator import Translator
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Hypothesis",
     "Seq2Seq",
+    "Translator",
     "Vocab",
     "__version__",
     "functional",
@@ -22,4 +25,5 @@ __all__ = [
     "nn",
     "reference",
     "save",
+    "train",
 ]

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's Python examples, as they stand there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_good_morning(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(EXAMPLES[0], {})
+    assert capsys.readouterr().out == "good morning\n"
+
+
+def test_modules() -> None:
+    names: dict[str, object] = {}
+    exec(EXAMPLES[1], names)
+    result = names["result"]
+    assert result.output.shape == (6, 4, 128)
+    assert result.weights.shape == (6, 4, 9)
+    assert (result.weights[:, 1, 3:] == 0).all()
+
+
+def test_commands_are_the_makefile_s() -> None:
+    text = README.read_text(encoding="utf-8")
+    for command in ("make test", "make demo", "pip install ."):
+        assert command in text
