@@ -317,10 +317,13 @@ def _train(arguments: argparse.Namespace) -> None:
         print(g2p_summary(Translator.load(out)))
 
 
-def g2p_summary(translator: Translator, *, beam_size: int = 1) -> str:
+def g2p_summary(translator: Translator) -> str:
     """Phoneme and word error rate on the test words of the dictionary, as a line of text."""
-    rates = g2p.score(translator, g2p.load().test, beam_size=beam_size)
-    return f"PER {rates.token:.2%}, WER {rates.line:.2%} on {rates.lines:,} test words"
+    rates = g2p.score(translator, g2p.load().test, beam_size=g2p.BEAM_SIZE)
+    return (
+        f"PER {rates.token:.2%}, WER {rates.line:.2%} on {rates.lines:,} test words "
+        f"(beam {g2p.BEAM_SIZE})"
+    )
 
 
 def _given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:

@@ -21,9 +21,12 @@ TARGET_TOKENS = "space"
 #: What a model for this task is made of and how it is trained, where the defaults of
 #: ``ModelOptions`` and ``TrainingOptions`` do less well.
 MODEL: dict[str, Any] = {"embedding_size": 64, "dropout": 0.2}
-TRAINING: dict[str, Any] = {"batch_size": 64, "learning_rate": 1.5e-3, "epochs": 20}
+TRAINING: dict[str, Any] = {"batch_size": 64, "learning_rate": 2e-3, "epochs": 30}
 
 _WORD = re.compile(r"[a-z']+")
+
+#: Hypotheses that the search keeps where this task reports a score.
+BEAM_SIZE = 4
 
 
 class Entry(NamedTuple):

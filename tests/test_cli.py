@@ -238,7 +238,7 @@ def test_the_dictionary_task(
     output = capsys.readouterr()
     assert "3 training pairs, 3 for validation" in output.err
     assert output.out.startswith("PER ")
-    assert output.out.endswith("on 2 test words\n")
+    assert output.out.endswith("on 2 test words (beam 4)\n")
     assert cli.main(["evaluate", str(tmp_path), "--task", "g2p"]) == 0
     assert capsys.readouterr().out.startswith("lines  2\n")
 
