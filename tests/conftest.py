@@ -2,7 +2,8 @@
 """What holds for every test: a fixed seed, deterministic algorithms, poisoned memory.
 
 Deterministic mode makes torch fill fresh memory with NaN, so that an operator that reads,
-or hands out, what it never wrote is caught by any comparison.
+or hands out, what it never wrote is caught by any comparison. One thread unless a test asks
+for more: where the cores are shared, small products wait longer than they compute.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import torch
 
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
-    """Run a test with seed 0, deterministic algorithms and NaN in fresh memory."""
-    before = torch.are_deterministic_algorithms_enabled()
+    """Run a test with seed 0, deterministic algorithms, NaN in fresh memory, one thread."""
+    before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     # The filling is torch's default; a test must not run without it unnoticed.
     assert torch.empty(1).isnan()
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(before)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    """``torch.set_num_threads``, undone when the test ends."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+def set_threads(deterministic: None) -> Callable[[int], None]:
+    """``torch.set_num_threads``; undone when the test ends."""
+    return torch.set_num_threads

@@ -74,9 +74,11 @@ LARGE: tuple[Case, ...] = (
 
 
 @pytest.mark.parametrize("case", by_id([*scan_cases(), *attend_cases(), *decode_cases()]))
-def test_values_and_gradients(case: Case) -> None:
+def test_values_and_gradients(case: Case, set_threads: Callable[[int], None]) -> None:
     call = case.call()
-    expected, actual = expected_of(call), run(functional, call)
+    expected = expected_of(call)
+    set_threads(2)
+    actual = run(functional, call)
     assert_close(actual.outputs, expected.outputs)
     assert_close(actual.gradients, expected.gradients)
     for name, value in [*actual.outputs.items(), *actual.gradients.items()]:
@@ -121,9 +123,10 @@ def test_gradient_for_each_input_alone(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", by_id([*FULL, *LARGE]))
-def test_values_without_gradients(case: Case) -> None:
+def test_values_without_gradients(case: Case, set_threads: Callable[[int], None]) -> None:
     call = case.call()
     expected = outputs_of(reference, in_double(call))
+    set_threads(2)
     with torch.no_grad():
         assert_close(outputs_of(functional, call), expected)
     with torch.inference_mode():
@@ -173,7 +176,10 @@ def test_nan_in_padding_stays_there(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", by_id(LARGE))
-def test_nan_in_one_row_leaves_the_others_alone(case: Case) -> None:
+def test_nan_in_one_row_leaves_the_others_alone(
+    case: Case, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(2)
     call = case.call()
     clean = outputs_of(functional, call)
     first = "query" if call.op == "attend" else "x"
@@ -213,7 +219,8 @@ def test_huge_scores_stay_finite(op: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", by_id(LARGE))
-def test_same_bits_on_every_call(case: Case) -> None:
+def test_same_bits_on_every_call(case: Case, set_threads: Callable[[int], None]) -> None:
+    set_threads(2)
     call = case.call()
     first = run(functional, call)
     for _ in range(20):

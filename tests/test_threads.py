@@ -72,9 +72,10 @@ def states(results: Results) -> dict[str, torch.Tensor]:
     return {n: g for n, g in results.gradients.items() if n.startswith("state")}
 
 
-def test_many_python_threads_at_once() -> None:
+def test_many_python_threads_at_once(set_threads: Callable[[int], None]) -> None:
     calls = [case.call() for case in SHARED]
     expected = [expected_of(call) for call in calls]
+    set_threads(2)
 
     def work(index: int) -> Results:
         return run(functional, calls[index])
