@@ -66,7 +66,10 @@ T* data_or_null(const Tensor& tensor, bool present) {
 // (S, B, D) as contiguous (B, S, D): a row's positions side by side, whatever the batch.
 Tensor rows_first(const Tensor& tensor) { return tensor.transpose(0, 1).contiguous(); }
 
-Tensor flat(const Tensor& tensor) { return tensor.reshape({-1, tensor.size(-1)}); }
+// (T, B, D) as (T * B, D); the product is spelled out because D may be 0.
+Tensor flat(const Tensor& tensor) {
+  return tensor.reshape({tensor.size(0) * tensor.size(1), tensor.size(2)});
+}
 
 // Both biases as the kernels want them: `sum` for the sums that input and recurrent part
 // share, `apart` for the recurrent part that stays apart (the GRU's candidate).

@@ -7,10 +7,42 @@ says what the tensors are; a result without use has no elements there, and so he
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 from torch import Tensor
 from torch.library import register_fake
+from torch.utils._pytree import tree_leaves
 
 from .types import GATES
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _fake(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register a fake kernel that refuses tensors on several devices.
+
+    A call that mixes real tensors with those of the meta device comes here too, and would
+    get back real memory that nobody wrote.
+    """
+
+    def register(kernel: Callable[P, R]) -> Callable[P, R]:
+        @wraps(kernel)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            leaves = tree_leaves((args, kwargs))
+            devices = {str(leaf.device) for leaf in leaves if isinstance(leaf, Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(
+                    f"{name}: all tensors must be on one device, got {', '.join(sorted(devices))}"
+                )
+            return kernel(*args, **kwargs)
+
+        register_fake(name)(checked)
+        return kernel
+
+    return register
 
 
 def _cell_size(cell: str, batch: int, hidden: int) -> tuple[int, ...]:
@@ -23,7 +55,7 @@ def _rows_first(tensor: Tensor) -> Tensor:
     return tensor.new_empty(batch, source, size).transpose(0, 1)
 
 
-@register_fake("pyseq::scan")
+@_fake("pyseq::scan")
 def _scan(
     x: Tensor,
     w_ih: Tensor,
@@ -47,7 +79,7 @@ def _scan(
     )
 
 
-@register_fake("pyseq::scan_forward")
+@_fake("pyseq::scan_forward")
 def _scan_forward(
     x: Tensor,
     w_ih: Tensor,
@@ -75,7 +107,7 @@ def _scan_forward(
     )
 
 
-@register_fake("pyseq::scan_backward")
+@_fake("pyseq::scan_backward")
 def _scan_backward(
     d_y: Tensor | None,
     d_h_n: Tensor | None,
@@ -109,7 +141,7 @@ def _scan_backward(
     )
 
 
-@register_fake("pyseq::attend")
+@_fake("pyseq::attend")
 def _attend(
     query: Tensor,
     keys: Tensor,
@@ -123,7 +155,7 @@ def _attend(
     return query.new_empty(steps, batch, size), query.new_empty(steps, batch, source)
 
 
-@register_fake("pyseq::attend_backward")
+@_fake("pyseq::attend_backward")
 def _attend_backward(
     d_context: Tensor | None,
     d_attn: Tensor | None,
@@ -143,7 +175,7 @@ def _attend_backward(
     )
 
 
-@register_fake("pyseq::decode")
+@_fake("pyseq::decode")
 def _decode(
     x: Tensor,
     layers: list[Tensor],
@@ -172,7 +204,7 @@ def _decode(
     )
 
 
-@register_fake("pyseq::decode_forward")
+@_fake("pyseq::decode_forward")
 def _decode_forward(
     x: Tensor,
     layers: list[Tensor],
@@ -208,7 +240,7 @@ def _decode_forward(
     )
 
 
-@register_fake("pyseq::decode_backward")
+@_fake("pyseq::decode_backward")
 def _decode_backward(
     d_output: Tensor | None,
     d_attn: Tensor | None,
@@ -253,7 +285,7 @@ def _decode_backward(
     )
 
 
-@register_fake("pyseq::sigmoid")
-@register_fake("pyseq::tanh")
+@_fake("pyseq::sigmoid")
+@_fake("pyseq::tanh")
 def _activation(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)

@@ -279,11 +279,21 @@ def _project(
     if weight_query is not None and score != "concat":
         raise ValueError(f"weight_query goes with score 'concat', got {score!r}")
     if weight is not None:
+        _check_device("weight", weight, "keys", keys)
         # (B, S, .) in memory is what the kernels read.
         keys = torch.nn.functional.linear(keys.transpose(0, 1), weight).transpose(0, 1)
     if query is not None and weight_query is not None:
+        _check_device("weight_query", weight_query, "query", query)
         query = torch.nn.functional.linear(query, weight_query)
     return keys, query  # type: ignore[return-value]
+
+
+def _check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise unless both are on one device: a product with the meta device would succeed."""
+    if tensor.device != like.device:
+        raise RuntimeError(
+            f"{name} must be on the device of {like_name}, {like.device}, got {tensor.device}"
+        )
 
 
 def _flatten(layers: Sequence[LayerWeights | tuple[Tensor | None, ...]]) -> list[Tensor]:
