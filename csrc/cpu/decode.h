@@ -7,34 +7,54 @@
 
 namespace pyseq::cpu::PYSEQ_TIER {
 
-// The packed weights of a decoder, and where the phases of a step leave what the next ones
-// read. Taken twice: once to count, once for good (see Pieces).
+// The weights of a decoder as its loop reads them, and where the phases of a step leave what
+// the next ones read. Taken twice: once to count the memory, once for good (see Pieces).
 template <class T>
 struct DecodeForwardMemory {
-  T* w_in[kMaxLayers];
-  T* w_hh[kMaxLayers];
-  T* combine_context;
-  T* combine_hidden;
-  T* w_query;
+  Weights<T> w_in[kMaxLayers];
+  Weights<T> w_hh[kMaxLayers];
+  Weights<T> combine_context;
+  Weights<T> combine_hidden;
+  Weights<T> w_query;
   T* below;   // (2, B, H): a layer's output times its dropout mask; layers take turns
   T* scores;  // (B, S)
+  T* own;     // (threads, own_size): a row of attention weights for each thread
+  int64_t own_size;
 
-  template <class Cell>
-  static DecodeForwardMemory take(const Decode<T>& args, Pieces<T>& pieces) {
-    const int64_t B = args.batch, H = args.hidden;
+  static DecodeForwardMemory take(const Decode<T>& args, int gates, int threads,
+                                  Pieces<T>& pieces) {
+    const int64_t B = args.batch, H = args.hidden, S = args.source, M = args.memory_size;
+    const bool packs = repays_packing(args.steps, B);
+    const auto weights = [&](const T* source, int64_t stride, int64_t units, int gate_count,
+                             int64_t k_count) {
+      Weights<T> taken{source, stride, units, gate_count, k_count, nullptr};
+      if (packs && source != nullptr) taken.packed = pieces.take(taken.packed_size());
+      return taken;
+    };
     DecodeForwardMemory memory{};
     for (int64_t l = 0; l < args.layer_count; ++l) {
-      if (args.layers[l].w_in != nullptr) {
-        memory.w_in[l] = pieces.take(packed_size<T>(H, Cell::kGates, H));
-      }
-      memory.w_hh[l] = pieces.take(packed_size<T>(H, Cell::kGates, H));
+      const DecoderLayer<T>& layer = args.layers[l];
+      memory.w_in[l] = weights(layer.w_in, layer.w_in_stride, H, gates, H);
+      memory.w_hh[l] = weights(layer.w_hh, H, H, gates, H);
     }
-    memory.combine_context = pieces.take(packed_size<T>(H, 1, args.memory_size));
-    memory.combine_hidden = pieces.take(packed_size<T>(H, 1, H));
-    if (args.w_query != nullptr) memory.w_query = pieces.take(packed_size<T>(args.key_size, 1, H));
+    memory.combine_context = weights(args.combine, M + H, H, 1, M);
+    memory.combine_hidden = weights(args.combine + M, M + H, H, 1, H);
+    memory.w_query = weights(args.w_query, H, args.key_size, 1, H);
     memory.below = pieces.take(2 * B * H);
-    memory.scores = pieces.take(B * args.source);
+    memory.scores = pieces.take(B * S);
+    memory.own_size = (S + 15) / 16 * 16;
+    memory.own = pieces.take(memory.own_size * threads);
     return memory;
+  }
+
+  void pack(int64_t layer_count, int thread, int present) const {
+    for (int64_t l = 0; l < layer_count; ++l) {
+      pack_rows(w_in[l], thread, present);
+      pack_rows(w_hh[l], thread, present);
+    }
+    pack_rows(combine_context, thread, present);
+    pack_rows(combine_hidden, thread, present);
+    pack_rows(w_query, thread, present);
   }
 };
 
@@ -64,37 +84,20 @@ void decode_forward_cell(const Decode<T>& args) {
   const Plan plan = plan_decode(args, G, static_cast<int>(L) + 3 + (args.w_query ? 1 : 0));
 
   Pieces<T> count(nullptr);
-  DecodeForwardMemory<T>::template take<Cell>(args, count);
-  // One row of attention weights for each thread, a cache line apart.
-  const int64_t own_size = (S + 15) / 16 * 16;
-  for (int thread = 0; thread < plan.threads; ++thread) count.take(own_size);
+  DecodeForwardMemory<T>::take(args, G, plan.threads, count);
   Workspace workspace(count.bytes());
   Pieces<T> pieces(workspace.data());
-  const auto memory = DecodeForwardMemory<T>::template take<Cell>(args, pieces);
-  T* const own = pieces.take(own_size * plan.threads);
+  const auto memory = DecodeForwardMemory<T>::take(args, G, plan.threads, pieces);
   Teams teams;
 
   parallel(plan.threads, [&](int thread, int present) {
-    const Range mine = share(unit_panels, thread, present);
-    for (int64_t l = 0; l < L; ++l) {
-      const DecoderLayer<T>& layer = args.layers[l];
-      if (layer.w_in != nullptr) {
-        pack_gates(layer.w_in, layer.w_in_stride, H, G, H, mine.begin, mine.end, memory.w_in[l]);
-      }
-      pack_gates(layer.w_hh, H, H, G, H, mine.begin, mine.end, memory.w_hh[l]);
-    }
-    pack_gates(args.combine, M + H, H, 1, M, mine.begin, mine.end, memory.combine_context);
-    pack_gates(args.combine + M, M + H, H, 1, H, mine.begin, mine.end, memory.combine_hidden);
-    if (args.w_query != nullptr) {
-      const Range rows = share(key_panels, thread, present);
-      pack_gates(args.w_query, H, A, 1, H, rows.begin, rows.end, memory.w_query);
-    }
+    memory.pack(L, thread, present);
     if (present > 1) teams.all.wait(present);
 
     const Place at = place(plan, thread, present, B, teams);
     const Range units = at.part(unit_panels), key_part = at.part(key_panels),
                 memory_part = at.part(vectors<T>(M));
-    T* const own_attn = own + thread * own_size;
+    T* const own_attn = memory.own + thread * memory.own_size;
 
     for (int64_t t = 0; t < args.steps; ++t) {
       const int64_t before = slot_before(t, args.steps, false, args.save) * B * H;
@@ -107,10 +110,9 @@ void decode_forward_cell(const Decode<T>& args) {
         Segment<T> segments[2];
         int segment_count = 0;
         if (layer.w_in != nullptr) {
-          segments[segment_count++] = input_segment(below, H, memory.w_in[l], H);
+          segments[segment_count++] = input_segment(below, memory.w_in[l]);
         }
-        segments[segment_count++] =
-            recurrent_segment<Cell>(layer.states + before, H, memory.w_hh[l], H);
+        segments[segment_count++] = recurrent_segment<Cell>(layer.states + before, memory.w_hh[l]);
         T* const gates = layer.gates + (l == 0 ? t : t * kept) * B * G * H;
         const bool masked = layer.mask != nullptr && l + 1 < L;
         T* const masked_output = memory.below + (l & 1) * B * H;
@@ -148,7 +150,7 @@ void decode_forward_cell(const Decode<T>& args) {
       const T* query = top;
       if (args.w_query != nullptr) {
         T* const projected = args.query + t * kept * B * A;
-        const Segment<T> segment = plain_segment(top, H, memory.w_query, H);
+        const Segment<T> segment = plain_segment(top, memory.w_query);
         product<T, 1, 1>(&segment, 1, at.rows.begin, at.rows.end, key_part.begin, key_part.end,
                          [&](int64_t row, int64_t panel, const T* sums) {
                            store(projected + row * A + panel * kLanes<T>, load(sums),
@@ -188,8 +190,8 @@ void decode_forward_cell(const Decode<T>& args) {
         at.wait();
       }
 
-      const Segment<T> combined[2] = {plain_segment(context, M, memory.combine_context, M),
-                                      plain_segment(top, H, memory.combine_hidden, H)};
+      const Segment<T> combined[2] = {plain_segment(context, memory.combine_context),
+                                      plain_segment(top, memory.combine_hidden)};
       T* const output = args.output + t * B * H;
       product<T, 1, 1>(combined, 2, at.rows.begin, at.rows.end, units.begin, units.end,
                        [&](int64_t row, int64_t panel, const T* sums) {
@@ -203,30 +205,48 @@ void decode_forward_cell(const Decode<T>& args) {
 
 template <class T>
 struct DecodeBackwardMemory {
-  T* w_in[kMaxLayers];
-  T* w_hh[kMaxLayers];
-  T* combine_context;
-  T* combine_hidden;
-  T* w_query;
-  T* d_top;   // (B, H): what reaches the top state from combination and attention
+  Weights<T> w_in[kMaxLayers];
+  Weights<T> w_hh[kMaxLayers];
+  Weights<T> combine_context;
+  Weights<T> combine_hidden;
+  Weights<T> w_query;
+  T* d_top;   // (B, H): what reaches the top state from attention
   T* d_attn;  // (B, S)
+  T* own;     // (threads, own_size): a row of score gradients for each thread
+  int64_t own_size;
 
-  template <class Cell>
-  static DecodeBackwardMemory take(const Decode<T>& args, Pieces<T>& pieces) {
-    const int64_t H = args.hidden;
+  static DecodeBackwardMemory take(const Decode<T>& args, int gates, int threads,
+                                   Pieces<T>& pieces) {
+    const int64_t B = args.batch, H = args.hidden, S = args.source, M = args.memory_size;
+    const auto weights = [&](const T* source, int64_t stride, int64_t units, int64_t k_count) {
+      Weights<T> taken{source, stride, units, 1, k_count, nullptr};
+      if (source != nullptr) taken.packed = pieces.take(taken.packed_size());
+      return taken;
+    };
     DecodeBackwardMemory memory{};
     for (int64_t l = 0; l < args.layer_count; ++l) {
-      if (args.layers[l].w_in != nullptr) {
-        memory.w_in[l] = pieces.take(packed_size<T>(H, 1, Cell::kGates * H));
-      }
-      memory.w_hh[l] = pieces.take(packed_size<T>(H, 1, Cell::kGates * H));
+      const DecoderLayer<T>& layer = args.layers[l];
+      memory.w_in[l] = weights(layer.w_in, layer.w_in_stride, H, gates * H);
+      memory.w_hh[l] = weights(layer.w_hh, H, H, gates * H);
     }
-    memory.combine_context = pieces.take(packed_size<T>(args.memory_size, 1, H));
-    memory.combine_hidden = pieces.take(packed_size<T>(H, 1, H));
-    if (args.w_query != nullptr) memory.w_query = pieces.take(packed_size<T>(H, 1, args.key_size));
-    memory.d_top = pieces.take(args.batch * H);
-    memory.d_attn = pieces.take(args.batch * args.source);
+    memory.combine_context = weights(args.combine, M + H, M, H);
+    memory.combine_hidden = weights(args.combine + M, M + H, H, H);
+    memory.w_query = weights(args.w_query, H, H, args.key_size);
+    memory.d_top = pieces.take(B * H);
+    memory.d_attn = pieces.take(B * S);
+    memory.own_size = (S + 15) / 16 * 16;
+    memory.own = pieces.take(memory.own_size * threads);
     return memory;
+  }
+
+  void pack(int64_t layer_count, int thread, int present) const {
+    for (int64_t l = 0; l < layer_count; ++l) {
+      if (w_in[l].source != nullptr) pack_columns(w_in[l], thread, present);
+      pack_columns(w_hh[l], thread, present);
+    }
+    pack_columns(combine_context, thread, present);
+    pack_columns(combine_hidden, thread, present);
+    if (w_query.source != nullptr) pack_columns(w_query, thread, present);
   }
 };
 
@@ -240,42 +260,26 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
   const Plan plan = plan_decode(args, G, static_cast<int>(L) + 4);
 
   Pieces<T> count(nullptr);
-  DecodeBackwardMemory<T>::template take<Cell>(args, count);
-  const int64_t own_size = (S + 15) / 16 * 16;
-  for (int thread = 0; thread < plan.threads; ++thread) count.take(own_size);
+  DecodeBackwardMemory<T>::take(args, G, plan.threads, count);
   Workspace workspace(count.bytes());
   Pieces<T> pieces(workspace.data());
-  const auto memory = DecodeBackwardMemory<T>::template take<Cell>(args, pieces);
-  T* const own = pieces.take(own_size * plan.threads);
+  const auto memory = DecodeBackwardMemory<T>::take(args, G, plan.threads, pieces);
   Teams teams;
 
   parallel(plan.threads, [&](int thread, int present) {
-    const Range mine = share(unit_panels, thread, present);
-    for (int64_t l = 0; l < L; ++l) {
-      const DecoderLayer<T>& layer = args.layers[l];
-      if (layer.w_in != nullptr) {
-        pack_columns(layer.w_in, layer.w_in_stride, H, G * H, mine.begin, mine.end, memory.w_in[l]);
-      }
-      pack_columns(layer.w_hh, H, H, G * H, mine.begin, mine.end, memory.w_hh[l]);
-    }
-    const Range columns = share(vectors<T>(M), thread, present);
-    pack_columns(args.combine, M + H, M, H, columns.begin, columns.end, memory.combine_context);
-    pack_columns(args.combine + M, M + H, H, H, mine.begin, mine.end, memory.combine_hidden);
-    if (args.w_query != nullptr) {
-      pack_columns(args.w_query, H, H, A, mine.begin, mine.end, memory.w_query);
-    }
+    memory.pack(L, thread, present);
     if (present > 1) teams.all.wait(present);
 
     const Place at = place(plan, thread, present, B, teams);
     const Range units = at.part(unit_panels), key_part = at.part(vectors<T>(A)),
                 memory_part = at.part(vectors<T>(M));
-    T* const own_scores = own + thread * own_size;
+    T* const own_scores = memory.own + thread * memory.own_size;
 
     // The gradient of the output that was fed to step t + 1, as sums for `epilogue`.
     const auto feed_gradient = [&](int64_t t, const auto& epilogue) {
       const bool fed = args.feeding && t + 1 < T_;
       const T* d_next = fed ? args.layers[0].d_x_gates + (t + 1) * B * G * H : nullptr;
-      const Segment<T> segment = plain_segment(d_next, G * H, memory.w_in[0], G * H);
+      const Segment<T> segment = plain_segment(d_next, memory.w_in[0]);
       product<T, 1, 1>(&segment, fed ? 1 : 0, at.rows.begin, at.rows.end, units.begin, units.end,
                        epilogue);
     };
@@ -292,7 +296,7 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
       at.wait();
 
       T* const d_context = backward.d_context + t * B * M;
-      const Segment<T> to_context = plain_segment(d_sum, H, memory.combine_context, H);
+      const Segment<T> to_context = plain_segment<T>(d_sum, memory.combine_context);
       product<T, 1, 1>(&to_context, 1, at.rows.begin, at.rows.end, memory_part.begin,
                        memory_part.end, [&](int64_t row, int64_t panel, const T* sums) {
                          store(d_context + row * M + panel * kLanes<T>, load(sums),
@@ -350,11 +354,11 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
         int segment_count = 0;
         const T* direct = nullptr;
         if (is_top) {
-          segments[segment_count++] = plain_segment<T>(d_sum, H, memory.combine_hidden, H, 0);
+          segments[segment_count++] = plain_segment<T>(d_sum, memory.combine_hidden, 0);
           if constexpr (Score::kAdditive) {
             const T* d_query = backward.d_query + t * B * A;
             if (args.w_query != nullptr) {
-              segments[segment_count++] = plain_segment<T>(d_query, A, memory.w_query, A, 0);
+              segments[segment_count++] = plain_segment<T>(d_query, memory.w_query, 0);
             } else {
               direct = d_query;
             }
@@ -362,12 +366,12 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
             direct = memory.d_top;
           }
         } else {
-          segments[segment_count++] = plain_segment<T>(args.layers[l + 1].d_x_gates + t * B * G * H,
-                                                       G * H, memory.w_in[l + 1], G * H, 0);
+          segments[segment_count++] =
+              plain_segment<T>(args.layers[l + 1].d_x_gates + t * B * G * H, memory.w_in[l + 1], 0);
         }
         if (t + 1 < T_) {
-          segments[segment_count++] = plain_segment<T>(layer.d_r_gates + (t + 1) * B * G * H, G * H,
-                                                       memory.w_hh[l], G * H, 1);
+          segments[segment_count++] =
+              plain_segment<T>(layer.d_r_gates + (t + 1) * B * G * H, memory.w_hh[l], 1);
         }
         const T* mask = is_top ? nullptr : layer.mask;
         product<T, 1, 2>(
@@ -403,7 +407,7 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
     });
     for (int64_t l = 0; l < L; ++l) {
       const DecoderLayer<T>& layer = args.layers[l];
-      const Segment<T> segment = plain_segment<T>(layer.d_r_gates, G * H, memory.w_hh[l], G * H);
+      const Segment<T> segment = plain_segment<T>(layer.d_r_gates, memory.w_hh[l]);
       product<T, 1, 1>(&segment, 1, at.rows.begin, at.rows.end, units.begin, units.end,
                        [&](int64_t row, int64_t panel, const T* sums) {
                          const int64_t offset = row * H + panel * kLanes<T>;

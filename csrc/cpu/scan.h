@@ -40,20 +40,21 @@ void scan_forward_cell(const ScanForward<T>& args) {
   const int64_t weights = G * H * P + (projects ? P * H : 0);
   const Plan plan = plan_steps(
       {B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1}, args.threads);
-  const int64_t w_hh_size = packed_size<T>(H, G, P);
-  const int64_t w_hr_size = projects ? packed_size<T>(P, 1, H) : 0;
+  Weights<T> w_hh{args.w_hh, P, H, G, P, nullptr};
+  Weights<T> w_hr{args.w_hr, H, P, 1, H, nullptr};
+  const bool packs = repays_packing(args.steps, B);
+  const int64_t w_hh_size = packs ? w_hh.packed_size() : 0;
+  const int64_t w_hr_size = packs && projects ? w_hr.packed_size() : 0;
   Workspace workspace(static_cast<size_t>(w_hh_size + w_hr_size) * sizeof(T));
-  T* w_hh = static_cast<T*>(workspace.data());
-  T* w_hr = w_hh + w_hh_size;
+  if (packs) {
+    w_hh.packed = static_cast<T*>(workspace.data());
+    if (projects) w_hr.packed = w_hh.packed + w_hh_size;
+  }
   Teams teams;
 
   parallel(plan.threads, [&](int thread, int present) {
-    const Range mine = share(unit_panels, thread, present);
-    pack_gates(args.w_hh, P, H, G, P, mine.begin, mine.end, w_hh);
-    if (projects) {
-      const Range rows = share(state_panels, thread, present);
-      pack_gates(args.w_hr, H, P, 1, H, rows.begin, rows.end, w_hr);
-    }
+    pack_rows(w_hh, thread, present);
+    pack_rows(w_hr, thread, present);
     if (present > 1) teams.all.wait(present);
 
     const Place at = place(plan, thread, present, B, teams);
@@ -76,7 +77,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
         store(h_after + offset, steps.cleared(n + 1, row) ? Vec<T>{} : h, count);
       };
 
-      const Segment<T> recurrent = recurrent_segment<Cell>(h_before, P, w_hh, P);
+      const Segment<T> recurrent = recurrent_segment<Cell>(h_before, w_hh);
       product<T, G, Cell::kPre>(
           &recurrent, works ? 1 : 0, at.rows.begin, at.rows.end, units.begin, units.end,
           [&](int64_t row, int64_t panel, const T* sums) {
@@ -114,7 +115,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
           });
       at.wait();
       if (projects) {
-        const Segment<T> projection = plain_segment(inner, H, w_hr, H);
+        const Segment<T> projection = plain_segment(inner, w_hr);
         product<T, 1, 1>(&projection, works ? 1 : 0, at.rows.begin, at.rows.end, outputs.begin,
                          outputs.end, [&](int64_t row, int64_t panel, const T* sums) {
                            keep_state(row, panel, load(sums), steps.active(n, row));
@@ -136,20 +137,17 @@ void scan_backward_cell(const ScanBackward<T>& args) {
   const int64_t weights = G * H * P + (projects ? P * H : 0);
   const Plan plan = plan_steps(
       {B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1}, args.threads);
-  const int64_t w_hh_size = packed_size<T>(P, 1, G * H);
-  const int64_t w_hr_size = projects ? packed_size<T>(H, 1, P) : 0;
+  Weights<T> w_hh{args.w_hh, P, P, 1, G * H, nullptr};
+  Weights<T> w_hr{args.w_hr, H, H, 1, P, nullptr};
+  const int64_t w_hh_size = w_hh.packed_size(), w_hr_size = projects ? w_hr.packed_size() : 0;
   Workspace workspace(static_cast<size_t>(w_hh_size + w_hr_size) * sizeof(T));
-  T* w_hh = static_cast<T*>(workspace.data());
-  T* w_hr = w_hh + w_hh_size;
+  w_hh.packed = static_cast<T*>(workspace.data());
+  w_hr.packed = w_hh.packed + w_hh_size;
   Teams teams;
 
   parallel(plan.threads, [&](int thread, int present) {
-    const Range mine = share(state_panels, thread, present);
-    pack_columns(args.w_hh, P, P, G * H, mine.begin, mine.end, w_hh);
-    if (projects) {
-      const Range rows = share(unit_panels, thread, present);
-      pack_columns(args.w_hr, H, H, P, rows.begin, rows.end, w_hr);
-    }
+    pack_columns(w_hh, thread, present);
+    if (projects) pack_columns(w_hr, thread, present);
     if (present > 1) teams.all.wait(present);
 
     const Place at = place(plan, thread, present, B, teams);
@@ -193,7 +191,7 @@ void scan_backward_cell(const ScanBackward<T>& args) {
 
       const bool follows = n + 1 < args.steps && steps.any_active(n + 1, at.rows);
       const T* d_next = follows ? args.d_r_gates + steps.time(n + 1) * B * G * H : nullptr;
-      const Segment<T> recurrent = plain_segment(d_next, G * H, w_hh, G * H);
+      const Segment<T> recurrent = plain_segment(d_next, w_hh);
       product<T, 1, 1>(&recurrent, follows ? 1 : 0, at.rows.begin, at.rows.end, outputs.begin,
                        outputs.end, [&](int64_t row, int64_t panel, const T* sums) {
                          const int64_t offset = row * P + panel * kLanes<T>;
@@ -217,7 +215,7 @@ void scan_backward_cell(const ScanBackward<T>& args) {
       at.wait();
       if (projects) {
         const T* d_projected = n < 0 ? nullptr : args.d_projected + t * B * P;
-        const Segment<T> projection = plain_segment(d_projected, P, w_hr, P);
+        const Segment<T> projection = plain_segment(d_projected, w_hr);
         product<T, 1, 1>(
             &projection, n < 0 ? 0 : 1, at.rows.begin, at.rows.end, units.begin, units.end,
             [&](int64_t row, int64_t panel, const T* sums) { step_back(row, panel, load(sums)); });

@@ -101,17 +101,18 @@ PYSEQ_FORCE_INLINE Vec<T> broadcast(T value) {
   return Vec<T>{} + value;
 }
 
-// Sum over the lanes, in an order that does not depend on anything.
+// Sum over the lanes, halving the vector: in an order that does not depend on anything.
 template <class T>
 PYSEQ_FORCE_INLINE T sum_lanes(Vec<T> value) {
-  T lanes[kLanes<T>];
-  __builtin_memcpy(lanes, &value, sizeof value);
+  constexpr int kHalf = kLanes<T> / 2;
 #pragma GCC unroll 4
-  for (int half = kLanes<T> / 2; half >= 1; half /= 2) {
-#pragma GCC unroll 8
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  for (int half = kHalf; half >= 1; half /= 2) {
+    VecInt<T> other;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLanes<T>; ++lane) other[lane] = lane ^ half;
+    value += __builtin_shuffle(value, other);
   }
-  return lanes[0];
+  return value[0];
 }
 
 template <class T>

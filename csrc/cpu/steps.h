@@ -48,26 +48,24 @@ class Pieces {
   int64_t used_ = 0;
 };
 
-// The sums of the recurrent product, gate by gate.
+// The product of states, gate by gate.
 template <class Cell, class T>
-PYSEQ_FORCE_INLINE Segment<T> recurrent_segment(const T* a, int64_t a_stride, const T* packed,
-                                                int64_t k_count) {
-  Segment<T> segment{a, a_stride, packed, k_count, {}};
+PYSEQ_FORCE_INLINE Segment<T> recurrent_segment(const T* a, const Weights<T>& weights) {
+  Segment<T> segment{a, weights.k_count, weights, {}};
   for (int g = 0; g < Cell::kGates; ++g) segment.slot[g] = Cell::recurrent_slot(g);
   return segment;
 }
 
+// The product of what comes from below.
 template <class T>
-PYSEQ_FORCE_INLINE Segment<T> input_segment(const T* a, int64_t a_stride, const T* packed,
-                                            int64_t k_count) {
-  return {a, a_stride, packed, k_count, {0, 1, 2, 3}};
+PYSEQ_FORCE_INLINE Segment<T> input_segment(const T* a, const Weights<T>& weights) {
+  return {a, weights.k_count, weights, {0, 1, 2, 3}};
 }
 
 // A product with one gate that adds to sum `slot`.
 template <class T>
-PYSEQ_FORCE_INLINE Segment<T> plain_segment(const T* a, int64_t a_stride, const T* packed,
-                                            int64_t k_count, int slot = 0) {
-  return {a, a_stride, packed, k_count, {slot, 0, 0, 0}};
+PYSEQ_FORCE_INLINE Segment<T> plain_segment(const T* a, const Weights<T>& weights, int slot = 0) {
+  return {a, weights.k_count, weights, {slot, 0, 0, 0}};
 }
 
 // One vector of units of one row, at one step: where its values lie. Pointers are to the

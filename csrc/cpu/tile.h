@@ -5,33 +5,46 @@
 #pragma once
 
 #include "simd.h"
+#include "threads.h"
 
 namespace pyseq::cpu::PYSEQ_TIER {
 
-// A panel holds kLanes<T> neighbouring output units, all gates of them, as [k][gate][lane]:
-// the order in which a tile reads it.
+// The weights of a product: outputs are `units` units with `gates` gates each, summed over
+// k_count. They lie in `source` as rows (gate, unit) of k, or, for the transposed product of
+// a backward loop, as rows of units; rows are `stride` apart. Loops of more than a few steps
+// read them from `packed`: a panel holds kLanes<T> neighbouring units, all gates of them, as
+// [k][gate][lane], the order in which a tile reads it.
 template <class T>
-PYSEQ_FORCE_INLINE int64_t packed_size(int64_t units, int gates, int64_t k_count) {
-  return vectors<T>(units) * k_count * gates * kLanes<T>;
-}
+struct Weights {
+  const T* source;
+  int64_t stride;
+  int64_t units;
+  int gates;
+  int64_t k_count;
+  T* packed;  // null: used where they lie, which only untransposed weights can be
 
-// Packs panels [begin, end) of a weight with rows (gate, unit) and columns k; `stride` is
-// from row to row. Units past the last are zero.
+  int64_t panel_size() const { return k_count * gates * kLanes<T>; }
+  int64_t packed_size() const { return vectors<T>(units) * panel_size(); }
+};
+
+// Packs this thread's share of the panels. Units past the last are zero.
 template <class T>
-void pack_gates(const T* weight, int64_t stride, int64_t units, int gates, int64_t k_count,
-                int64_t begin, int64_t end, T* packed) {
+void pack_rows(const Weights<T>& weights, int thread, int present) {
+  if (weights.packed == nullptr) return;
   constexpr int kBlock = 16;  // columns at a time, so that each cache line is used whole
-  const int64_t step = gates * kLanes<T>;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    T* out = packed + panel * k_count * step;
-    const int inside = lanes_inside<T>(units, panel);
-    for (int64_t k0 = 0; k0 < k_count; k0 += kBlock) {
-      const int64_t k1 = smaller(k0 + kBlock, k_count);
-      for (int gate = 0; gate < gates; ++gate) {
+  const int64_t step = weights.gates * kLanes<T>;
+  const Range mine = share(vectors<T>(weights.units), thread, present);
+  for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
+    T* const out = weights.packed + panel * weights.panel_size();
+    const int inside = lanes_inside<T>(weights.units, panel);
+    for (int64_t k0 = 0; k0 < weights.k_count; k0 += kBlock) {
+      const int64_t k1 = smaller(k0 + kBlock, weights.k_count);
+      for (int gate = 0; gate < weights.gates; ++gate) {
         for (int lane = 0; lane < kLanes<T>; ++lane) {
-          T* to = out + gate * kLanes<T> + lane;
+          T* const to = out + gate * kLanes<T> + lane;
           if (lane < inside) {
-            const T* from = weight + (gate * units + panel * kLanes<T> + lane) * stride;
+            const int64_t row = gate * weights.units + panel * kLanes<T> + lane;
+            const T* const from = weights.source + row * weights.stride;
             for (int64_t k = k0; k < k1; ++k) to[k * step] = from[k];
           } else {
             for (int64_t k = k0; k < k1; ++k) to[k * step] = 0;
@@ -42,28 +55,33 @@ void pack_gates(const T* weight, int64_t stride, int64_t units, int gates, int64
   }
 }
 
-// Packs panels [begin, end) of the transpose: the outputs are the weight's columns, k runs
-// over its rows, and there is one gate.
+// The same for weights that lie transposed, with one gate.
 template <class T>
-void pack_columns(const T* weight, int64_t stride, int64_t columns, int64_t k_count, int64_t begin,
-                  int64_t end, T* packed) {
-  for (int64_t panel = begin; panel < end; ++panel) {
-    T* out = packed + panel * k_count * kLanes<T>;
-    const T* from = weight + panel * kLanes<T>;
-    const int inside = lanes_inside<T>(columns, panel);
-    for (int64_t k = 0; k < k_count; ++k) {
-      store(out + k * kLanes<T>, load(from + k * stride, inside));
+void pack_columns(const Weights<T>& weights, int thread, int present) {
+  const Range mine = share(vectors<T>(weights.units), thread, present);
+  for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
+    T* const out = weights.packed + panel * weights.panel_size();
+    const T* const from = weights.source + panel * kLanes<T>;
+    const int inside = lanes_inside<T>(weights.units, panel);
+    for (int64_t k = 0; k < weights.k_count; ++k) {
+      store(out + k * kLanes<T>, load(from + k * weights.stride, inside));
     }
   }
 }
 
-// One summand of a product: rows of `a` times packed weights. Gate g adds to sum slot[g].
+// Whether packing the weights of a forward loop repays. Measured with 256 and 512 units: to
+// pack takes as long as the products of 8 rows, and makes those of one row a quarter faster,
+// of 4 a half, of 16 twice. The number of threads has no say, so that it cannot change bits.
+PYSEQ_FORCE_INLINE bool repays_packing(int64_t steps, int64_t batch) {
+  return steps * (batch + 2) > 64;
+}
+
+// One summand of a product: rows of `a` times weights. Gate g adds to sum slot[g].
 template <class T>
 struct Segment {
   const T* a;
   int64_t a_stride;
-  const T* packed;
-  int64_t k_count;
+  Weights<T> weights;
   int slot[4];
 };
 
@@ -113,6 +131,69 @@ template <class T, int G, int MR, int NP>
       for (int g = 0; g < G; ++g) {
         store(sums + ((p * MR + m) * pre + slot[g]) * kLanes<T>, sum[p][m][g]);
       }
+    }
+  }
+}
+
+// The same sums from weights that are not packed, as dot products along k.
+template <class T, int Rows, int Units>
+PYSEQ_FORCE_INLINE void dots(const T* a, int64_t a_stride, const T* weight, int64_t stride,
+                             int64_t k_count, T* sums, int64_t sum_stride, bool accumulate) {
+  using V = Vec<T>;
+  V sum[Rows][Units] = {};
+  for (int64_t k = 0; k < k_count; k += kLanes<T>) {
+    const int inside = lanes_inside<T>(k_count, k / kLanes<T>);
+    V row[Rows];
+#pragma GCC unroll 4
+    for (int m = 0; m < Rows; ++m) row[m] = load(a + m * a_stride + k, inside);
+#pragma GCC unroll 8
+    for (int u = 0; u < Units; ++u) {
+      const V value = load(weight + u * stride + k, inside);
+#pragma GCC unroll 4
+      for (int m = 0; m < Rows; ++m) sum[m][u] += row[m] * value;
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < Rows; ++m) {
+#pragma GCC unroll 8
+    for (int u = 0; u < Units; ++u) {
+      T& to = sums[m * sum_stride + u];
+      to = sum_lanes<T>(sum[m][u]) + (accumulate ? to : T(0));
+    }
+  }
+}
+
+template <class T, int G>
+[[gnu::noinline]] void multiply_rows(const Segment<T>& segment, int64_t row, int height,
+                                     int64_t panel, T* sums, int pre, bool accumulate) {
+  constexpr int kUnits = 4, kRows = 4;
+  const Weights<T>& weights = segment.weights;
+  const int64_t k_count = weights.k_count;
+  const int inside = lanes_inside<T>(weights.units, panel);
+  const int64_t sum_stride = pre * kLanes<T>, stride = weights.stride;
+  for (int g = 0; g < G; ++g) {
+    T* const to = sums + segment.slot[g] * kLanes<T>;
+    const T* const from = weights.source + (g * weights.units + panel * kLanes<T>)*stride;
+    for (int m = 0; m < height;) {
+      const T* const a = segment.a + (row + m) * segment.a_stride;
+      const bool whole = m + kRows <= height;
+      int u = 0;
+      for (; u + kUnits <= inside; u += kUnits) {
+        whole ? dots<T, kRows, kUnits>(a, segment.a_stride, from + u * stride, stride, k_count,
+                                       to + m * sum_stride + u, sum_stride, accumulate)
+              : dots<T, 1, kUnits>(a, 0, from + u * stride, stride, k_count,
+                                   to + m * sum_stride + u, 0, accumulate);
+      }
+      for (; u < inside; ++u) {
+        for (int i = m; i < (whole ? m + kRows : m + 1); ++i) {
+          dots<T, 1, 1>(segment.a + (row + i) * segment.a_stride, 0, from + u * stride, 0, k_count,
+                        to + i * sum_stride + u, 0, accumulate);
+        }
+      }
+      for (int i = m; i < (whole ? m + kRows : m + 1) && !accumulate; ++i) {
+        for (int lane = inside; lane < kLanes<T>; ++lane) to[i * sum_stride + lane] = 0;
+      }
+      m += whole ? kRows : 1;
     }
   }
 }
@@ -189,9 +270,17 @@ PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, i
       }
       for (int s = 0; s < segment_count; ++s) {
         const Segment<T>& segment = segments[s];
+        const bool accumulate = Pre > G || s > 0;
+        if (segment.weights.packed == nullptr) {
+          for (int p = 0; p < width; ++p) {
+            detail::multiply_rows<T, G>(segment, row, height, panel + p,
+                                        sums + p * height * Pre * kLanes<T>, Pre, accumulate);
+          }
+          continue;
+        }
         multiply(segment.a + row * segment.a_stride, segment.a_stride,
-                 segment.packed + panel * segment.k_count * G * kLanes<T>, segment.k_count, sums,
-                 Pre, segment.slot, Pre > G || s > 0);
+                 segment.weights.packed + panel * segment.weights.panel_size(),
+                 segment.weights.k_count, sums, Pre, segment.slot, accumulate);
       }
       for (int p = 0; p < width; ++p) {
         for (int m = 0; m < height; ++m) {
