@@ -21,7 +21,7 @@ TARGET_TOKENS = "space"
 #: What a model for this task is made of and how it is trained, where the defaults of
 #: ``ModelOptions`` and ``TrainingOptions`` do less well.
 MODEL: dict[str, Any] = {"embedding_size": 64, "dropout": 0.2}
-TRAINING: dict[str, Any] = {"batch_size": 64, "learning_rate": 2e-3, "epochs": 30}
+TRAINING: dict[str, Any] = {"batch_size": 64, "learning_rate": 2e-3, "epochs": 40}
 
 _WORD = re.compile(r"[a-z']+")
 
