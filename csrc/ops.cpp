@@ -4,12 +4,10 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -90,12 +88,38 @@ Bias fold_bias(const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Cel
   return {sum, b_hh->slice(0, shared).contiguous()};
 }
 
+// c = a b (+ bias), or c += a b, for matrices; c's rows are contiguous.
+void multiply_into(const Tensor& c, const Tensor& a, const Tensor& b,
+                   const OptionalTensor& bias = std::nullopt, bool accumulate = false) {
+  AT_DISPATCH_FLOATING_TYPES(c.scalar_type(), "gemm", [&] {
+    cpu::kernels<scalar_t>().gemm({
+        .m = c.size(0),
+        .n = c.size(1),
+        .k = a.size(1),
+        .threads = thread_count(),
+        .a = a.const_data_ptr<scalar_t>(),
+        .a_row = a.stride(0),
+        .a_column = a.stride(1),
+        .b = b.const_data_ptr<scalar_t>(),
+        .b_row = b.stride(0),
+        .b_column = b.stride(1),
+        .bias = data<scalar_t>(bias),
+        .c = c.data_ptr<scalar_t>(),
+        .c_row = c.stride(0),
+        .accumulate = accumulate,
+    });
+  });
+}
+
+Tensor matrix_product(const Tensor& a, const Tensor& b, const OptionalTensor& bias = std::nullopt) {
+  const Tensor c = at::empty({a.size(0), b.size(1)}, a.options());
+  multiply_into(c, a, b, bias);
+  return c;
+}
+
 // x W^T + bias for all steps at once: (T, B, I) to a fresh (T, B, G*H).
 Tensor project_input(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  const Tensor rows = flat(x);
-  const Tensor product =
-      bias.has_value() ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
-  return product.view({x.size(0), x.size(1), weight.size(0)});
+  return matrix_product(flat(x), weight.t(), bias).view({x.size(0), x.size(1), weight.size(0)});
 }
 
 // x with zeros at padded steps. Their gates have zero gradients, but zero times whatever
@@ -311,12 +335,12 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
   const Tensor h_before = states.narrow(0, reverse ? 1 : 0, T_);
   const Tensor d_x_rows = flat(d_x_gates), d_r_rows = flat(d_r_gates);
   const auto [d_b_ih, d_b_hh] = bias_gradients(d_x_gates, d_r_gates);
-  return {needs_x ? at::mm(d_x_rows, w_ih).view({T_, B, I}) : nothing(x),
-          at::mm(d_x_rows.t(), flat(without_padding(x, lengths))),
-          at::mm(d_r_rows.t(), flat(h_before)),
+  return {needs_x ? matrix_product(d_x_rows, w_ih).view({T_, B, I}) : nothing(x),
+          matrix_product(d_x_rows.t(), flat(without_padding(x, lengths))),
+          matrix_product(d_r_rows.t(), flat(h_before)),
           d_b_ih,
           d_b_hh,
-          projects ? at::mm(flat(d_projected).t(), flat(inner)) : nothing(x),
+          projects ? matrix_product(flat(d_projected).t(), flat(inner)) : nothing(x),
           d_h,
           d_c};
 }
@@ -739,41 +763,42 @@ DecodeGradients decode_backward(
     if (l > 0) {
       Tensor below = h_after.select(0, l - 1);
       if (all.masks.has_value()) below = below * all.masks->select(0, l - 1);
-      d_w_ih = at::mm(d_rows, flat(below));
+      d_w_ih = matrix_product(d_rows, flat(below));
     } else if (input_feeding) {
       d_w_ih = at::empty({rows, I + H}, options);
       Tensor d_w_x = d_w_ih.slice(1, 0, I), d_w_feed = d_w_ih.slice(1, I);
-      at::mm_out(d_w_x, d_rows, flat(x));
+      multiply_into(d_w_x, d_rows, flat(x));
       const Tensor d_first = d_x_l.select(0, 0).t();
-      at::mm_out(d_w_feed, d_first, all.feed);
+      multiply_into(d_w_feed, d_first, all.feed);
       if (T_ > 1) {
-        d_w_feed.addmm_(flat(d_x_l.slice(0, 1)).t(), flat(output.slice(0, 0, T_ - 1)));
+        multiply_into(d_w_feed, flat(d_x_l.slice(0, 1)).t(), flat(output.slice(0, 0, T_ - 1)),
+                      std::nullopt, /*accumulate=*/true);
       }
     } else {
-      d_w_ih = at::mm(d_rows, flat(x));
+      d_w_ih = matrix_product(d_rows, flat(x));
     }
     const auto [d_b_ih, d_b_hh] =
         cell.has_apart ? bias_gradients(d_x_l, d_r_l) : bias_gradients(d_x_l, d_x_l);
     d_layers.push_back(d_w_ih);
-    d_layers.push_back(at::mm(flat(d_r_l).t(), flat(states.select(0, l).narrow(0, 0, T_))));
+    d_layers.push_back(matrix_product(flat(d_r_l).t(), flat(states.select(0, l).narrow(0, 0, T_))));
     d_layers.push_back(d_b_ih);
     d_layers.push_back(d_b_hh);
   }
   const Tensor d_combine = at::empty({H, M + H}, options);
   const Tensor d_sum_rows = flat(d_sum).t();
   Tensor d_combine_context = d_combine.slice(1, 0, M), d_combine_hidden = d_combine.slice(1, M);
-  at::mm_out(d_combine_context, d_sum_rows, flat(context));
-  at::mm_out(d_combine_hidden, d_sum_rows, flat(h_top));
+  multiply_into(d_combine_context, d_sum_rows, flat(context));
+  multiply_into(d_combine_hidden, d_sum_rows, flat(h_top));
   if (!additive) d_keys = at::bmm(d_scores.permute({1, 2, 0}), h_top.transpose(0, 1));
   const Tensor d_memory = at::bmm(attn.permute({1, 2, 0}), d_context.transpose(0, 1));
-  return {needs_x
-              ? at::mm(flat(d_x_gates.select(0, 0)), all.w_ih[0].slice(1, 0, I)).view({T_, B, I})
-              : nothing(x),
+  return {needs_x ? matrix_product(flat(d_x_gates.select(0, 0)), all.w_ih[0].slice(1, 0, I))
+                        .view({T_, B, I})
+                  : nothing(x),
           d_layers,
           d_keys.transpose(0, 1),
           d_memory.transpose(0, 1),
           d_combine,
-          weight_query.has_value() ? at::mm(flat(d_query).t(), flat(h_top)) : nothing(x),
+          weight_query.has_value() ? matrix_product(flat(d_query).t(), flat(h_top)) : nothing(x),
           additive ? d_v.sum(0) : nothing(x),
           d_h,
           d_c,

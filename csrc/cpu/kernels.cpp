@@ -5,6 +5,7 @@
 
 #include "attend.h"
 #include "decode.h"
+#include "gemm.h"
 #include "scan.h"
 
 namespace pyseq::cpu::PYSEQ_TIER {
@@ -29,8 +30,15 @@ void tanh(const T* from, T* to, int64_t count) {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {scan_forward<T>,   scan_backward<T>,   attend_forward<T>, attend_backward<T>,
-          decode_forward<T>, decode_backward<T>, sigmoid<T>,        tanh<T>};
+  return {gemm<T>,
+          scan_forward<T>,
+          scan_backward<T>,
+          attend_forward<T>,
+          attend_backward<T>,
+          decode_forward<T>,
+          decode_backward<T>,
+          sigmoid<T>,
+          tanh<T>};
 }
 
 }  // namespace

@@ -139,8 +139,24 @@ struct DecodeBackward {
   T* d_feed;          // (B, H)
 };
 
+// c (m, n) = a (m, k) b (k, n) + bias, or c += a b. a and b may have any strides.
+template <class T>
+struct Gemm {
+  int64_t m, n, k;
+  int threads;
+  const T* a;
+  int64_t a_row, a_column;  // from row to row, from column to column
+  const T* b;
+  int64_t b_row, b_column;
+  const T* bias;  // (n) or null; not with accumulate
+  T* c;
+  int64_t c_row;
+  bool accumulate;
+};
+
 template <class T>
 struct Kernels {
+  void (*gemm)(const Gemm<T>&);
   void (*scan_forward)(const ScanForward<T>&);
   void (*scan_backward)(const ScanBackward<T>&);
   void (*attend_forward)(const Attend<T>&);

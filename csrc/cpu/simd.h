@@ -115,6 +115,29 @@ PYSEQ_FORCE_INLINE T sum_lanes(Vec<T> value) {
   return value[0];
 }
 
+// Transposes a square block of as many vectors as a vector has lanes: at each size the
+// off-diagonal halves of neighbouring blocks change places.
+template <class T>
+PYSEQ_FORCE_INLINE void transpose(Vec<T> (&block)[kLanes<T>]) {
+  constexpr int N = kLanes<T>;
+#pragma GCC unroll 4
+  for (int size = N / 2; size >= 1; size /= 2) {
+    VecInt<T> low, high;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < N; ++lane) {
+      low[lane] = (lane & size) == 0 ? lane : N + lane - size;
+      high[lane] = (lane & size) == 0 ? lane + size : N + lane;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      if ((i & size) != 0) continue;
+      const Vec<T> a = block[i], b = block[i + size];
+      block[i] = __builtin_shuffle(a, b, low);
+      block[i + size] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
 template <class T>
 PYSEQ_FORCE_INLINE int64_t vectors(int64_t count) {
   return (count + kLanes<T> - 1) / kLanes<T>;

@@ -52,9 +52,9 @@ Plan plan_steps(const StepCost& cost, int threads) {
   // Rates of one core, in multiply-adds and bytes per nanosecond, and the price of a
   // barrier in nanoseconds. They only have to rank three plans: one thread, a team per
   // thread, one team of all.
-  constexpr double kMultiplyAdds = 40;
-  constexpr double kFarBytes = 20;
-  constexpr double kNearBytes = 80;
+  constexpr double kMultiplyAdds = 80;
+  constexpr double kFarBytes = 30;
+  constexpr double kNearBytes = 100;
   constexpr double kNearCapacity = 1 << 20;
   constexpr double kBarrier = 250;
   threads = static_cast<int>(std::min<int64_t>(threads, kMaxTeams));

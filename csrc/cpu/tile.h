@@ -31,25 +31,22 @@ struct Weights {
 template <class T>
 void pack_rows(const Weights<T>& weights, int thread, int present) {
   if (weights.packed == nullptr) return;
-  constexpr int kBlock = 16;  // columns at a time, so that each cache line is used whole
-  const int64_t step = weights.gates * kLanes<T>;
+  constexpr int N = kLanes<T>;
+  const int64_t step = weights.gates * N;
   const Range mine = share(vectors<T>(weights.units), thread, present);
   for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
-    T* const out = weights.packed + panel * weights.panel_size();
     const int inside = lanes_inside<T>(weights.units, panel);
-    for (int64_t k0 = 0; k0 < weights.k_count; k0 += kBlock) {
-      const int64_t k1 = smaller(k0 + kBlock, weights.k_count);
-      for (int gate = 0; gate < weights.gates; ++gate) {
-        for (int lane = 0; lane < kLanes<T>; ++lane) {
-          T* const to = out + gate * kLanes<T> + lane;
-          if (lane < inside) {
-            const int64_t row = gate * weights.units + panel * kLanes<T> + lane;
-            const T* const from = weights.source + row * weights.stride;
-            for (int64_t k = k0; k < k1; ++k) to[k * step] = from[k];
-          } else {
-            for (int64_t k = k0; k < k1; ++k) to[k * step] = 0;
-          }
+    for (int gate = 0; gate < weights.gates; ++gate) {
+      const T* from = weights.source + (gate * weights.units + panel * N) * weights.stride;
+      T* to = weights.packed + panel * weights.panel_size() + gate * N;
+      for (int64_t k = 0; k < weights.k_count; k += N) {
+        const int count = lanes_inside<T>(weights.k_count, k / N);
+        Vec<T> block[N];
+        for (int lane = 0; lane < N; ++lane) {
+          block[lane] = lane < inside ? load(from + lane * weights.stride + k, count) : Vec<T>{};
         }
+        transpose<T>(block);
+        for (int i = 0; i < count; ++i) store(to + (k + i) * step, block[i]);
       }
     }
   }
@@ -88,9 +85,9 @@ struct Segment {
 namespace detail {
 
 template <class T, int G, int MR, int NP>
-[[gnu::noinline]] void multiply(const T* __restrict a, int64_t a_stride, const T* __restrict packed,
-                                int64_t k_count, T* __restrict sums, int pre, const int* slot,
-                                bool accumulate) {
+[[gnu::noinline]] void multiply(const T* __restrict a, int64_t a_row, int64_t a_k,
+                                const T* __restrict packed, int64_t k_count, T* __restrict sums,
+                                int pre, const int* slot, bool accumulate) {
   using V = Vec<T>;
   const int64_t panel_stride = k_count * G * kLanes<T>;
   V sum[NP][MR][G];
@@ -115,13 +112,14 @@ template <class T, int G, int MR, int NP>
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
-      const V value = broadcast(a[m * a_stride + k]);
+      const V value = broadcast(a[m * a_row]);
 #pragma GCC unroll 8
       for (int p = 0; p < NP; ++p) {
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) sum[p][m][g] += value * weight[p][g];
       }
     }
+    a += a_k;
   }
 #pragma GCC unroll 8
   for (int p = 0; p < NP; ++p) {
@@ -210,7 +208,7 @@ constexpr bool fits(int gates, int rows, int panels) {
 }
 
 template <class T>
-using Multiply = void (*)(const T*, int64_t, const T*, int64_t, T*, int, const int*, bool);
+using Multiply = void (*)(const T*, int64_t, int64_t, const T*, int64_t, T*, int, const int*, bool);
 
 template <class T, int G, int MR>
 PYSEQ_FORCE_INLINE Multiply<T> pick_panels(int panels) {
@@ -278,7 +276,7 @@ PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, i
           }
           continue;
         }
-        multiply(segment.a + row * segment.a_stride, segment.a_stride,
+        multiply(segment.a + row * segment.a_stride, segment.a_stride, 1,
                  segment.weights.packed + panel * segment.weights.panel_size(),
                  segment.weights.k_count, sums, Pre, segment.slot, accumulate);
       }

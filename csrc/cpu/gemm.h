@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+// The large products outside of the loops (input projections, weight gradients), on the tile
+// of the loops. torch's own would do, were its library not half as fast on some machines.
+#pragma once
+
+#include "kernels.h"
+#include "steps.h"
+
+namespace pyseq::cpu::PYSEQ_TIER {
+
+namespace detail {
+
+// k is cut so that a packed group of columns stays in the second-level cache, columns are
+// taken as many at a time as the widest full tile has.
+constexpr int64_t kDepth = 384;
+constexpr int kGroup = 4;  // panels
+
+template <class T>
+PYSEQ_FORCE_INLINE Vec<T> gather(const T* from, int64_t stride, int count) {
+  if (stride == 1) return load(from, count);
+  Vec<T> value = {};
+  for (int i = 0; i < count; ++i) value[i] = from[i * stride];
+  return value;
+}
+
+// Packs a group of B's columns, `depth` of its rows, as panels of [k][lane].
+template <class T>
+void pack_group(const Gemm<T>& args, int64_t k0, int64_t depth, int64_t panel, int width,
+                T* packed) {
+  const int inside = lanes_inside<T>(args.n, panel + width - 1);
+  for (int p = 0; p < width; ++p) {
+    const T* from = args.b + k0 * args.b_row + (panel + p) * kLanes<T> * args.b_column;
+    T* const to = packed + p * depth * kLanes<T>;
+    const int count = p == width - 1 ? inside : kLanes<T>;
+    if (args.b_column == 1) {
+      for (int64_t k = 0; k < depth; ++k) {
+        store(to + k * kLanes<T>, load(from + k * args.b_row, count));
+      }
+    } else {
+      for (int64_t k = 0; k < depth; k += kLanes<T>) {
+        const int rows = lanes_inside<T>(depth, k / kLanes<T>);
+        Vec<T> block[kLanes<T>];
+        for (int lane = 0; lane < kLanes<T>; ++lane) {
+          const T* const column = from + lane * args.b_column + k * args.b_row;
+          block[lane] = Vec<T>{};
+          if (lane < count) block[lane] = gather(column, args.b_row, rows);
+        }
+        transpose<T>(block);
+        for (int i = 0; i < rows; ++i) store(to + (k + i) * kLanes<T>, block[i]);
+      }
+    }
+  }
+}
+
+}  // namespace detail
+
+// c = a b + bias, or c += a b. An element is summed in the order of k, cut into runs of
+// kDepth, whoever computes it: the bits do not depend on the number of threads.
+template <class T>
+void gemm(const Gemm<T>& args) {
+  using detail::kDepth;
+  using detail::kGroup;
+  constexpr int kRows = detail::kMaxRows<1>;
+  const int64_t panels = vectors<T>(args.n), groups = (panels + kGroup - 1) / kGroup;
+  const int64_t work = args.m * args.n * args.k;
+  const int wanted = static_cast<int>(smaller(args.threads, 1 + work / 1000000));
+
+  parallel(wanted, [&](int thread, int present) {
+    // Threads in a grid: columns first, since each packs those that it uses.
+    const int across = static_cast<int>(larger(1, smaller(present, groups)));
+    const int down = present / across;
+    if (thread >= across * down) return;
+    const Range columns = share(groups, thread % across, across);
+    const Range rows = share(args.m, thread / across, down);
+    const int64_t tiles = (rows.size() + kRows - 1) / kRows;
+    const bool copies_a = args.a_column != 1;
+    Workspace workspace(static_cast<size_t>(kDepth) * sizeof(T) *
+                        static_cast<size_t>(kGroup * kLanes<T> + (copies_a ? rows.size() : 0)));
+    T* const packed = static_cast<T*>(workspace.data());
+    T* const copied = packed + kDepth * kGroup * kLanes<T>;
+    alignas(64) T sums[kAccumulators * kLanes<T>];
+    constexpr int slot[1] = {0};
+
+    for (int64_t k0 = 0; k0 == 0 || k0 < args.k; k0 += kDepth) {
+      const int64_t depth = smaller(kDepth, args.k - k0);
+      const bool adds = args.accumulate || k0 > 0;
+      // Columns of a (rows of a transpose) would be read at large strides, over and over:
+      // each tile's are laid side by side.
+      for (int64_t tile = 0; copies_a && tile < tiles; ++tile) {
+        const Range part = share(rows.size(), static_cast<int>(tile), static_cast<int>(tiles));
+        T* to = copied + part.begin * depth;
+        const T* from = args.a + (rows.begin + part.begin) * args.a_row + k0 * args.a_column;
+        for (int64_t k = 0; k < depth; ++k) {
+          for (int64_t i = 0; i < part.size(); ++i) *to++ = from[i * args.a_row];
+          from += args.a_column;
+        }
+      }
+      for (int64_t group = columns.begin; group < columns.end; ++group) {
+        const int64_t panel = group * kGroup;
+        const int width = static_cast<int>(smaller(kGroup, panels - panel));
+        detail::pack_group(args, k0, depth, panel, width, packed);
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const Range part = share(rows.size(), static_cast<int>(tile), static_cast<int>(tiles));
+          const int height = static_cast<int>(part.size());
+          const T* const a = copies_a ? copied + part.begin * depth
+                                      : args.a + (rows.begin + part.begin) * args.a_row + k0;
+          // A last group of three panels is a tile of two and one of one.
+          for (int done = 0; done < width;) {
+            const int step = width - done >= 4 ? 4 : (width - done >= 2 ? 2 : 1);
+            detail::pick<T, 1>(height, step)(a, copies_a ? 1 : args.a_row, copies_a ? height : 1,
+                                             packed + done * depth * kLanes<T>, depth, sums, 1,
+                                             slot, false);
+            for (int p = 0; p < step; ++p) {
+              const int64_t column = (panel + done + p) * kLanes<T>;
+              const int count = lanes_inside<T>(args.n, panel + done + p);
+              const Vec<T> bias = args.bias == nullptr ? Vec<T>{} : load(args.bias + column, count);
+              for (int m = 0; m < height; ++m) {
+                T* const c = args.c + (rows.begin + part.begin + m) * args.c_row + column;
+                const Vec<T> sum = load(sums + (p * height + m) * kLanes<T>);
+                store(c, adds ? load(c, count) + sum : sum + bias, count);
+              }
+            }
+            done += step;
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace pyseq::cpu::PYSEQ_TIER
