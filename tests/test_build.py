@@ -145,7 +145,9 @@ def test_info_lines_hold_every_fact() -> None:
     assert info.describe() == "\n".join(lines)
 
 
-def test_info_is_a_command() -> None:
+def test_info_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As many threads as the suite itself runs on.
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     result = run_python("-m", "pyseq", "info")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == info.describe()

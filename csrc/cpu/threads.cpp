@@ -103,9 +103,44 @@ Place place(const Plan& plan, int thread, int present, int64_t rows, Teams& team
   return {share(rows, team, count), thread / count, members, &teams.team[team]};
 }
 
-Workspace::Workspace(size_t bytes)
-    : data_(::operator new(std::max<size_t>(bytes, 1), std::align_val_t{64})) {}
+namespace {
 
-Workspace::~Workspace() { ::operator delete(data_, std::align_val_t{64}); }
+constexpr std::align_val_t kAlign{64};
+
+struct Kept {
+  void* data = nullptr;
+  size_t bytes = 0;
+  bool in_use = false;
+
+  ~Kept() { ::operator delete(data, kAlign); }
+};
+
+thread_local Kept kept;
+
+}  // namespace
+
+Workspace::Workspace(size_t bytes) : kept_(!kept.in_use && bytes <= kKeptBytes) {
+  if (!kept_) {
+    data_ = ::operator new(bytes, kAlign);
+    return;
+  }
+  if (bytes > kept.bytes) {
+    ::operator delete(kept.data, kAlign);
+    kept.data = nullptr;
+    kept.bytes = 0;
+    kept.data = ::operator new(bytes, kAlign);
+    kept.bytes = bytes;
+  }
+  kept.in_use = true;
+  data_ = kept.data;
+}
+
+Workspace::~Workspace() {
+  if (kept_) {
+    kept.in_use = false;
+  } else {
+    ::operator delete(data_, kAlign);
+  }
+}
 
 }  // namespace pyseq::cpu
