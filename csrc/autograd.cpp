@@ -41,15 +41,28 @@ bool any_needs_grad(std::initializer_list<const OptionalTensor*> tensors) {
 }
 
 // What a Function's backward returns: a gradient for each argument of forward, undefined
-// for those that are no tensors or were not given. Under create_graph the results would be
-// taken for constants; the error node makes the second differentiation fail instead.
-variable_list gradients(const char* name, variable_list list) {
+// for those that are no tensors or were not given. Under create_graph they would be taken
+// for constants, though they depend on what came in and was saved; an error node between
+// makes a second differentiation fail instead of leaving them out.
+variable_list gradients(const char* name, variable_list list, const variable_list& incoming,
+                        const variable_list& saved) {
   if (!at::GradMode::is_enabled()) return list;
+  variable_list inputs;
+  for (const Tensor& gradient : list) {
+    if (gradient.defined()) inputs.push_back(gradient);
+  }
+  for (const variable_list* sources : {&incoming, &saved}) {
+    for (const Tensor& source : *sources) {
+      if (source.defined() && source.requires_grad()) inputs.push_back(source);
+    }
+  }
+  auto node = std::make_shared<torch::autograd::DelayedError>(
+      std::string("pyseq::") + name + " cannot be differentiated twice",
+      static_cast<int>(inputs.size()));
+  const variable_list outputs = (*node)(std::move(inputs));
+  size_t next = 0;
   for (Tensor& gradient : list) {
-    if (!gradient.defined()) continue;
-    auto node = std::make_shared<torch::autograd::DelayedError>(
-        std::string("pyseq::") + name + " cannot be differentiated twice", 1);
-    gradient = (*node)({gradient.detach().requires_grad_()})[0];
+    if (gradient.defined()) gradient = outputs[next++];
   }
   return list;
 }
@@ -69,16 +82,15 @@ struct Scan : Function<Scan> {
     static const auto op = call<&scan_forward>("pyseq::scan_forward");
     const auto [y, h_n, c_n, gates, apart, states, cells, inner] =
         op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse);
+    // The last four only to say which gradients there are, and what these depend on.
     context->save_for_backward({x, w_ih, w_hh, or_undefined(w_hr), or_undefined(lengths),
-                                or_undefined(resets), gates, apart, states, cells, inner});
+                                or_undefined(resets), gates, apart, states, cells, inner,
+                                or_undefined(b_ih), or_undefined(b_hh), or_undefined(h_0),
+                                or_undefined(c_0)});
     auto& options = context->saved_data;
     options["cell"] = cell;
     options["reverse"] = reverse;
     options["needs_x"] = needs_x;
-    options["b_ih"] = b_ih.has_value();
-    options["b_hh"] = b_hh.has_value();
-    options["h_0"] = h_0.has_value();
-    options["c_0"] = c_0.has_value();
     context->set_materialize_grads(false);
     if (cell != "lstm") context->mark_non_differentiable({c_n});
     return {y, h_n, c_n};
@@ -101,13 +113,13 @@ struct Scan : Function<Scan> {
       result[0] = if_given(options["needs_x"].toBool(), d_x);
       result[1] = d_w_ih;
       result[2] = d_w_hh;
-      result[3] = if_given(options["b_ih"].toBool(), d_b_ih);
-      result[4] = if_given(options["b_hh"].toBool(), d_b_hh);
+      result[3] = if_given(saved[11].defined(), d_b_ih);
+      result[4] = if_given(saved[12].defined(), d_b_hh);
       result[5] = if_given(w_hr.has_value(), d_w_hr);
-      result[6] = if_given(options["h_0"].toBool(), d_h_0);
-      result[7] = if_given(options["c_0"].toBool(), d_c_0);
+      result[6] = if_given(saved[13].defined(), d_h_0);
+      result[7] = if_given(saved[14].defined(), d_c_0);
     }
-    return gradients("scan", std::move(result));
+    return gradients("scan", std::move(result), d, saved);
   }
 };
 
@@ -140,7 +152,7 @@ struct Attend : Function<Attend> {
       result[2] = d_memory;
       result[3] = if_given(weight_v.has_value(), d_weight_v);
     }
-    return gradients("attend", std::move(result));
+    return gradients("attend", std::move(result), d, saved);
   }
 };
 
@@ -175,7 +187,9 @@ struct Decode : Function<Decode> {
                         states,
                         cells,
                         query,
-                        attended};
+                        attended,
+                        or_undefined(h_0),
+                        or_undefined(c_0)};
     saved.insert(saved.end(), layers.begin(), layers.end());
     context->save_for_backward(std::move(saved));
     auto& options = context->saved_data;
@@ -183,15 +197,13 @@ struct Decode : Function<Decode> {
     options["score"] = score;
     options["input_feeding"] = input_feeding;
     options["needs_x"] = needs_x;
-    options["h_0"] = h_0.has_value();
-    options["c_0"] = c_0.has_value();
     context->set_materialize_grads(false);
     if (cell != "lstm") context->mark_non_differentiable({c_n});
     return {output, attn, h_n, c_n};
   }
 
   static variable_list backward(AutogradContext* context, variable_list d) {
-    constexpr size_t kFixed = 18;  // saved tensors before those of the layers
+    constexpr size_t kFixed = 20;  // saved tensors before those of the layers
     const variable_list saved = context->get_saved_variables();
     const variable_list layers(saved.begin() + kFixed, saved.end());
     auto& options = context->saved_data;
@@ -214,13 +226,13 @@ struct Decode : Function<Decode> {
       result.insert(result.end(), d_layers.begin(), d_layers.end());
       for (const Tensor& gradient :
            {d_keys, d_memory, d_combine, if_given(weight_query.has_value(), d_weight_query),
-            if_given(weight_v.has_value(), d_weight_v), if_given(options["h_0"].toBool(), d_h_0),
-            if_given(options["c_0"].toBool(), d_c_0), if_given(feed.has_value(), d_feed)}) {
+            if_given(weight_v.has_value(), d_weight_v), if_given(saved[18].defined(), d_h_0),
+            if_given(saved[19].defined(), d_c_0), if_given(feed.has_value(), d_feed)}) {
         result.push_back(gradient);
       }
     }
     result.resize(result.size() + 5);  // lengths, dropout_masks and the three options
-    return gradients("decode", std::move(result));
+    return gradients("decode", std::move(result), d, saved);
   }
 };
 

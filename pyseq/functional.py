@@ -25,6 +25,8 @@ from .types import (
     ScanOutput,
     ScoreName,
     State,
+    kind,
+    state_parts,
 )
 
 
@@ -35,15 +37,8 @@ def _check_option(name: str, value: object, allowed: Sequence[str]) -> None:
 
 def _split_state(cell: CellName, state: State | None) -> tuple[Tensor | None, Tensor | None]:
     """``state`` as ``(h, c)``; c is None for the cells without one."""
-    if state is None:
-        return None, None
-    if cell == "lstm":
-        if isinstance(state, Tensor) or len(state) != 2:
-            raise ValueError(f"the state of an lstm must be a pair (h, c), got {_kind(state)}")
-        return state[0], state[1]
-    if not isinstance(state, Tensor):
-        raise ValueError(f"the state of {cell} must be one tensor h, got {_kind(state)}")
-    return state, None
+    parts = state_parts(cell, state)
+    return parts[0] if parts else None, parts[1] if len(parts) > 1 else None
 
 
 def _beside(name: str, indices: Tensor | None, x: Tensor) -> Tensor | None:
@@ -51,13 +46,8 @@ def _beside(name: str, indices: Tensor | None, x: Tensor) -> Tensor | None:
     if indices is None:
         return None
     if not isinstance(indices, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_kind(indices)}")
+        raise TypeError(f"{name} must be a tensor, got {kind(indices)}")
     return indices.to(x.device)
-
-
-def _kind(value: object) -> str:
-    size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
-    return f"{type(value).__name__}{size}"
 
 
 def scan(

@@ -28,6 +28,8 @@ from .types import (
     LayerWeights,
     ScoreName,
     State,
+    kind,
+    state_parts,
 )
 
 __all__ = [
@@ -61,27 +63,9 @@ def cell_name(cell: str) -> CellName:
     return cast(CellName, name)
 
 
-def _state_parts(cell: CellName, state: State | None) -> tuple[Tensor, ...]:
-    """``state`` as a tuple: ``()`` for None, ``(h,)``, or ``(h, c)`` for LSTM."""
-    if state is None:
-        return ()
-    if cell == "lstm":
-        if isinstance(state, Tensor) or len(state) != 2:
-            raise ValueError(f"the state of an lstm must be a pair (h, c), got {_kind(state)}")
-        return tuple(state)
-    if not isinstance(state, Tensor):
-        raise ValueError(f"the state of {cell} must be one tensor h, got {_kind(state)}")
-    return (state,)
-
-
 def _join_parts(parts: tuple[Tensor, ...]) -> State:
-    """The inverse of :func:`_state_parts` for a state that is there."""
+    """The inverse of :func:`state_parts` for a state that is there."""
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
-
-
-def _kind(value: object) -> str:
-    size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
-    return f"{type(value).__name__}{size}"
 
 
 def _check_shape(name: str, tensor: Tensor, letters: str, expected: tuple[int, ...]) -> None:
@@ -151,7 +135,7 @@ def _scan_layers(
                 reverse=direction == 1,
             )
             outputs.append(output)
-            states.append(_state_parts(cell, last))
+            states.append(state_parts(cell, last))
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
     return x, tuple(torch.stack(part) for part in zip(*states, strict=True))
 
@@ -293,7 +277,7 @@ class _Recurrent(torch.nn.RNNBase):
                 ``hx`` is wrong.
             RuntimeError: a size is wrong.
         """
-        parts = _state_parts(self.cell, hx)
+        parts = state_parts(self.cell, hx)
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths must be None for a PackedSequence, which has its own")
@@ -505,7 +489,7 @@ class _Cell(torch.nn.RNNCellBase):
                 f"{name}: Expected input.size(-1) to be {self.input_size}, got {input.size(-1)}"
             )
         batched = input.dim() == 2
-        parts = _state_parts(cell, hx)
+        parts = state_parts(cell, hx)
         for part in parts:
             if part.dim() != input.dim():
                 raise ValueError(
@@ -526,7 +510,7 @@ class _Cell(torch.nn.RNNCellBase):
         )
         if batched:
             return last
-        return _join_parts(tuple(part.squeeze(0) for part in _state_parts(cell, last)))
+        return _join_parts(tuple(part.squeeze(0) for part in state_parts(cell, last)))
 
 
 class RNNCell(_Cell):
@@ -915,9 +899,9 @@ class AttentionDecoder(torch.nn.Module):
         if state is None:
             return (), None
         if not isinstance(state, tuple) or len(state) != 2:
-            raise ValueError(f"state must be a pair (hidden, feed), got {_kind(state)}")
+            raise ValueError(f"state must be a pair (hidden, feed), got {kind(state)}")
         hidden, feed = state
-        parts = _state_parts(self.cell, hidden)
+        parts = state_parts(self.cell, hidden)
         expected = (self.num_layers, batch, self.hidden_size)
         for name, part in zip(("h", "c"), parts, strict=False):
             _check_shape(f"{name} of state.hidden", part, "(L, B, H)", expected)

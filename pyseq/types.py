@@ -18,6 +18,29 @@ SCORES: tuple[str, ...] = ("dot", "general", "concat")
 State = Tensor | tuple[Tensor, Tensor]
 
 
+def kind(value: object) -> str:
+    """What ``value`` is, in the words of an error message."""
+    size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"{type(value).__name__}{size}"
+
+
+def state_parts(cell: CellName, state: State | None) -> tuple[Tensor, ...]:
+    """``state`` as a tuple: ``()`` for None, ``(h,)``, or ``(h, c)`` for LSTM.
+
+    Raises:
+        ValueError: ``state`` does not have the form that ``cell`` takes.
+    """
+    if state is None:
+        return ()
+    if cell == "lstm":
+        if isinstance(state, Tensor) or len(state) != 2:
+            raise ValueError(f"the state of an lstm must be a pair (h, c), got {kind(state)}")
+        return tuple(state)
+    if not isinstance(state, Tensor):
+        raise ValueError(f"the state of {cell} must be one tensor h, got {kind(state)}")
+    return (state,)
+
+
 class LayerWeights(NamedTuple):
     """Weights of one recurrent layer; a plain tuple in this order serves as well."""
 

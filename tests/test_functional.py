@@ -316,7 +316,10 @@ def test_second_derivative_is_refused(case: Case) -> None:
     gradients = torch.autograd.grad(total, inputs, create_graph=True)
     squares = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
     with pytest.raises(RuntimeError, match=rf"pyseq::{call.op}.* differentiated twice"):
-        squares.backward()
+        squares.backward(retain_graph=True)
+    for tensor in inputs:
+        with pytest.raises(RuntimeError, match=rf"pyseq::{call.op}.* differentiated twice"):
+            torch.autograd.grad(squares, tensor, allow_unused=True, retain_graph=True)
 
 
 @pytest.mark.parametrize("case", by_id(FULL))
