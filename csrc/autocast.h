@@ -3,9 +3,9 @@
 // know no shorter type, and with autocast off for the products that they call.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include "dispatcher.h"
 #include "ops.h"
 
 namespace pyseq {
@@ -36,8 +36,7 @@ struct AutocastCpu<Kernel> {
 
   static Return call(Args... args) {
     const c10::impl::ExcludeDispatchKeyGuard off(c10::DispatchKey::AutocastCPU);
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Return(Args...)>();
+    static const auto op = find_operator<Kernel>(name);
     return op.call(at_least_float(args)...);
   }
 

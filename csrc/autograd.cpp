@@ -3,12 +3,13 @@
 // dispatcher, so that tracing (torch.compile) sees those and not what is inside them.
 #include "autograd.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
 #include <string>
+
+#include "dispatcher.h"
 
 namespace pyseq::autograd {
 
@@ -17,14 +18,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-
-// The operator `name` as the dispatcher runs it, with the signature of its kernel.
-template <auto Kernel>
-auto call(const char* name) {
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow(name, "")
-      .typed<std::remove_pointer_t<decltype(Kernel)>>();
-}
 
 OptionalTensor given(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
@@ -79,7 +72,7 @@ struct Scan : Function<Scan> {
                                std::string cell, bool reverse) {
     const bool needs_x = x.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = call<&scan_forward>("pyseq::scan_forward");
+    static const auto op = find_operator<&scan_forward>("pyseq::scan_forward");
     const auto [y, h_n, c_n, gates, apart, states, cells, inner] =
         op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse);
     // The last four only to say which gradients there are, and what these depend on.
@@ -104,7 +97,7 @@ struct Scan : Function<Scan> {
     variable_list result(12);
     {
       const at::NoGradGuard constant;
-      static const auto op = call<&scan_backward>("pyseq::scan_backward");
+      static const auto op = find_operator<&scan_backward>("pyseq::scan_backward");
       const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0] =
           op.call(given(d[0]), given(d[1]), is_lstm ? given(d[2]) : std::nullopt, saved[0],
                   saved[1], saved[2], w_hr, given(saved[4]), given(saved[5]), saved[6], saved[7],
@@ -128,7 +121,7 @@ struct Attend : Function<Attend> {
                                const Tensor& memory, const OptionalTensor& weight_v,
                                const OptionalTensor& lengths, std::string score) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = call<&pyseq::attend>("pyseq::attend");
+    static const auto op = find_operator<&pyseq::attend>("pyseq::attend");
     const auto [attended, attn] = op.call(query, keys, memory, weight_v, lengths, score);
     context->save_for_backward(
         {query, keys, memory, or_undefined(weight_v), or_undefined(lengths), attn});
@@ -143,7 +136,7 @@ struct Attend : Function<Attend> {
     variable_list result(6);
     {
       const at::NoGradGuard constant;
-      static const auto op = call<&attend_backward>("pyseq::attend_backward");
+      static const auto op = find_operator<&attend_backward>("pyseq::attend_backward");
       const auto [d_query, d_keys, d_memory, d_weight_v] =
           op.call(given(d[0]), given(d[1]), saved[0], saved[1], saved[2], weight_v, given(saved[4]),
                   saved[5], context->saved_data["score"].toStringView());
@@ -166,7 +159,7 @@ struct Decode : Function<Decode> {
                                std::string score, bool input_feeding) {
     const bool needs_x = x.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = call<&decode_forward>("pyseq::decode_forward");
+    static const auto op = find_operator<&decode_forward>("pyseq::decode_forward");
     const auto [output, attn, h_n, c_n, gates_first, gates_above, apart, states, cells, query,
                 attended] = op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0,
                                     c_0, feed, lengths, dropout_masks, cell, score, input_feeding);
@@ -213,7 +206,7 @@ struct Decode : Function<Decode> {
     variable_list result;
     {
       const at::NoGradGuard constant;
-      static const auto op = call<&decode_backward>("pyseq::decode_backward");
+      static const auto op = find_operator<&decode_backward>("pyseq::decode_backward");
       const auto [d_x, d_layers, d_keys, d_memory, d_combine, d_weight_query, d_weight_v, d_h_0,
                   d_c_0, d_feed] =
           op.call(given(d[0]), given(d[1]), given(d[2]), is_lstm ? given(d[3]) : std::nullopt,
@@ -247,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, con
   const OptionalTensor x_(x), w_ih_(w_ih), w_hh_(w_hh);
   if (!any_needs_grad({&x_, &w_ih_, &w_hh_, &b_ih, &b_hh, &w_hr, &h_0, &c_0})) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = call<&pyseq::scan>("pyseq::scan");
+    static const auto op = find_operator<&pyseq::scan>("pyseq::scan");
     return op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse);
   }
   const variable_list result = Scan::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths,
@@ -261,7 +254,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const
   const OptionalTensor query_(query), keys_(keys), memory_(memory);
   if (!any_needs_grad({&query_, &keys_, &memory_, &weight_v})) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = call<&pyseq::attend>("pyseq::attend");
+    static const auto op = find_operator<&pyseq::attend>("pyseq::attend");
     return op.call(query, keys, memory, weight_v, lengths, score);
   }
   const variable_list result =
@@ -283,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
   }
   if (!needs_grad) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = call<&pyseq::decode>("pyseq::decode");
+    static const auto op = find_operator<&pyseq::decode>("pyseq::decode");
     return op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
                    lengths, dropout_masks, cell, score, input_feeding, need_weights);
   }

@@ -3,12 +3,14 @@
 // (torch.ops.pyseq), and the pybind11 module _C.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include "autocast.h"
 #include "autograd.h"
 #include "build_info.h"
 #include "cpu/kernels.h"
+#include "dispatcher.h"
 #include "ops.h"
 
 TORCH_LIBRARY(pyseq, m) {
@@ -84,8 +86,39 @@ TORCH_LIBRARY_IMPL(pyseq, AutocastCPU, m) {
   m.impl("decode", pyseq::AutocastCpu<&pyseq::decode>::of("pyseq::decode"));
 }
 
+namespace {
+
+// pybind11 hands over lists as vectors.
+template <class Argument>
+struct FromPython {
+  using type = Argument;
+};
+template <>
+struct FromPython<at::TensorList> {
+  using type = std::vector<at::Tensor>;
+};
+
+template <auto Kernel>
+struct Bound;
+
+template <class Return, class... Args, Return (*Kernel)(Args...)>
+struct Bound<Kernel> {
+  static auto to(const char* name) {
+    const auto op = pyseq::find_operator<Kernel>(name);
+    return [op](typename FromPython<Args>::type... args) -> Return { return op.call(args...); };
+  }
+};
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of pyseq; its operators are under torch.ops.pyseq.";
+  const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
+  m.def("scan", Bound<&pyseq::scan>::to("pyseq::scan"), without_gil, "torch.ops.pyseq.scan");
+  m.def("attend", Bound<&pyseq::attend>::to("pyseq::attend"), without_gil,
+        "torch.ops.pyseq.attend");
+  m.def("decode", Bound<&pyseq::decode>::to("pyseq::decode"), without_gil,
+        "torch.ops.pyseq.decode");
   m.def("build_info", &pyseq::build_info, "What the extension was built with and for.");
   m.def("compiled_tiers", &pyseq::cpu::compiled_tiers, "The CPU tiers compiled in.");
   m.def("cpu_tier", [] { return pyseq::cpu::tier().name; }, "The CPU tier in use.");

@@ -1,6 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled part of pyseq; its operators are under ``torch.ops.pyseq``."""
 
+from torch import Tensor
+
+def scan(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+    reverse: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.ops.pyseq.scan``: y, h_n, c_n."""
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    weight_v: Tensor | None,
+    lengths: Tensor | None,
+    score: str,
+    /,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.pyseq.attend``: context, weights."""
+
+def decode(
+    x: Tensor,
+    layers: list[Tensor],
+    keys: Tensor,
+    memory: Tensor,
+    combine: Tensor,
+    weight_query: Tensor | None,
+    weight_v: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    feed: Tensor | None,
+    lengths: Tensor | None,
+    dropout_masks: Tensor | None,
+    cell: str,
+    score: str,
+    input_feeding: bool,
+    need_weights: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``torch.ops.pyseq.decode``: output, weights, h_n, c_n."""
+
 def build_info() -> dict[str, str]:
     """What the extension was built with and for: torch, compiler, flags, cuda."""
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyseq import functional, reference
+from pyseq import _C, functional, reference
 
 
 def by_id(cases: Iterable[Case]) -> list[Any]:
@@ -742,3 +742,17 @@ def test_compile_keeps_one_graph(case: Case, dynamic: bool) -> None:
     expected = expected_of(call)
     assert_close(outputs, expected.outputs)
     assert_close(dict(zip(inputs, gradients, strict=True)), expected.gradients)
+
+
+@pytest.mark.parametrize("op", ["scan", "attend", "decode"])
+def test_extension_offers_the_operators_themselves(op: str) -> None:
+    assert getattr(_C, op).__doc__.endswith(f"torch.ops.pyseq.{op}\n")
+
+
+def test_operator_of_the_extension_differentiates() -> None:
+    query = torch.randn(3, 2, 4, requires_grad=True)
+    context, weights = _C.attend(query, query, query, None, None, "dot")
+    torch.testing.assert_close(context, functional.attend(query, query, query).context)
+    assert weights.shape == (3, 2, 3)
+    context.sum().backward()
+    assert query.grad is not None
