@@ -25,12 +25,21 @@ OptionalTensor given(const Tensor& tensor) {
 
 Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 
-bool any_needs_grad(std::initializer_list<const OptionalTensor*> tensors) {
-  if (!at::GradMode::is_enabled()) return false;
+// Whether autograd has to record the call. A tangent of forward mode would be dropped without
+// a word, so it is refused.
+bool needs_grad(const char* name, std::initializer_list<const OptionalTensor*> tensors,
+                at::TensorList more = {}) {
+  bool needed = false;
+  const auto look = [&](const Tensor& tensor) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(/*level=*/0).defined(), "pyseq::", name,
+                                " has no forward-mode derivative, only a backward one");
+    needed = needed || tensor.requires_grad();
+  };
   for (const OptionalTensor* tensor : tensors) {
-    if (tensor->has_value() && (*tensor)->requires_grad()) return true;
+    if (tensor->has_value()) look(**tensor);
   }
-  return false;
+  for (const Tensor& tensor : more) look(tensor);
+  return needed && at::GradMode::is_enabled();
 }
 
 // What a Function's backward returns: a gradient for each argument of forward, undefined
@@ -238,7 +247,7 @@ std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, con
                                         const OptionalTensor& resets, std::string_view cell,
                                         bool reverse) {
   const OptionalTensor x_(x), w_ih_(w_ih), w_hh_(w_hh);
-  if (!any_needs_grad({&x_, &w_ih_, &w_hh_, &b_ih, &b_hh, &w_hr, &h_0, &c_0})) {
+  if (!needs_grad("scan", {&x_, &w_ih_, &w_hh_, &b_ih, &b_hh, &w_hr, &h_0, &c_0})) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::scan>("pyseq::scan");
     return op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse);
@@ -252,7 +261,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const
                                   const OptionalTensor& weight_v, const OptionalTensor& lengths,
                                   std::string_view score) {
   const OptionalTensor query_(query), keys_(keys), memory_(memory);
-  if (!any_needs_grad({&query_, &keys_, &memory_, &weight_v})) {
+  if (!needs_grad("attend", {&query_, &keys_, &memory_, &weight_v})) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::attend>("pyseq::attend");
     return op.call(query, keys, memory, weight_v, lengths, score);
@@ -269,12 +278,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
     const OptionalTensor& lengths, const OptionalTensor& dropout_masks, std::string_view cell,
     std::string_view score, bool input_feeding, bool need_weights) {
   const OptionalTensor x_(x), keys_(keys), memory_(memory), combine_(combine);
-  bool needs_grad = any_needs_grad(
-      {&x_, &keys_, &memory_, &combine_, &weight_query, &weight_v, &h_0, &c_0, &feed});
-  for (const Tensor& weight : layers) {
-    needs_grad = needs_grad || (at::GradMode::is_enabled() && weight.requires_grad());
-  }
-  if (!needs_grad) {
+  if (!needs_grad("decode",
+                  {&x_, &keys_, &memory_, &combine_, &weight_query, &weight_v, &h_0, &c_0, &feed},
+                  layers)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::decode>("pyseq::decode");
     return op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,

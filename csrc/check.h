@@ -48,6 +48,14 @@ inline void check_floating(const at::Tensor& tensor, const char* name) {
               " must be float32 or float64, got ", tensor.scalar_type());
 }
 
+// A tensor that forward saved. Hooks may have packed and unpacked it in another layout, and
+// who calls a backward operator by hand may pass anything.
+inline at::Tensor check_saved(const at::Tensor& tensor, const char* name, c10::IntArrayRef sizes,
+                              const at::Tensor& like) {
+  check_tensor(tensor, name, "as forward gave it,", sizes, like, "x");
+  return tensor.contiguous();
+}
+
 // Lengths as contiguous int64, every one in [0, limit].
 inline std::optional<at::Tensor> check_lengths(const std::optional<at::Tensor>& lengths,
                                                int64_t batch, int64_t limit,

@@ -282,8 +282,8 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
                             const OptionalTensor& d_c_n, const Tensor& x, const Tensor& w_ih,
                             const Tensor& w_hh, const OptionalTensor& w_hr_in,
                             const OptionalTensor& lengths_in, const OptionalTensor& resets_in,
-                            const Tensor& gates, const Tensor& apart, const Tensor& states,
-                            const Tensor& cells, const Tensor& inner, std::string_view name,
+                            const Tensor& gates_in, const Tensor& apart_in, const Tensor& states_in,
+                            const Tensor& cells_in, const Tensor& inner_in, std::string_view name,
                             bool reverse, bool needs_x) {
   const ScanShape shape =
       check_scan(x, w_ih, w_hh, std::nullopt, std::nullopt, w_hr_in, d_h_n, d_c_n, resets_in, name);
@@ -292,6 +292,13 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
   const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
   const Tensor w_hh_rows = w_hh.contiguous();
   const int64_t rows = cell.gates * H;
+  const std::vector<int64_t> none{0}, steps_hidden{T_, B, H}, slots_hidden{T_ + 1, B, H};
+  const Tensor gates = check_saved(gates_in, "gates", {T_, B, rows}, x);
+  const Tensor apart = check_saved(apart_in, "apart", cell.has_apart ? steps_hidden : none, x);
+  const Tensor states = check_saved(states_in, "states", {T_ + 1, B, P}, x);
+  const Tensor cells = check_saved(cells_in, "cells", cell.has_cell ? slots_hidden : none, x);
+  const Tensor inner = check_saved(inner_in, "inner", projects ? steps_hidden : none, x);
+  check_tensor(d_y, "d_y", "(T, B, P)", {T_, B, P}, x, "x");
 
   const Tensor d_output = d_y.has_value() ? d_y->contiguous() : at::zeros({T_, B, P}, x.options());
   const Tensor d_h = at::empty({B, P}, x.options());
@@ -418,10 +425,13 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query_in, const Tensor& keys_in,
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(
     const OptionalTensor& d_context_in, const OptionalTensor& d_attn_in, const Tensor& query_in,
     const Tensor& keys_in, const Tensor& memory_in, const OptionalTensor& weight_v,
-    const OptionalTensor& lengths_in, const Tensor& attn, std::string_view score) {
+    const OptionalTensor& lengths_in, const Tensor& attn_in, std::string_view score) {
   const bool additive = is_additive(score);
   const AttendShape shape = check_attend(query_in, keys_in, memory_in, weight_v, additive);
   const auto& [T_, B, S, A, M] = shape;
+  const Tensor attn = check_saved(attn_in, "attn", {T_, B, S}, query_in);
+  check_tensor(d_context_in, "d_context", "(T, B, M)", {T_, B, M}, query_in, "query");
+  check_tensor(d_attn_in, "d_attn", "(T, B, S)", {T_, B, S}, query_in, "query");
   const OptionalTensor lengths = check_lengths(lengths_in, B, S, "S");
   const OptionalTensor v = contiguous(weight_v), d_attn = contiguous(d_attn_in);
   const Tensor query = query_in.contiguous(), keys = rows_first(keys_in),
@@ -700,17 +710,20 @@ DecodeGradients decode_backward(
   const auto options = x.options();
   DecodeTensors all = decode_inputs(shape, x, layers_in, keys, memory, combine, weight_query,
                                     weight_v, feed, lengths, dropout_masks);
-  all.gates_first = gates_first;
-  all.gates_above = gates_above;
-  all.apart = apart;
-  all.states = states;
-  all.cells = cells;
-  all.query = query;
-  all.context = context;
-  all.attn = attn;
-  all.output = output;
-
   const int64_t rows = cell.gates * H;
+  const std::vector<int64_t> none{0}, slots{L, T_ + 1, B, H}, apart_size{L, T_, B, H},
+      query_size{T_, B, A};
+  all.gates_first = check_saved(gates_first, "gates_first", {T_, B, rows}, x);
+  all.gates_above = check_saved(gates_above, "gates_above", {L - 1, T_, B, rows}, x);
+  all.apart = check_saved(apart, "apart", cell.has_apart ? apart_size : none, x);
+  all.states = check_saved(states, "states", slots, x);
+  all.cells = check_saved(cells, "cells", cell.has_cell ? slots : none, x);
+  all.query = check_saved(query, "query", weight_query.has_value() ? query_size : none, x);
+  all.context = check_saved(context, "context", {T_, B, M}, x);
+  all.attn = check_saved(attn, "attn", {T_, B, S}, x);
+  all.output = check_saved(output, "output", {T_, B, H}, x);
+  check_tensor(d_output_in, "d_output", "(T, B, H)", {T_, B, H}, x, "x");
+  check_tensor(d_attn_in, "d_attn", "(T, B, S)", {T_, B, S}, x, "x");
   const Tensor d_output =
       d_output_in.has_value() ? d_output_in->contiguous() : at::zeros({T_, B, H}, options);
   const OptionalTensor d_attn = contiguous(d_attn_in);
@@ -754,7 +767,7 @@ DecodeGradients decode_backward(
   });
 
   // What the loop left per step becomes the weights' gradients in one product each.
-  const Tensor h_after = states.narrow(1, 1, T_), h_top = h_after.select(0, L - 1);
+  const Tensor h_after = all.states.narrow(1, 1, T_), h_top = h_after.select(0, L - 1);
   std::vector<Tensor> d_layers;
   for (int64_t l = 0; l < L; ++l) {
     const Tensor d_x_l = d_x_gates.select(0, l), d_r_l = d_r_gates.select(0, l);
@@ -771,7 +784,7 @@ DecodeGradients decode_backward(
       const Tensor d_first = d_x_l.select(0, 0).t();
       multiply_into(d_w_feed, d_first, all.feed);
       if (T_ > 1) {
-        multiply_into(d_w_feed, flat(d_x_l.slice(0, 1)).t(), flat(output.slice(0, 0, T_ - 1)),
+        multiply_into(d_w_feed, flat(d_x_l.slice(0, 1)).t(), flat(all.output.slice(0, 0, T_ - 1)),
                       std::nullopt, /*accumulate=*/true);
       }
     } else {
@@ -780,17 +793,18 @@ DecodeGradients decode_backward(
     const auto [d_b_ih, d_b_hh] =
         cell.has_apart ? bias_gradients(d_x_l, d_r_l) : bias_gradients(d_x_l, d_x_l);
     d_layers.push_back(d_w_ih);
-    d_layers.push_back(matrix_product(flat(d_r_l).t(), flat(states.select(0, l).narrow(0, 0, T_))));
+    d_layers.push_back(
+        matrix_product(flat(d_r_l).t(), flat(all.states.select(0, l).narrow(0, 0, T_))));
     d_layers.push_back(d_b_ih);
     d_layers.push_back(d_b_hh);
   }
   const Tensor d_combine = at::empty({H, M + H}, options);
   const Tensor d_sum_rows = flat(d_sum).t();
   Tensor d_combine_context = d_combine.slice(1, 0, M), d_combine_hidden = d_combine.slice(1, M);
-  multiply_into(d_combine_context, d_sum_rows, flat(context));
+  multiply_into(d_combine_context, d_sum_rows, flat(all.context));
   multiply_into(d_combine_hidden, d_sum_rows, flat(h_top));
   if (!additive) d_keys = at::bmm(d_scores.permute({1, 2, 0}), h_top.transpose(0, 1));
-  const Tensor d_memory = at::bmm(attn.permute({1, 2, 0}), d_context.transpose(0, 1));
+  const Tensor d_memory = at::bmm(all.attn.permute({1, 2, 0}), d_context.transpose(0, 1));
   return {needs_x ? matrix_product(flat(d_x_gates.select(0, 0)), all.w_ih[0].slice(1, 0, I))
                         .view({T_, B, I})
                   : nothing(x),

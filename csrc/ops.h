@@ -5,7 +5,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -16,7 +15,7 @@ namespace pyseq {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A result that a call has no use for (c_n of a GRU, say) is a tensor without elements:
+// A result that a call cannot have (c_n of a GRU, say) is a tensor without elements:
 // operators may return neither nothing nor the same memory twice.
 
 // (y, h_n, c_n)

@@ -17,8 +17,7 @@ int attend_threads(const Attend<T>& args) {
   return static_cast<int>(smaller(args.threads, 1 + work / 500000));
 }
 
-// Calls body(std count of queries as a constant, row, first query) for this thread's share
-// of the blocks of queries.
+// Calls body<queries in the block>(row, first query) for this thread's share of the blocks.
 template <class T, class Body>
 PYSEQ_FORCE_INLINE void for_query_blocks(const Attend<T>& args, int thread, int present,
                                          const Body& body) {

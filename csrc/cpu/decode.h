@@ -88,7 +88,7 @@ void decode_forward_cell(const Decode<T>& args) {
   Workspace workspace(count.bytes());
   Pieces<T> pieces(workspace.data());
   const auto memory = DecodeForwardMemory<T>::take(args, G, plan.threads, pieces);
-  Teams teams;
+  Teams teams(plan);
 
   parallel(plan.threads, [&](int thread, int present) {
     memory.pack(L, thread, present);
@@ -264,7 +264,7 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
   Workspace workspace(count.bytes());
   Pieces<T> pieces(workspace.data());
   const auto memory = DecodeBackwardMemory<T>::take(args, G, plan.threads, pieces);
-  Teams teams;
+  Teams teams(plan);
 
   parallel(plan.threads, [&](int thread, int present) {
     memory.pack(L, thread, present);

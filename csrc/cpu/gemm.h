@@ -14,6 +14,8 @@ namespace detail {
 // taken as many at a time as the widest full tile has.
 constexpr int64_t kDepth = 384;
 constexpr int kGroup = 4;  // panels
+// Rows of a whose columns are copied at a time.
+constexpr int64_t kCopiedRows = 480;
 
 template <class T>
 PYSEQ_FORCE_INLINE Vec<T> gather(const T* from, int64_t stride, int count) {
@@ -58,12 +60,17 @@ void pack_group(const Gemm<T>& args, int64_t k0, int64_t depth, int64_t panel, i
 // kDepth, whoever computes it: the bits do not depend on the number of threads.
 template <class T>
 void gemm(const Gemm<T>& args) {
+  using detail::kCopiedRows;
   using detail::kDepth;
   using detail::kGroup;
   constexpr int kRows = detail::kMaxRows<1>;
   const int64_t panels = vectors<T>(args.n), groups = (panels + kGroup - 1) / kGroup;
   const int64_t work = args.m * args.n * args.k;
   const int wanted = static_cast<int>(smaller(args.threads, 1 + work / 1000000));
+  const bool copies_a = args.a_column != 1;
+  const int64_t packed_size = kDepth * kGroup * kLanes<T>;
+  const int64_t own_size = packed_size + (copies_a ? kDepth * smaller(args.m, kCopiedRows) : 0);
+  Workspace workspace(static_cast<size_t>(own_size * wanted) * sizeof(T));
 
   parallel(wanted, [&](int thread, int present) {
     // Threads in a grid: columns first, since each packs those that it uses.
@@ -72,55 +79,57 @@ void gemm(const Gemm<T>& args) {
     if (thread >= across * down) return;
     const Range columns = share(groups, thread % across, across);
     const Range rows = share(args.m, thread / across, down);
-    const int64_t tiles = (rows.size() + kRows - 1) / kRows;
-    const bool copies_a = args.a_column != 1;
-    Workspace workspace(static_cast<size_t>(kDepth) * sizeof(T) *
-                        static_cast<size_t>(kGroup * kLanes<T> + (copies_a ? rows.size() : 0)));
-    T* const packed = static_cast<T*>(workspace.data());
-    T* const copied = packed + kDepth * kGroup * kLanes<T>;
+    const int64_t block = copies_a ? kCopiedRows : larger(1, rows.size());
+    T* const packed = static_cast<T*>(workspace.data()) + thread * own_size;
+    T* const copied = packed + packed_size;
     alignas(64) T sums[kAccumulators * kLanes<T>];
     constexpr int slot[1] = {0};
 
     for (int64_t k0 = 0; k0 == 0 || k0 < args.k; k0 += kDepth) {
       const int64_t depth = smaller(kDepth, args.k - k0);
       const bool adds = args.accumulate || k0 > 0;
-      // Columns of a (rows of a transpose) would be read at large strides, over and over:
-      // each tile's are laid side by side.
-      for (int64_t tile = 0; copies_a && tile < tiles; ++tile) {
-        const Range part = share(rows.size(), static_cast<int>(tile), static_cast<int>(tiles));
-        T* to = copied + part.begin * depth;
-        const T* from = args.a + (rows.begin + part.begin) * args.a_row + k0 * args.a_column;
-        for (int64_t k = 0; k < depth; ++k) {
-          for (int64_t i = 0; i < part.size(); ++i) *to++ = from[i * args.a_row];
-          from += args.a_column;
+      for (int64_t begin = rows.begin; begin < rows.end; begin += block) {
+        const int64_t count = smaller(block, rows.end - begin);
+        const int tiles = static_cast<int>((count + kRows - 1) / kRows);
+        // Columns of a (rows of a transpose) would be read at large strides, over and over:
+        // each tile's are laid side by side.
+        for (int tile = 0; copies_a && tile < tiles; ++tile) {
+          const Range part = share(count, tile, tiles);
+          T* to = copied + part.begin * depth;
+          const T* from = args.a + (begin + part.begin) * args.a_row + k0 * args.a_column;
+          for (int64_t k = 0; k < depth; ++k) {
+            for (int64_t i = 0; i < part.size(); ++i) *to++ = from[i * args.a_row];
+            from += args.a_column;
+          }
         }
-      }
-      for (int64_t group = columns.begin; group < columns.end; ++group) {
-        const int64_t panel = group * kGroup;
-        const int width = static_cast<int>(smaller(kGroup, panels - panel));
-        detail::pack_group(args, k0, depth, panel, width, packed);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const Range part = share(rows.size(), static_cast<int>(tile), static_cast<int>(tiles));
-          const int height = static_cast<int>(part.size());
-          const T* const a = copies_a ? copied + part.begin * depth
-                                      : args.a + (rows.begin + part.begin) * args.a_row + k0;
-          // A last group of three panels is a tile of two and one of one.
-          for (int done = 0; done < width;) {
-            const int step = width - done >= 4 ? 4 : (width - done >= 2 ? 2 : 1);
-            detail::pick<T, 1>(height, step)(a, copies_a ? 1 : args.a_row, copies_a ? height : 1,
-                                             packed + done * depth * kLanes<T>, depth, sums, 1,
-                                             slot, false);
-            for (int p = 0; p < step; ++p) {
-              const int64_t column = (panel + done + p) * kLanes<T>;
-              const int count = lanes_inside<T>(args.n, panel + done + p);
-              const Vec<T> bias = args.bias == nullptr ? Vec<T>{} : load(args.bias + column, count);
-              for (int m = 0; m < height; ++m) {
-                T* const c = args.c + (rows.begin + part.begin + m) * args.c_row + column;
-                const Vec<T> sum = load(sums + (p * height + m) * kLanes<T>);
-                store(c, adds ? load(c, count) + sum : sum + bias, count);
+        for (int64_t group = columns.begin; group < columns.end; ++group) {
+          const int64_t panel = group * kGroup;
+          const int width = static_cast<int>(smaller(kGroup, panels - panel));
+          detail::pack_group(args, k0, depth, panel, width, packed);
+          for (int tile = 0; tile < tiles; ++tile) {
+            const Range part = share(count, tile, tiles);
+            const int height = static_cast<int>(part.size());
+            const T* const a = copies_a ? copied + part.begin * depth
+                                        : args.a + (begin + part.begin) * args.a_row + k0;
+            // A last group of three panels is a tile of two and one of one.
+            for (int done = 0; done < width;) {
+              const int step = width - done >= 4 ? 4 : (width - done >= 2 ? 2 : 1);
+              detail::pick<T, 1>(height, step)(a, copies_a ? 1 : args.a_row, copies_a ? height : 1,
+                                               packed + done * depth * kLanes<T>, depth, sums, 1,
+                                               slot, false);
+              for (int p = 0; p < step; ++p) {
+                const int64_t column = (panel + done + p) * kLanes<T>;
+                const int inside = lanes_inside<T>(args.n, panel + done + p);
+                const Vec<T> bias =
+                    args.bias == nullptr ? Vec<T>{} : load(args.bias + column, inside);
+                for (int m = 0; m < height; ++m) {
+                  T* const c = args.c + (begin + part.begin + m) * args.c_row + column;
+                  const Vec<T> sum = load(sums + (p * height + m) * kLanes<T>);
+                  store(c, adds ? load(c, inside) + sum : sum + bias, inside);
+                }
               }
+              done += step;
             }
-            done += step;
           }
         }
       }

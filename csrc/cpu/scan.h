@@ -50,7 +50,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
     w_hh.packed = static_cast<T*>(workspace.data());
     if (projects) w_hr.packed = w_hh.packed + w_hh_size;
   }
-  Teams teams;
+  Teams teams(plan);
 
   parallel(plan.threads, [&](int thread, int present) {
     pack_rows(w_hh, thread, present);
@@ -143,7 +143,7 @@ void scan_backward_cell(const ScanBackward<T>& args) {
   Workspace workspace(static_cast<size_t>(w_hh_size + w_hr_size) * sizeof(T));
   w_hh.packed = static_cast<T*>(workspace.data());
   w_hr.packed = w_hh.packed + w_hh_size;
-  Teams teams;
+  Teams teams(plan);
 
   parallel(plan.threads, [&](int thread, int present) {
     pack_columns(w_hh, thread, present);

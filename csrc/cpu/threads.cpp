@@ -95,12 +95,16 @@ void run_parallel(int threads, void (*body)(void* context, int thread, int threa
   }
 }
 
+Teams::Teams(const Plan& plan) : team(plan.threads > 1 ? new Barrier[plan.teams] : nullptr) {}
+
+Teams::~Teams() { delete[] team; }
+
 Place place(const Plan& plan, int thread, int present, int64_t rows, Teams& teams) {
   // The runtime may give fewer threads than were asked for.
   const int count = plan.teams == 1 ? 1 : std::min(plan.teams, present);
   const int team = thread % count;
   const int members = present / count + (team < present % count ? 1 : 0);
-  return {share(rows, team, count), thread / count, members, &teams.team[team]};
+  return {share(rows, team, count), thread / count, members, teams.team + team};
 }
 
 namespace {

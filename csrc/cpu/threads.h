@@ -23,7 +23,7 @@ class Barrier {
 struct Range {
   int64_t begin;
   int64_t end;
-  int64_t size() const { return end - begin; }
+  [[gnu::always_inline]] int64_t size() const { return end - begin; }
 };
 
 // The share of member `index` when `count` things are dealt to `members` in runs.
@@ -36,10 +36,10 @@ struct Place {
   int members;
   Barrier* barrier;
 
-  void wait() const {
+  [[gnu::always_inline]] void wait() const {
     if (members > 1) barrier->wait(members);
   }
-  Range part(int64_t count) const { return share(count, member, members); }
+  [[gnu::always_inline]] Range part(int64_t count) const { return share(count, member, members); }
 };
 
 // How a loop of dependent steps is spread over threads, by a small cost model.
@@ -65,10 +65,15 @@ Plan plan_steps(const StepCost& cost, int threads);
 // child, whose runtime is gone, does not hang.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
 
-// Barriers for the teams, and one for all threads, of one call.
+// Barriers of one call: one for all threads, and one for each team of several members.
 struct Teams {
+  explicit Teams(const Plan& plan);
+  ~Teams();
+  Teams(const Teams&) = delete;
+  Teams& operator=(const Teams&) = delete;
+
   Barrier all;
-  Barrier team[kMaxTeams];
+  Barrier* team;
 };
 
 // The place of `thread` under `plan`, for a batch of `rows`; `present` threads showed up.
@@ -83,7 +88,7 @@ class Workspace {
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  void* data() const { return data_; }
+  [[gnu::always_inline]] void* data() const { return data_; }
 
  private:
   static constexpr size_t kKeptBytes = 32 << 20;

@@ -200,9 +200,6 @@ template <class T, int G>
 // value both serve several multiply-adds.
 template <int G>
 constexpr int kMaxRows = kAccumulators / (G == 1 ? 4 : G);
-template <int G>
-constexpr int kMaxPanels = G == 1 ? 8 : (G == 2 ? 4 : 4);
-
 constexpr bool fits(int gates, int rows, int panels) {
   return rows * panels * gates <= kAccumulators && panels * gates <= 16;
 }
@@ -236,9 +233,9 @@ PYSEQ_FORCE_INLINE Multiply<T> pick(int rows, int panels) {
 
 // For every row in `rows` and every panel in `panels`: the sums over all segments, handed
 // to epilogue(row, panel, sums), where sums holds Pre vectors. A sum is added up in the
-// order of the segments and of k, whatever the tiling, so the bits depend on neither the
-// number of threads nor the batch. Panels are the outer loop: one comes from far memory
-// once and serves all rows.
+// order of the segments and of k, however the rows and panels are cut into tiles, so that
+// the number of threads cannot change a bit. Panels are the outer loop: one comes from far
+// memory once and serves all rows.
 template <class T, int G, int Pre, class Epilogue>
 PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, int64_t row_begin,
                                 int64_t row_end, int64_t panel_begin, int64_t panel_end,
