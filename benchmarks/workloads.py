@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import pyseq
-from pyseq import functional, nn, reference
-from pyseq.demo import reference_operators
+from pyseq import functional, info, nn, reference
+from pyseq.comparison import reference_operators
 from pyseq.seq2seq import Seq2Seq
 from pyseq.text import Batch
 from pyseq.training import training_step
@@ -86,7 +86,7 @@ def environment() -> dict[str, str | int]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": _processor(),
-        "tier": functional._library._C.cpu_tier(),
+        "tier": info.facts()["cpu tier"],
         "threads": torch.get_num_threads(),
         "dtype": "float32",
         "load": f"{os.getloadavg()[0]:.1f}",  # runnable processes in the last minute

@@ -74,7 +74,8 @@ def save(
 
     If the folder holds a saved model, it is replaced as a whole: whatever happens on the
     way (a kill, a power cut, a full disk), :func:`load` finds the old model or the new
-    one, complete. Other files in the folder are left alone.
+    one, complete. Other files in the folder are left alone. Parameters that are tied (one
+    tensor under two names) are saved under each name, and are equal but untied when loaded.
 
     Args:
         path: the folder; made if it is missing, with its parents.
@@ -166,6 +167,24 @@ def exists(path: str | Path) -> bool:
     return (path / CONFIG).exists() or (path / _COMMITTED / CONFIG).exists()
 
 
+def remove(path: str | Path) -> None:
+    """Remove the saved model from a folder, if it holds one; other files are left alone.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    path = Path(path)
+    if not exists(path):
+        return
+    with _locked(path, exclusive=True):
+        _finish(path)
+        # config.json first: without it the others are no model, and whoever saves next
+        # clears them away.
+        for name in reversed(_NAMES):
+            (path / name).unlink(missing_ok=True)
+        _sync_folder(path)
+
+
 def _build_model(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Seq2Seq:
     if config.get("model") != Seq2Seq.__name__:
         raise CheckpointError(
@@ -200,7 +219,12 @@ def _read_tensors(path: Path, name: str, data: bytes) -> dict[str, Tensor]:
 
 def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     safetensors = require("safetensors.torch", extra="train")
-    return safetensors.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    # Cloned because safetensors refuses tensors that share memory, as tied weights do.
+    clones = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    return safetensors.save(clones)
 
 
 def _json_bytes(value: Any) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, g2p, info, metrics, training
-from .errors import CheckpointError, DataError, PyseqError
+from .errors import DataError, PyseqError
 from .plot import save_heatmap
 from .text import SPECIALS, TOKENS, PairsFile, TextPair, Tokenizer, hold_out, read_lines, read_pairs
 from .text import tokenise_pairs as tokenise
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:  # argparse: 0 after --help, 2 after wrong arguments
         return error.code if isinstance(error.code, int) else _EXIT_ERROR
     except Interrupted as error:
-        _say(str(error))
+        _say(f"{error}; --resume goes on from there")
         return _EXIT_SIGNAL + error.signum
     except KeyboardInterrupt:
         _say("stopped")
@@ -161,7 +161,9 @@ def _add_train(commands: Any) -> None:
         help="go on from DIR/last with the options of that run; --epochs may be raised",
     )
     command.add_argument(
-        "--overwrite", action="store_true", help="begin anew though DIR holds a model"
+        "--overwrite",
+        action="store_true",
+        help="begin anew though DIR holds a model, which the new run's first checkpoint replaces",
     )
     command.add_argument(
         "--skip-bad-lines",
@@ -189,13 +191,8 @@ def _add_train(commands: Any) -> None:
     _add_option(group, ModelOptions, "num_layers", _positive, "layers of encoder and decoder")
     _add_option(group, ModelOptions, "cell", str, "recurrent cell", choices=tuple(GATES))
     _add_option(group, ModelOptions, "score", str, "attention score", choices=(*SCORES, "none"))
-    group.add_argument(
-        "--no-input-feeding",
-        dest="input_feeding",
-        action="store_false",
-        default=argparse.SUPPRESS,
-        help="do not feed the attentional vector into the next step",
-    )
+    _add_switch(group, "bidirectional", "read the source forwards only")
+    _add_switch(group, "input_feeding", "do not feed the attentional vector into the next step")
     _add_option(group, ModelOptions, "dropout", float, "dropout probability")
 
     group = command.add_argument_group("training")
@@ -231,6 +228,17 @@ def _add_option(
         default=argparse.SUPPRESS,
         metavar=None if choices else "N",
         help=f"{text} (default: {default})",
+    )
+
+
+def _add_switch(group: Any, name: str, text: str) -> None:
+    """``--no-NAME`` for a field that is true by default, absent from the result if not given."""
+    group.add_argument(
+        f"--no-{name.replace('_', '-')}",
+        dest=name,
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help=text,
     )
 
 
@@ -296,6 +304,8 @@ def _read(path: str, *, skip_bad_lines: bool) -> list[TextPair]:
 def _train(arguments: argparse.Namespace) -> None:
     _begin(arguments)
     _require_one_source(arguments)
+    if arguments.task == "g2p":
+        metrics.require_packages(text_scores=False)
     out = Path(arguments.out)
     if not arguments.resume and not arguments.overwrite:
         for folder in (out, out / training.LAST):
@@ -314,16 +324,7 @@ def _train(arguments: argparse.Namespace) -> None:
     )
     trainer.run()
     if arguments.task == "g2p":
-        print(g2p_summary(Translator.load(out)))
-
-
-def g2p_summary(translator: Translator) -> str:
-    """Phoneme and word error rate on the test words of the dictionary, as a line of text."""
-    rates = g2p.score(translator, g2p.load().test, beam_size=g2p.BEAM_SIZE)
-    return (
-        f"PER {rates.token:.2%}, WER {rates.line:.2%} on {rates.lines:,} test words "
-        f"(beam {g2p.BEAM_SIZE})"
-    )
+        print(g2p.summary(Translator.load(out)))
 
 
 def _given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
@@ -367,12 +368,10 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
 
 
 def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
-    saved = checkpoint.load(out / training.LAST)
-    if saved.training is None:
-        raise CheckpointError(f"{out / training.LAST}: saved without its training state")
+    saved, state = training.last_checkpoint(out)
     tokens = (saved.source_tokens or "char", saved.target_tokens or "char")
-    _refuse_changes(arguments, saved, tokens)
-    data, validation = _data(arguments, tokens, saved.training.record["options"]["seed"])
+    _refuse_changes(arguments, {**saved.model.config, **state.record["options"]}, tokens)
+    data, validation = _data(arguments, tokens, state.record["options"]["seed"])
     return training.resume(
         data,
         validation,
@@ -385,13 +384,11 @@ def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
 
 
 def _refuse_changes(
-    arguments: argparse.Namespace, saved: checkpoint.Saved, tokens: tuple[str, str]
+    arguments: argparse.Namespace, options: dict[str, Any], tokens: tuple[str, str]
 ) -> None:
     """Refuse arguments that contradict the run to be resumed."""
-    assert saved.training is not None
-    before = {**saved.model.config, **saved.training.record["options"]}
     now = {**_given(arguments, ModelOptions), **_given(arguments, TrainingOptions)}
-    before |= {"source_tokens": tokens[0], "target_tokens": tokens[1]}
+    before = {**options, "source_tokens": tokens[0], "target_tokens": tokens[1]}
     for side in ("source_tokens", "target_tokens"):
         value = getattr(arguments, side) or arguments.tokens
         if value is not None:
@@ -474,13 +471,15 @@ def _batches(lines: Iterator[tuple[int, str]], size: int) -> Iterator[list[tuple
 
 
 def _draw(path: Path, text: str, result: Translation) -> None:
-    if result.weights is None or not result.tokens:  # a blank line, or nothing to say
-        return
+    columns = [*result.source_tokens, SPECIALS[STOP]]
+    # A blank line is not read, and nothing is looked at for an empty output.
+    weights = torch.empty(0, len(columns)) if not result.tokens else result.weights
+    assert weights is not None  # _predict refuses models without attention
     save_heatmap(
         path,
-        result.weights,
+        weights,
         rows=result.tokens,
-        columns=[*result.source_tokens, SPECIALS[STOP]],
+        columns=columns,
         title=f"{text} → {result.text}",
     )
 
@@ -491,6 +490,7 @@ def _draw(path: Path, text: str, result: Translation) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     _begin(arguments)
     _require_one_source(arguments)
+    metrics.require_packages(text_scores=True)
     translator = Translator.load(arguments.model)
     if arguments.task == "g2p":
         answers = {

@@ -11,14 +11,14 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import cli, functional, g2p, reference, training
-from .errors import PyseqError
+from . import checkpoint, g2p, metrics, training
+from .comparison import reference_operators
+from .errors import PyseqError, require
 from .plot import save_heatmap
 from .text import SPECIALS
 from .training import Data, Interrupted, ModelOptions, Trainer, TrainingOptions
@@ -34,24 +34,6 @@ _DRAWN_WORD = "thunkable"
 _EPOCHS = 7
 _DROPOUT = 0.1
 _TIMED_STEPS = 7
-
-
-@contextmanager
-def reference_operators() -> Iterator[None]:
-    """Let every module of pyseq compute with the operators of ``pyseq.reference`` meanwhile.
-
-    They have the same signatures, so the same model and the same weights run in plain
-    torch: what is compared is the operators and nothing else.
-    """
-    names = ("scan", "attend", "decode")
-    fused = {name: getattr(functional, name) for name in names}
-    try:
-        for name in names:
-            setattr(functional, name, getattr(reference, name))
-        yield
-    finally:
-        for name in names:
-            setattr(functional, name, fused[name])
 
 
 def time_training_step(trainer: Trainer, *, repeats: int = _TIMED_STEPS) -> tuple[float, float]:
@@ -89,13 +71,22 @@ def time_training_step(trainer: Trainer, *, repeats: int = _TIMED_STEPS) -> tupl
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pyseq.demo", description=__doc__)
-    parser.add_argument("--out", default="demo", metavar="DIR", help="where the model goes")
+    parser.add_argument(
+        "--out",
+        default="demo",
+        metavar="DIR",
+        help="where the model goes (default: demo); one that is there already is replaced",
+    )
     parser.add_argument("--epochs", type=int, default=_EPOCHS, metavar="N")
     arguments = parser.parse_args(argv)
+    if arguments.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {arguments.epochs}")
+    out = Path(arguments.out)
     try:
-        _run(Path(arguments.out), arguments.epochs)
+        _run(out, arguments.epochs)
     except Interrupted as error:
-        print(f"demo: {error}", file=sys.stderr)
+        resume = f"{sys.executable} -m pyseq train --task g2p --out {out} --resume"
+        print(f"demo: {error}; to go on from there: {resume}", file=sys.stderr)
         return 128 + error.signum
     except (PyseqError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
@@ -105,7 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(out: Path, epochs: int) -> None:
     begin = time.perf_counter()
+    metrics.require_packages(text_scores=False)
+    require("matplotlib.figure", extra="demo")
     parts = g2p.load()
+    if any(checkpoint.exists(folder) for folder in (out, out / training.LAST)):
+        print(f"{out}: the model of an earlier run is replaced", flush=True)
     print(
         f"CMU pronouncing dictionary: {len(parts.train):,} words to learn from, "
         f"{len(parts.validation):,} for validation, {len(parts.test):,} for the test",
@@ -133,7 +128,7 @@ def _run(out: Path, epochs: int) -> None:
     minutes = (time.perf_counter() - learning) / 60
 
     translator = Translator.load(out)
-    print(f"\nafter {minutes:.1f} minutes of training: {cli.g2p_summary(translator)}")
+    print(f"\nafter {minutes:.1f} minutes of training: {g2p.summary(translator)}")
     known = {entry.word for part in parts for entry in part}
     words = [word for word in _NEW_WORDS if word not in known]
     print(f"\nwords that are not in the dictionary ({len(words)}):")

@@ -42,5 +42,6 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise MissingExtraError(
-            f"this needs the package {package} ({error}): pip install 'pyseq-torch[{extra}]'"
+            f"this needs the package {package} ({error}): pip install 'pyseq-torch[{extra}]', "
+            f"or in a clone of pyseq: pip install '.[{extra}]'"
         ) from error

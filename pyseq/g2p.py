@@ -91,3 +91,12 @@ def score(translator: Translator, entries: Sequence[Entry], *, beam_size: int = 
     return error_rates(
         [result.tokens for result in results], [entry.pronunciations for entry in entries]
     )
+
+
+def summary(translator: Translator) -> str:
+    """Phoneme and word error rate on the test words of the dictionary, as a line of text."""
+    rates = score(translator, load().test, beam_size=BEAM_SIZE)
+    return (
+        f"PER {rates.token:.2%}, WER {rates.line:.2%} on {rates.lines:,} test words "
+        f"(beam {BEAM_SIZE})"
+    )

@@ -14,13 +14,13 @@ from ._library import _C
 def facts() -> dict[str, str]:
     """Versions, CPU tier, threads and CUDA by name, in the order to print them in."""
     build = _C.build_info()
-    compiled = _C.compiled_tiers().replace(",", ", ")
     return {
         "pyseq": __version__,
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (built for {build['torch']})",
         "compiler": f"{build['compiler']} ({build['flags']})",
-        "cpu tier": f"{_C.cpu_tier()} (compiled in: {compiled})",
+        "cpu tier": _C.cpu_tier(),
+        "compiled in": _C.compiled_tiers().replace(",", ", "),
         "threads": str(torch.get_num_threads()),
         "cuda": f"pyseq {build['cuda']}, torch {torch.version.cuda or 'none'}",
         "platform": platform.platform(),

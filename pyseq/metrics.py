@@ -33,6 +33,20 @@ class TextScores(NamedTuple):
     chrf_signature: str
 
 
+def require_packages(*, text_scores: bool) -> None:
+    """Find out now, and not after an hour of work, whether what scoring needs is there.
+
+    Args:
+        text_scores: whether :func:`text_scores` will be called, besides :func:`error_rates`.
+
+    Raises:
+        MissingExtraError: a package is missing.
+    """
+    require("rapidfuzz.distance", extra="train")
+    if text_scores:
+        require("sacrebleu.metrics", extra="train")
+
+
 def edit_distance(hypothesis: Tokens, reference: Tokens) -> int:
     """Insertions, deletions and substitutions that turn one token sequence into the other."""
     return require("rapidfuzz.distance", extra="train").Levenshtein.distance(hypothesis, reference)

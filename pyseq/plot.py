@@ -39,7 +39,8 @@ def save_heatmap(
 
     Args:
         path: the file.
-        weights: (T, S) attention weights, 0 to 1.
+        weights: (T, S) attention weights, 0 to 1. Without any (T or S is 0) the picture has
+            labels and title only.
         rows: T labels, the target tokens.
         columns: S labels, the source tokens.
         title: written above.
@@ -59,17 +60,21 @@ def save_heatmap(
     fonts = [name for name in _FONTS if name in installed]
     # A figure made this way draws with Agg and leaves pyplot's global state alone.
     figure = figure_module.Figure(
-        figsize=(2 + 0.35 * len(columns), 1.5 + 0.35 * len(rows)), layout="constrained"
+        figsize=(2 + 0.35 * max(1, len(columns)), 1.5 + 0.35 * max(1, len(rows))),
+        layout="constrained",
     )
     axes = figure.add_subplot()
-    image = axes.imshow(weights.detach().cpu().tolist(), vmin=0, vmax=1, cmap="viridis")
+    if weights.numel() > 0:
+        image = axes.imshow(weights.detach().cpu().tolist(), vmin=0, vmax=1, cmap="viridis")
+        figure.colorbar(image, label="attention weight")
+    else:
+        axes.set_xlim(-0.5, max(1, len(columns)) - 0.5)
     # $ would begin a formula.
     axes.set_xticks(range(len(columns)), [c.replace("$", r"\$") for c in columns], family=fonts)
     axes.set_yticks(range(len(rows)), [r.replace("$", r"\$") for r in rows], family=fonts)
     axes.xaxis.tick_top()
-    axes.tick_params(axis="x", rotation=90 if max(map(len, columns)) > 2 else 0)
+    axes.tick_params(axis="x", rotation=90 if max(map(len, columns), default=0) > 2 else 0)
     axes.set_title(title.replace("$", r"\$"), family=fonts)
-    figure.colorbar(image, label="attention weight")
     with warnings.catch_warnings():
         # Without a font for its script a label shows as a box; one picture need not say
         # so once for every character.

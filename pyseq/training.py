@@ -30,6 +30,7 @@ from .text import (
     BucketedBatches,
     Examples,
     Pair,
+    TextPair,
     Tokenizer,
     Vocab,
     make_pair,
@@ -225,7 +226,10 @@ class EpochReport(NamedTuple):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop by a signal and has written its last checkpoint."""
+    """Training was asked to stop by a signal and has written its last checkpoint.
+
+    How to go on is for the caller to say: it knows by what command it was started.
+    """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -240,6 +244,9 @@ class Trainer:
     continue: weights, optimiser, random state, and the place in the data. The schedule is
     a function of the number of steps done. A run that was interrupted and resumed ends
     with the same bits as one that was not, on the same machine with the same threads.
+
+    A new run replaces what another one left in ``out``, once its own first checkpoint is
+    written; from then until its first epoch ends, ``out`` holds no best model.
 
     Args:
         translator: its model is trained, in place.
@@ -273,6 +280,9 @@ class Trainer:
         self.reports: list[EpochReport] = []
         self._batches = BucketedBatches(examples, options.batch_size, seed=options.seed)
         self._data_fingerprint = examples.fingerprint()
+        self._validation_fingerprint = (
+            None if self.validation is None else self.validation.fingerprint()
+        )
         self._optimizer = torch.optim.Adam(
             self.model.parameters(), lr=options.learning_rate, fused=True
         )
@@ -303,13 +313,24 @@ class Trainer:
             # An unwritable folder shows now and not after the first epoch, and a run that
             # fails early has something to go back to.
             self._save_last()
+        if not self.reports and self.out is not None:
+            # Of an earlier run: with the checkpoint of this one beside it, it would pass for
+            # the best model of this one.
+            checkpoint.remove(self.out)
+        if len(self.reports) >= self.options.epochs and self._log is not None:
+            self._log(
+                f"nothing to do: {len(self.reports)} epochs are done and {self.options.epochs} "
+                "were asked for; more epochs go on from here"
+            )
         with _signals() as received:
             while len(self.reports) < self.options.epochs:
                 self._run_epoch(received)
                 if received:
                     self._save_last()
+                else:
+                    self._finish_epoch()
+                if received:  # perhaps only while the epoch was finished, which also saves
                     raise Interrupted(received[0], self._interrupted_text(received[0]))
-                self._finish_epoch()
         return self.reports
 
     def _run_epoch(self, received: list[int]) -> None:
@@ -397,6 +418,7 @@ class Trainer:
         record = {
             "options": asdict(self.options),
             "data": self._data_fingerprint,
+            "validation": self._validation_fingerprint,
             "step": self._step,
             "position": position,
             "loss_sum": self._loss_sum,
@@ -421,7 +443,14 @@ class Trainer:
         if record["data"] != self._data_fingerprint:
             raise CheckpointError(
                 f"{self.examples.name}: these are not the training pairs that the run to be "
-                "resumed was begun with (the held-out share must be the same, too)"
+                "resumed was begun with: give the same file, and the same --valid or --valid-share"
+            )
+        if record["validation"] != self._validation_fingerprint:
+            before = "" if record["validation"] else ", which had none"
+            now = "none" if self.validation is None else self.validation.name
+            raise CheckpointError(
+                f"the validation pairs must be those of the run to be resumed{before}, got {now}: "
+                "give --valid as it was given then"
             )
         self._check_options(record["options"])
         torch.set_rng_state(tensors["rng.torch"])
@@ -503,10 +532,10 @@ class Trainer:
 
     def _interrupted_text(self, signum: int) -> str:
         name = signal.Signals(signum).name
-        where = f"stopped by {name} after {self._place_text()}"
-        if self.out is None:
-            return where
-        return f"{where}; the checkpoint is in {self.out / LAST}, --resume goes on from there"
+        between = self._batches.position == 0 and self.reports
+        place = f"epoch {len(self.reports)}" if between else self._place_text()
+        where = f"stopped by {name} after {place}"
+        return where if self.out is None else f"{where}; the checkpoint is in {self.out / LAST}"
 
 
 @contextmanager
@@ -585,6 +614,19 @@ def start(
     return _trainer(translator, data, validation, options, out, progress, log)
 
 
+def last_checkpoint(out: str | Path) -> tuple[checkpoint.Saved, checkpoint.TrainingState]:
+    """What the last checkpoint in ``out`` holds, and the part of it that is for training.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it has no training state.
+    """
+    folder = Path(out) / LAST
+    saved = checkpoint.load(folder)
+    if saved.training is None:
+        raise CheckpointError(f"{folder}: this model was saved without its training state")
+    return saved, saved.training
+
+
 def resume(
     data: Data,
     validation: Data | None = None,
@@ -608,20 +650,18 @@ def resume(
     Raises:
         CheckpointError: there is no such checkpoint, or it is not one of this data.
     """
+    saved, state = last_checkpoint(out)
     folder = Path(out) / LAST
-    saved = checkpoint.load(folder)
-    if saved.training is None:
-        raise CheckpointError(f"{folder}: this model was saved without its training state")
     translator = Translator.from_saved(saved, folder)
     try:
-        options = TrainingOptions(**saved.training.record["options"])
+        options = TrainingOptions(**state.record["options"])
         options = replace(
             options,
             epochs=epochs or options.epochs,
             checkpoint_every=checkpoint_every or options.checkpoint_every,
         )
         trainer = _trainer(translator, data, validation, options, out, progress, log)
-        trainer.restore(saved.training)
+        trainer.restore(state)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: the training state is incomplete: {error}") from error
     return trainer
@@ -652,22 +692,33 @@ def _trainer(
     )
 
 
+def _text_pair(pair: Any, line: int, *, name: str) -> TextPair:
+    if (
+        not isinstance(pair, (tuple, list))
+        or len(pair) != 2
+        or not all(isinstance(side, str) for side in pair)
+    ):
+        raise DataError(f"{name}:{line}: a pair must be two strings, got {pair!r}")
+    return make_pair(pair[0], pair[1], line, name=name)
+
+
 def train(
     pairs: Sequence[tuple[str, str]],
     *,
     validation: Sequence[tuple[str, str]] | None = None,
     tokens: str | tuple[str, str] = "char",
-    embedding_size: int = 256,
-    hidden_size: int = 256,
-    num_layers: int = 1,
-    cell: CellName = "lstm",
-    score: ScoreName | None = "general",
-    input_feeding: bool = True,
-    dropout: float = 0.1,
-    epochs: int = 10,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    seed: int = 1,
+    embedding_size: int = ModelOptions.embedding_size,
+    hidden_size: int = ModelOptions.hidden_size,
+    num_layers: int = ModelOptions.num_layers,
+    cell: CellName = ModelOptions.cell,
+    bidirectional: bool = ModelOptions.bidirectional,
+    score: ScoreName | None = ModelOptions.score,
+    input_feeding: bool = ModelOptions.input_feeding,
+    dropout: float = ModelOptions.dropout,
+    epochs: int = TrainingOptions.epochs,
+    batch_size: int = TrainingOptions.batch_size,
+    learning_rate: float = TrainingOptions.learning_rate,
+    seed: int = TrainingOptions.seed,
     out: str | Path | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Translator:
@@ -678,8 +729,8 @@ def train(
         validation: pairs that choose the best epoch. Default: the last epoch is taken.
         tokens: how text is split, for both sides or for (source, target): ``"char"``,
             ``"space"`` or ``"word"``; see :class:`pyseq.text.Tokenizer`.
-        embedding_size, hidden_size, num_layers, cell, score, input_feeding, dropout: as
-            for :class:`pyseq.Seq2Seq`.
+        embedding_size, hidden_size, num_layers, cell, bidirectional, score, input_feeding,
+            dropout: as for :class:`pyseq.Seq2Seq`.
         epochs, batch_size, learning_rate, seed: see :class:`TrainingOptions`.
         out: save the best model there and checkpoints in its subfolder ``last``.
         log: is called with a line of text after each epoch, ``print`` for example.
@@ -689,16 +740,20 @@ def train(
         given and of the last epoch otherwise.
 
     Raises:
-        DataError: a side of a pair is empty, or there are no pairs.
+        DataError: a pair is not two strings, a side is empty, or there are no pairs. It is a
+            ValueError.
         ValueError: an option is out of its range.
         TrainingError: the loss is no longer finite.
         Interrupted: Ctrl-C; a KeyboardInterrupt.
     """
-    sides = (tokens, tokens) if isinstance(tokens, str) else tokens
+    given: Sequence[str] = (tokens, tokens) if isinstance(tokens, str) else tokens
+    if len(given) != 2:
+        raise ValueError(f"tokens must be one name or a pair (source, target), got {tokens!r}")
+    sides = (given[0], given[1])
     source, target = Tokenizer(sides[0]), Tokenizer(sides[1])
 
     def tokenise(part: Sequence[tuple[str, str]], name: str) -> Data:
-        texts = [make_pair(*pair, line, name=name) for line, pair in enumerate(part, start=1)]
+        texts = [_text_pair(pair, line, name=name) for line, pair in enumerate(part, start=1)]
         return Data(tokenise_pairs(texts, source=source, target=target), name)
 
     trainer = start(
@@ -710,6 +765,7 @@ def train(
             hidden_size=hidden_size,
             num_layers=num_layers,
             cell=cell,
+            bidirectional=bidirectional,
             score=score,
             input_feeding=input_feeding,
             dropout=dropout,
@@ -720,7 +776,17 @@ def train(
         out=out,
         log=log,
     )
-    trainer.run()
+    try:
+        trainer.run()
+    except Interrupted as error:
+        if out is None:
+            raise
+        held = "--valid-share 0" if validation is None else "--valid FILE"
+        raise Interrupted(
+            error.signum,
+            f"{error}; with the same pairs in a file, "
+            f"pyseq train PAIRS.tsv {held} --out {out} --resume goes on from there",
+        ) from None
     if out is not None and validation is not None:
         return Translator.load(out)
     trainer.model.eval()

@@ -297,3 +297,22 @@ def test_exists(tmp_path: Path) -> None:
     assert not checkpoint.exists(tmp_path)
     checkpoint.save(tmp_path, small_model())
     assert checkpoint.exists(tmp_path)
+
+
+def test_remove(tmp_path: Path) -> None:
+    checkpoint.remove(tmp_path / "missing")
+    checkpoint.save(tmp_path, small_model(), **vocabs())
+    (tmp_path / "notes.txt").write_text("mine")
+    checkpoint.remove(tmp_path)
+    assert not checkpoint.exists(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    checkpoint.remove(tmp_path)
+
+
+def test_tied_weights_are_saved_under_both_names(tmp_path: Path) -> None:
+    model = Seq2Seq(7, 8, embedding_size=6, hidden_size=6)
+    model.decoder.output.weight = model.decoder.embedding.weight
+    checkpoint.save(tmp_path, model)
+    loaded = checkpoint.load(tmp_path).model
+    assert same_weights(loaded, model)
+    assert loaded.decoder.output.weight is not loaded.decoder.embedding.weight

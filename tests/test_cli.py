@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from pyseq import checkpoint, cli, g2p
 from pyseq.translator import Translator
+from pyseq.types import STOP
 
 pytest.importorskip("safetensors", reason="training needs the extra 'train'")
 pytest.importorskip("sacrebleu", reason="evaluating needs the extra 'train'")
@@ -95,8 +97,24 @@ def test_predict_draws_attention(
     feed(monkeypatch, b"ab\n\nba\n")
     assert cli.main(["predict", str(model), "--attention", str(tmp_path / "pictures")]) == 0
     names = sorted(os.listdir(tmp_path / "pictures"))
-    assert names == ["line-000001.png", "line-000003.png"]
-    assert (tmp_path / "pictures" / names[0]).read_bytes().startswith(b"\x89PNG")
+    # One for the blank line, too.
+    assert names == ["line-000001.png", "line-000002.png", "line-000003.png"]
+    for name in names:
+        assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_empty_output_is_drawn_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra 'train'")
+    translator = Translator.load(model)
+    with torch.no_grad():
+        translator.model.decoder.output.bias[STOP] = 1e4
+    translator.save(tmp_path / "silent")
+    feed(monkeypatch, b"ab\n")
+    pictures = tmp_path / "pictures"
+    assert cli.main(["predict", str(tmp_path / "silent"), "--attention", str(pictures)]) == 0
+    assert (pictures / "line-000001.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_evaluate(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +140,63 @@ def test_resume_goes_on(model: Path, pairs: Path, tmp_path: Path) -> None:
     saved = checkpoint.load(tmp_path / "last")
     assert saved.training is not None
     assert saved.training.record["step"] == 5
+
+
+def test_resuming_a_finished_run_says_so(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", str(pairs), "--out", str(tmp_path), "--valid-share", "0"]
+    assert cli.main([*train, *SMALL, "--epochs", "2"]) == 0
+    assert cli.main([*train, "--resume", "--epochs", "1", "--threads", "1"]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("pyseq: nothing to do: 2 epochs are done and 1 were asked for")
+
+
+@pytest.mark.parametrize(
+    ("begun", "resumed", "message"),
+    [
+        (["--valid", "{a}"], ["--valid", "{b}"], "got {b}: give --valid as it was given then"),
+        (["--valid", "{a}"], ["--valid-share", "0"], "got none: give --valid as it was"),
+        (["--valid-share", "0"], ["--valid", "{a}"], "which had none, got {a}: give --valid"),
+        (["--valid", "{a}"], ["--valid-share", "0.3"], "the same --valid or --valid-share"),
+    ],
+)
+def test_resuming_refuses_other_validation_pairs(
+    begun: list[str],
+    resumed: list[str],
+    message: str,
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"a": tmp_path / "a.tsv", "b": tmp_path / "b.tsv"}
+    places["a"].write_text("ab\tx y\n")
+    places["b"].write_text("ba\ty x\n")
+    train = ["train", str(pairs), "--out", str(tmp_path / "out"), "--threads", "1"]
+
+    def filled(options: list[str]) -> list[str]:
+        return [option.format(**places) for option in options]
+
+    assert cli.main([*train, *filled(begun), *SMALL, "--epochs", "1"]) == 0
+    capsys.readouterr()
+    assert cli.main([*train, *filled(resumed), "--resume", "--epochs", "2"]) == 1
+    assert message.format(**places) in capsys.readouterr().err.splitlines()[-1]
+    assert cli.main([*train, *filled(begun), "--resume", "--epochs", "2"]) == 0
+
+
+def test_an_encoder_of_one_direction(pairs: Path, tmp_path: Path) -> None:
+    train = ["train", str(pairs), "--out", str(tmp_path), "--epochs", "1", "--threads", "1"]
+    assert cli.main([*train, "--hidden-size", "7", "--no-bidirectional"]) == 0
+    assert checkpoint.load(tmp_path).model.config["bidirectional"] is False
+
+
+def test_a_package_for_the_score_is_missed_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
+    assert cli.main(["train", "--task", "g2p", "--out", str(tmp_path / "out")]) == 1
+    assert "this needs the package rapidfuzz" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_validation_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,5 +35,19 @@ def test_missing_matplotlib_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"matplotlib .*pip install 'pyseq-torch\[train\]'"):
+    with pytest.raises(MissingExtraError, match=r"matplotlib .*pip install '.\[train\]'") as raised:
         save_heatmap(tmp_path / "a.png", torch.ones(1, 1), rows=["a"], columns=["b"])
+    assert "pip install 'pyseq-torch[train]'" in str(raised.value)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [([], ["ab", "<stop>"]), ([], ["<stop>"]), ([], [])])
+def test_nothing_to_show_is_a_picture_too(
+    tmp_path: Path, rows: list[str], columns: list[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra 'train'")
+    path = tmp_path / "a.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights = torch.empty(len(rows), len(columns))
+        save_heatmap(path, weights, rows=rows, columns=columns, title="ab →")
+    assert path.read_bytes().startswith(b"\x89PNG")

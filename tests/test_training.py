@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import math
 import os
 import random
+import re
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from pyseq import checkpoint, training
+from pyseq import checkpoint, cli, training
 from pyseq.errors import CheckpointError, DataError, TrainingError
+from pyseq.seq2seq import Seq2Seq
 from pyseq.text import Pair
 from pyseq.training import (
     Data,
@@ -280,6 +285,53 @@ def test_resuming_with_other_threads_says_so(
     ]
 
 
+def test_a_signal_while_the_last_epoch_is_finished_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes]
+) -> None:
+    trainer, loss = begin(tmp_path), training.mean_loss
+
+    def interrupted(*arguments: Any, **options: Any) -> float:
+        if len(trainer.reports) == OPTIONS.epochs - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*arguments, **options)
+
+    monkeypatch.setattr(training, "mean_loss", interrupted)
+    with pytest.raises(Interrupted, match="stopped by SIGINT after epoch 4; the checkpoint is in"):
+        trainer.run()
+    assert contents(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_new_run_leaves_nothing_of_the_one_before(tmp_path: Path, step: int) -> None:
+    begin(tmp_path, TrainingOptions(epochs=1, batch_size=8, seed=9)).run()
+    assert checkpoint.exists(tmp_path)
+
+    def crash() -> None:
+        raise RuntimeError("power cut")
+
+    trainer = begin(tmp_path)
+    at_step(trainer, step, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer.run()
+    assert not checkpoint.exists(tmp_path)
+    saved = checkpoint.load(tmp_path / "last")
+    assert saved.training is not None
+    assert saved.training.record["options"]["seed"] == OPTIONS.seed
+
+
+def test_a_new_run_that_cannot_write_leaves_the_one_before_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes]
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    begin(tmp_path).run()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrainingError, match="No space left on device"):
+        begin(tmp_path, TrainingOptions(seed=9)).run()
+    assert contents(tmp_path) == uninterrupted
+
+
 def test_the_best_epoch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 1.0, 2.0, 1.0])
     weights = []
@@ -388,6 +440,53 @@ def test_train_gives_the_best_epoch_if_it_is_kept(
     weights = [t.model.decoder.output.weight for t in (translator, best, last)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_defaults_are_those_of_the_classes() -> None:
+    train = inspect.signature(training.train).parameters
+    model = inspect.signature(Seq2Seq).parameters
+    for field in fields(ModelOptions):
+        assert train[field.name].default == model[field.name].default == field.default
+    for name in ("epochs", "batch_size", "learning_rate", "seed"):
+        assert train[name].default == getattr(TrainingOptions, name)
+
+
+def test_train_takes_one_direction() -> None:
+    translator = training.train([("a", "b")], hidden_size=7, bidirectional=False, epochs=1)
+    assert translator.model.config["bidirectional"] is False
+
+
+def test_an_interrupted_train_names_the_command_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Trainer.run
+
+    def interrupted(trainer: Trainer) -> object:
+        at_step(trainer, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        return run(trainer)
+
+    monkeypatch.setattr(Trainer, "run", interrupted)
+    out, path = tmp_path / "out", tmp_path / "pairs.tsv"
+    with pytest.raises(Interrupted) as raised:
+        training.train([("ab", "ba"), ("b", "b")], hidden_size=8, epochs=2, out=out)
+    monkeypatch.undo()
+    path.write_text("ab\tba\nb\tb\n")
+    command = re.search(r"pyseq (train PAIRS.tsv .*--resume) goes on", str(raised.value))
+    assert command is not None
+    arguments = command.group(1).replace("PAIRS.tsv", str(path)).split()
+    assert cli.main(arguments) == 0
+    assert checkpoint.exists(out)
+
+
+@pytest.mark.parametrize("pairs", [[("a",)], "abc", [("a", "b", "c")], [("a", 1)], [1]])
+def test_train_refuses_what_is_no_pair(pairs: Any) -> None:
+    with pytest.raises(ValueError, match="pairs:1: a pair must be two strings, got"):
+        training.train(pairs)
+
+
+def test_train_refuses_tokens_that_are_no_pair() -> None:
+    with pytest.raises(ValueError, match=r"tokens must be one name or a pair .* got \('char',\)"):
+        training.train([("a", "b")], tokens=("char",))  # type: ignore[arg-type]
 
 
 def test_train_refuses_bad_pairs() -> None:

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same model on the fused and on the reference operators, to compare the two.
+
+Used by the demo and by the benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import functional, reference
+
+
+@contextmanager
+def reference_operators() -> Iterator[None]:
+    """Let every module of pyseq compute with the operators of ``pyseq.reference`` meanwhile.
+
+    They have the same signatures, so the same model and the same weights run in plain
+    torch: what is compared is the operators and nothing else. In all threads at once.
+    """
+    names = ("scan", "attend", "decode")
+    fused = {name: getattr(functional, name) for name in names}
+    try:
+        for name in names:
+            setattr(functional, name, getattr(reference, name))
+        yield
+    finally:
+        for name in names:
+            setattr(functional, name, fused[name])

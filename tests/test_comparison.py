@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of pyseq.comparison: operators swapped and put back."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyseq import functional, reference
+from pyseq.comparison import reference_operators
+
+
+def current() -> list[object]:
+    return [functional.scan, functional.attend, functional.decode]
+
+
+def test_reference_operators_are_swapped_and_restored() -> None:
+    fused = current()
+    with reference_operators():
+        assert current() == [reference.scan, reference.attend, reference.decode]
+    assert current() == fused
+
+
+def test_the_fused_operators_come_back_after_an_error() -> None:
+    fused = current()
+    with pytest.raises(RuntimeError, match="stop"), reference_operators():
+        raise RuntimeError("stop")
+    assert current() == fused
