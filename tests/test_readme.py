@@ -30,3 +30,14 @@ def test_commands_are_the_makefile_s() -> None:
     text = README.read_text(encoding="utf-8")
     for command in ("make test", "make demo", "pip install ."):
         assert command in text
+
+
+def test_every_extra_is_listed_with_what_it_brings() -> None:
+    project = (README.parent / "pyproject.toml").read_text(encoding="utf-8")
+    section = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\n", project, re.DOTALL)
+    assert section is not None
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", README.read_text(encoding="utf-8"), re.M))
+    for name, packages in re.findall(r"^(\w+) = \[(.*)\]$", section.group(1), re.M):
+        for package in re.findall(r'"([\w\[\]-]+)', packages):
+            brought = re.sub(r"pyseq-torch\[(\w+)\]", r"`\1`", package)
+            assert brought in table[name]
