@@ -104,6 +104,7 @@ def greedy(
 
     Raises:
         ValueError: an option is out of its range.
+        RuntimeError: the model's logits are not finite.
     """
     _check_max_length(max_length)
     return _follow(
@@ -145,6 +146,7 @@ def sample(
 
     Raises:
         ValueError: an option is out of its range.
+        RuntimeError: the model's logits are not finite.
 
     Reference:
         Fan et al. 2018, arXiv 1805.04833 (top-k); Holtzman et al. 2020, arXiv 1904.09751,
@@ -200,6 +202,7 @@ def beam(
 
     Raises:
         ValueError: an option is out of its range.
+        RuntimeError: the model's logits are not finite.
 
     Reference:
         Wu et al. 2016, arXiv 1609.08144, eq. 14, without its coverage penalty.
@@ -223,7 +226,7 @@ def beam(
         for emitted in range(1, max_length + 1):
             width = tokens.shape[1]
             step = model.step(tokens.flatten(), encoded, state, need_weights=need_weights)
-            log_probs = _without_specials(step.log_probs).unflatten(0, (-1, width))
+            log_probs = _emittable(step.log_probs).unflatten(0, (-1, width))
             vocab = log_probs.shape[2]
             # At most `width` of the continuations are <stop>, so twice the beam size is
             # enough to fill the beam with others.
@@ -284,7 +287,7 @@ def _follow(
         trace: list[_Record] = []
         for _ in range(max_length):
             step = model.step(tokens, encoded, state, need_weights=need_weights)
-            log_probs = _without_specials(step.log_probs)
+            log_probs = _emittable(step.log_probs)
             tokens = choose(log_probs)
             chosen = tokens.unsqueeze(1)
             scores[rows] += log_probs.gather(1, chosen).squeeze(1)
@@ -390,8 +393,14 @@ def _select_state(state: DecoderState, rows: Tensor) -> DecoderState:
     )
 
 
-def _without_specials(log_probs: Tensor) -> Tensor:
-    """``<pad>`` and ``<start>`` are never emitted; the others keep their probabilities."""
+def _emittable(log_probs: Tensor) -> Tensor:
+    """``<pad>`` and ``<start>`` are never emitted; the others keep their probabilities.
+
+    Raises:
+        RuntimeError: there is a NaN, which no comparison would ever choose or refuse.
+    """
+    if log_probs.isnan().any():
+        raise RuntimeError("the model's logits must be finite, got NaN or infinity")
     log_probs = log_probs.clone()
     log_probs[:, [PAD, START]] = -math.inf
     return log_probs

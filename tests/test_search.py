@@ -233,6 +233,27 @@ def test_errors_name_the_value(case: str) -> None:
         function(chain(), SOURCE, LENGTHS, **{"max_length": 3, **options})
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("function", [search.greedy, search.sample, search.beam])
+def test_logits_that_are_not_finite_are_refused(
+    function: Callable[..., object], value: float
+) -> None:
+    model = chain()
+    logits = model.log_probs.clone()
+    logits[1, UNK, UNK] = value  # one row, and not before its second step
+    logits[:, START, UNK] = 50
+    options = {"beam_size": 2} if function is search.beam else {}
+    with pytest.raises(RuntimeError, match="logits must be finite, got NaN"):
+        function(Chain(logits), SOURCE, LENGTHS, max_length=4, **options)
+
+
+def test_minus_infinity_forbids_a_token() -> None:
+    logits = torch.zeros(3, 6, 6)
+    logits[:, :, UNK] = -math.inf
+    found = search.beam(Chain(logits), SOURCE, LENGTHS, max_length=4, beam_size=3)
+    assert all(math.isfinite(h.score) and UNK not in h.tokens for h in found)
+
+
 # With the real model
 
 
