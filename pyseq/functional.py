@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from . import _library as _library  # loads _C, which registers torch.ops.pyseq
+from ._checks import check_like, check_shape, check_tensor
 from .types import (
     GATES,
     SCORES,
@@ -25,6 +27,7 @@ from .types import (
     ScanOutput,
     ScoreName,
     State,
+    decoder_parts,
     kind,
     state_parts,
 )
@@ -35,9 +38,8 @@ def _check_option(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _split_state(cell: CellName, state: State | None) -> tuple[Tensor | None, Tensor | None]:
-    """``state`` as ``(h, c)``; c is None for the cells without one."""
-    parts = state_parts(cell, state)
+def _h_and_c(parts: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """The parts of a state as ``(h, c)``, None for what is not there."""
     return parts[0] if parts else None, parts[1] if len(parts) > 1 else None
 
 
@@ -45,8 +47,7 @@ def _beside(name: str, indices: Tensor | None, x: Tensor) -> Tensor | None:
     """Lengths and resets may come on any device; the kernels read them where x is."""
     if indices is None:
         return None
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {kind(indices)}")
+    check_tensor(name, indices)
     return indices.to(x.device)
 
 
@@ -97,7 +98,7 @@ def scan(
         et al. 2000 (LSTM); Sak et al. 2014, arXiv 1402.1128, eq. 7 (projection).
     """
     _check_option("cell", cell, tuple(GATES))
-    h_0, c_0 = _split_state(cell, state)
+    h_0, c_0 = _h_and_c(state_parts(cell, state))
     output, h_n, c_n = torch.ops.pyseq.scan(
         x,
         w_ih,
@@ -156,7 +157,17 @@ def attend(
         Luong et al. 2015, arXiv 1508.04025, eq. 7 and 8; concat is also the additive score
         of Bahdanau et al. 2015, arXiv 1409.0473.
     """
-    keys, query = _project(query, keys, score, weight, weight_query, weight_v)
+    _check_score(score, weight, weight_query, weight_v)
+    if weight is not None:
+        check_shape("query", query, "(T, B, Q)", (-1, -1, -1))
+        keys = _general_keys(keys, weight, query.shape[-1], lengths)
+    if weight_query is not None:
+        check_shape("query", query, "(T, B, Q)", (-1, -1, -1))
+        check_shape("keys", keys, "(S, B, A)", (-1, -1, -1))
+        sizes = (keys.shape[-1], query.shape[-1])
+        check_shape("weight_query", weight_query, "(A, Q)", sizes)
+        check_like("weight_query", weight_query, "query", query)
+        query = linear(query, weight_query)
     context, weights = torch.ops.pyseq.attend(
         query, keys, memory, weight_v, _beside("lengths", lengths, query), _core(score)
     )
@@ -175,7 +186,7 @@ def decode(
     weight: Tensor | None = None,
     weight_query: Tensor | None = None,
     weight_v: Tensor | None = None,
-    state: DecoderState | tuple[State, Tensor] | None = None,
+    state: tuple[State | None, Tensor | None] | None = None,
     lengths: Tensor | None = None,
     input_feeding: bool = True,
     dropout_masks: Tensor | None = None,
@@ -196,8 +207,8 @@ def decode(
             with the top state as the query (Q is H).
         combine: (H, M + H), ``W_c``, columns [context; h].
         cell: ``"rnn_tanh"``, ``"rnn_relu"``, ``"gru"`` or ``"lstm"``.
-        state: ``(hidden, feed)``: h (L, B, H) or for LSTM the pair (h, c), and (B, H).
-            Default: zero.
+        state: ``(hidden, feed)``: h (L, B, H) or for LSTM the pair (h, c), and (B, H),
+            either of them None for zero. Default: all zero.
         input_feeding: whether the first layer sees the last output.
         dropout_masks: (L - 1, T, B, H), what the output of each layer but the top one is
             multiplied with on its way up; zeros and ``1 / (1 - p)``. Default: ones.
@@ -208,7 +219,8 @@ def decode(
         next call goes on.
 
     Raises:
-        ValueError: an option is unknown or a weight does not go with the score.
+        ValueError: an option is unknown, a weight does not go with the score, or the state
+            or a layer has the wrong form.
         RuntimeError: a tensor has the wrong shape, dtype or device.
 
     Reference:
@@ -216,12 +228,13 @@ def decode(
     """
     _check_option("cell", cell, tuple(GATES))
     # The query is the top state, made inside the loop, so its projection happens there.
-    keys, _ = _project(None, keys, score, weight, weight_query, weight_v)
+    _check_score(score, weight, weight_query, weight_v)
+    if weight is not None:
+        check_shape("combine", combine, "(H, M + H)", (-1, -1))
+        keys = _general_keys(keys, weight, combine.shape[0], lengths)
     flat = _flatten(layers)
-    h_0 = c_0 = feed = None
-    if state is not None:
-        hidden, feed = state
-        h_0, c_0 = _split_state(cell, hidden)
+    parts, feed = decoder_parts(cell, state)
+    h_0, c_0 = _h_and_c(parts)
     output, weights, h_n, c_n = torch.ops.pyseq.decode(
         x,
         flat,
@@ -252,15 +265,13 @@ def _core(score: ScoreName) -> str:
     return "dot" if score == "general" else score
 
 
-def _project(
-    query: Tensor | None,
-    keys: Tensor,
+def _check_score(
     score: ScoreName,
     weight: Tensor | None,
     weight_query: Tensor | None,
     weight_v: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Check which weights go with ``score``; apply those that need no loop."""
+) -> None:
+    """Check which weights go with ``score``."""
     _check_option("score", score, SCORES)
     if (weight is not None) != (score == "general"):
         raise ValueError(f"weight must be given for score 'general' and no other, got {score!r}")
@@ -268,30 +279,47 @@ def _project(
         raise ValueError(f"weight_v must be given for score 'concat' and no other, got {score!r}")
     if weight_query is not None and score != "concat":
         raise ValueError(f"weight_query goes with score 'concat', got {score!r}")
-    if weight is not None:
-        _check_device("weight", weight, "keys", keys)
-        # (B, S, .) in memory is what the kernels read.
-        keys = torch.nn.functional.linear(keys.transpose(0, 1), weight).transpose(0, 1)
-    if query is not None and weight_query is not None:
-        _check_device("weight_query", weight_query, "query", query)
-        query = torch.nn.functional.linear(query, weight_query)
-    return keys, query  # type: ignore[return-value]
 
 
-def _check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """Raise unless both are on one device: a product with the meta device would succeed."""
-    if tensor.device != like.device:
-        raise RuntimeError(
-            f"{name} must be on the device of {like_name}, {like.device}, got {tensor.device}"
-        )
+def _general_keys(keys: Tensor, weight: Tensor, query: int, lengths: Tensor | None) -> Tensor:
+    """``W k`` for queries of ``query`` numbers."""
+    check_shape("keys", keys, "(S, B, A)", (-1, -1, -1))
+    check_shape("weight", weight, "(Q, A)", (query, keys.shape[-1]))
+    check_like("weight", weight, "keys", keys)
+    return project_memory(keys, weight, lengths)
+
+
+def project_memory(memory: Tensor, weight: Tensor, lengths: Tensor | None) -> Tensor:
+    """``W m`` (S, B, A) of every position of ``memory`` (S, B, M), for ``weight`` (A, M).
+
+    Padding is taken for zero. Its keys get no gradient, but in that of the weight this zero
+    would meet what the padding holds, which may be NaN.
+
+    Raises:
+        RuntimeError: ``lengths`` is not (B,).
+    """
+    rows = memory.transpose(0, 1)
+    lengths = _beside("lengths", lengths, memory)
+    if lengths is not None:
+        check_shape("lengths", lengths, "(B,)", (rows.shape[0],))
+        padded = torch.arange(rows.shape[1], device=rows.device) >= lengths.unsqueeze(1)
+        rows = rows.masked_fill(padded.unsqueeze(2), 0)
+    # (B, S, .) in memory is what the kernels read.
+    return linear(rows, weight).transpose(0, 1)
 
 
 def _flatten(layers: Sequence[LayerWeights | tuple[Tensor | None, ...]]) -> list[Tensor]:
     """(w_ih, w_hh, b_ih, b_hh) of every layer in one list, missing biases as zeros."""
     flat: list[Tensor] = []
-    for layer in layers:
-        w_ih, w_hh, b_ih, b_hh = LayerWeights(*layer)
-        zero = w_ih.new_zeros(w_ih.shape[0])
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, (tuple, list)) or not 2 <= len(layer) <= 4:
+            raise ValueError(
+                f"layers[{number}] must be (w_ih, w_hh, b_ih, b_hh), got {kind(layer)}"
+            )
+        w_ih, w_hh, b_ih, b_hh = LayerWeights(*layer)  # type: ignore[arg-type]  # None: see below
+        check_tensor(f"w_ih of layers[{number}]", w_ih)
+        check_tensor(f"w_hh of layers[{number}]", w_hh)
+        zero = w_ih.new_zeros(w_ih.shape[:1])
         flat += [w_ih, w_hh, zero if b_ih is None else b_ih, zero if b_hh is None else b_hh]
     if not flat:
         raise ValueError("layers must hold at least one layer, got none")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import init
 from torch.nn.functional import dropout as apply_dropout
-from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import functional
+from ._checks import autocasts, check_like, check_positive, check_shape, check_tensor
 from .types import (
     GATES,
     SCORES,
@@ -28,7 +28,7 @@ from .types import (
     LayerWeights,
     ScoreName,
     State,
-    kind,
+    decoder_parts,
     state_parts,
 )
 
@@ -68,30 +68,13 @@ def _join_parts(parts: tuple[Tensor, ...]) -> State:
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
-def _check_shape(name: str, tensor: Tensor, letters: str, expected: tuple[int, ...]) -> None:
-    """Raise unless ``tensor`` has the ``expected`` shape, where -1 stands for any size."""
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(expected) and all(
-        want in (-1, got) for want, got in zip(expected, shape, strict=True)
-    )
-    if not fits:
-        sizes = ", ".join("any" if want == -1 else str(want) for want in expected)
-        raise RuntimeError(f"{name} must be {letters} = ({sizes}), got {shape}")
-
-
 def _check_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
-    if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+    if tensor.dtype != weight.dtype and not autocasts(tensor.device):
         raise ValueError(
             f"{name} dtype ({tensor.dtype}) does not match weight dtype ({weight.dtype}); "
             f"convert it with {name}.to({weight.dtype}) or the module with "
             f"module.to({tensor.dtype})"
         )
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value <= 0:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def _scan_layers(
@@ -149,37 +132,11 @@ class _Recurrent(torch.nn.RNNBase):
 
     weight_ih_l0: Tensor
 
-    def __init__(
-        self,
-        mode: str,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int,
-        bias: bool,
-        batch_first: bool,
-        dropout: float,
-        bidirectional: bool,
-        proj_size: int,
-        device: Device,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__(
-            mode,
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device,
-            dtype,
-        )
-        # RNNBase also keeps the weights in a list, for cuDNN. Reading them by name instead
-        # is what makes parametrizations, functional_call and deepcopy of them work.
+    def _init_flat_weights(self) -> None:
+        """Keep no list of the weights, as RNNBase does for cuDNN: reading them by name is
+        what makes parametrizations, functional_call and deepcopy of them work."""
         self._flat_weights_names = []
-        self._init_flat_weights()
+        super()._init_flat_weights()
 
     @property
     def cell(self) -> CellName:
@@ -276,8 +233,12 @@ class _Recurrent(torch.nn.RNNBase):
             ValueError: the dtype of the input, its number of dimensions or the form of
                 ``hx`` is wrong.
             RuntimeError: a size is wrong.
+            TypeError: ``lengths`` or ``resets`` is not a tensor.
         """
         parts = state_parts(self.cell, hx)
+        for name, indices in (("lengths", lengths), ("resets", resets)):
+            if indices is not None:
+                check_tensor(name, indices)
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths must be None for a PackedSequence, which has its own")
@@ -300,7 +261,12 @@ class _Recurrent(torch.nn.RNNBase):
         if not batched:
             input = input.unsqueeze(batch_dim)
             parts = tuple(part.unsqueeze(1) for part in parts)
-            lengths = None if lengths is None else lengths.reshape(1)
+            if lengths is not None:
+                if lengths.numel() != 1:
+                    raise RuntimeError(
+                        f"lengths must be one number for one sequence, got {tuple(lengths.shape)}"
+                    )
+                lengths = lengths.reshape(1)
             resets = None if resets is None else resets.unsqueeze(batch_dim)
         self.check_input(input, None)
         self._check_state(parts, input.size(batch_dim))
@@ -648,7 +614,7 @@ class Score(torch.nn.Module):
             attention_size = query_size
         elif score != "concat":
             raise ValueError(f"attention_size goes with score 'concat', got {score!r}")
-        _check_positive(attention_size=attention_size)
+        check_positive(attention_size=attention_size)
         self.name = score
         self.fused: ScoreName = "concat" if score == "concat" else "dot"
         shapes: dict[str, tuple[int, ...]] = {}
@@ -675,13 +641,23 @@ class Score(torch.nn.Module):
             bound = 1 / math.sqrt(weight.shape[-1])
             init.uniform_(weight, -bound, bound)
 
-    def project(self, memory: Tensor) -> Tensor:
-        """The keys (S, B, A) of ``memory`` (S, B, M): ``W m``, ``W_m m``, or itself."""
+    def project(self, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The keys (S, B, A) of ``memory`` (S, B, M): ``W m``, ``W_m m``, or itself.
+
+        Args:
+            memory: (S, B, M).
+            lengths: (B,) int64, valid positions of each row. Left out, the padding must be
+                finite, or the gradient of the weight is not.
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+        """
         weight = self.weight if self.weight_memory is None else self.weight_memory
         if weight is None:
             return memory
-        # The operators read the keys row by row: (B, S, A) in memory.
-        return linear(memory.transpose(0, 1), weight).transpose(0, 1)
+        check_shape("memory", memory, "(S, B, M)", (-1, -1, weight.shape[1]))
+        check_like("memory", memory, "the score's weight", weight)
+        return functional.project_memory(memory, weight, lengths)
 
     def extra_repr(self) -> str:
         return self.name
@@ -715,7 +691,7 @@ class Attention(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_positive(query_size=query_size, memory_size=memory_size)
+        check_positive(query_size=query_size, memory_size=memory_size)
         self.query_size = query_size
         self.memory_size = memory_size
         self.score = Score(
@@ -743,11 +719,11 @@ class Attention(torch.nn.Module):
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
-        _check_shape("query", query, "(T, B, Q)", (-1, -1, self.query_size))
-        _check_shape("memory", memory, "(S, B, M)", (-1, query.shape[1], self.memory_size))
+        check_shape("query", query, "(T, B, Q)", (-1, -1, self.query_size))
+        check_shape("memory", memory, "(S, B, M)", (-1, query.shape[1], self.memory_size))
         return functional.attend(
             query,
-            self.score.project(memory),
+            self.score.project(memory, lengths),
             memory,
             lengths,
             score=self.score.fused,
@@ -814,7 +790,7 @@ class AttentionDecoder(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_positive(
+        check_positive(
             input_size=input_size,
             hidden_size=hidden_size,
             memory_size=memory_size,
@@ -877,7 +853,7 @@ class AttentionDecoder(torch.nn.Module):
             for layer in range(self.num_layers)
         ]
 
-    def project(self, memory: Tensor) -> Tensor | None:
+    def project(self, memory: Tensor, lengths: Tensor | None = None) -> Tensor | None:
         """The keys of ``memory``, for ``forward(..., keys=...)``; None without attention.
 
         Whoever calls ``forward`` many times with the same memory, as step by step
@@ -885,29 +861,24 @@ class AttentionDecoder(torch.nn.Module):
 
         Args:
             memory: (S, B, M), or (B, S, M) with ``batch_first``; the keys likewise.
+            lengths: (B,) int64, as in :meth:`Score.project`.
         """
         if self.score is None:
             return None
-        if self.batch_first:
-            return self.score.project(memory.transpose(0, 1)).transpose(0, 1)
-        return self.score.project(memory)
+        if self.batch_first and memory.dim() == 3:
+            return self.score.project(memory.transpose(0, 1), lengths).transpose(0, 1)
+        return self.score.project(memory, lengths)
 
     def _check_state(
-        self, state: DecoderState | tuple[State, Tensor | None] | None, batch: int
+        self, state: tuple[State | None, Tensor | None] | None, batch: int
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """The parts of the hidden state, ``()`` for zero, and the fed vector."""
-        if state is None:
-            return (), None
-        if not isinstance(state, tuple) or len(state) != 2:
-            raise ValueError(f"state must be a pair (hidden, feed), got {kind(state)}")
-        hidden, feed = state
-        parts = state_parts(self.cell, hidden)
+        """The parts of the hidden state and the fed vector, ``()`` and None for zero."""
+        parts, feed = decoder_parts(self.cell, state)
         expected = (self.num_layers, batch, self.hidden_size)
         for name, part in zip(("h", "c"), parts, strict=False):
-            _check_shape(f"{name} of state.hidden", part, "(L, B, H)", expected)
-        if feed is None:
-            feed = parts[0].new_zeros(expected[1:])
-        _check_shape("state.feed", feed, "(B, H)", expected[1:])
+            check_shape(f"{name} of state.hidden", part, "(L, B, H)", expected)
+        if feed is not None:
+            check_shape("state.feed", feed, "(B, H)", expected[1:])
         return parts, feed
 
     def forward(
@@ -916,7 +887,7 @@ class AttentionDecoder(torch.nn.Module):
         memory: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
-        state: DecoderState | tuple[State, Tensor | None] | None = None,
+        state: tuple[State | None, Tensor | None] | None = None,
         need_weights: bool = False,
         keys: Tensor | None = None,
     ) -> DecoderOutput:
@@ -928,7 +899,7 @@ class AttentionDecoder(torch.nn.Module):
             lengths: (B,) int64, valid positions of each row of the memory, on any device.
                 Default: S.
             state: ``(hidden, feed)``: h (L, B, H), or for LSTM (h, c), and the last output
-                (B, H), where None stands for zero. Default: all zero.
+                (B, H), either of them None for zero. Default: all zero.
             need_weights: also return the attention weights.
             keys: what :meth:`project` gave for this memory. Default: computed here.
 
@@ -942,7 +913,7 @@ class AttentionDecoder(torch.nn.Module):
         """
         if self.batch_first and x.dim() == 3:
             x = x.transpose(0, 1)
-        _check_shape("x", x, "(T, B, I)", (-1, -1, self.input_size))
+        check_shape("x", x, "(T, B, I)", (-1, -1, self.input_size))
         _check_dtype("x", x, self.weight_ih_l0)
         parts, feed = self._check_state(state, x.shape[1])
         if self.score is None:
@@ -953,7 +924,7 @@ class AttentionDecoder(torch.nn.Module):
             if self.batch_first and memory.dim() == 3:
                 memory = memory.transpose(0, 1)
                 keys = None if keys is None else keys.transpose(0, 1)
-            _check_shape("memory", memory, "(S, B, M)", (-1, x.shape[1], self.memory_size))
+            check_shape("memory", memory, "(S, B, M)", (-1, x.shape[1], self.memory_size))
             result = self._forward_attentive(x, memory, keys, lengths, parts, feed, need_weights)
         if not self.batch_first:
             return result
@@ -989,14 +960,14 @@ class AttentionDecoder(torch.nn.Module):
         return functional.decode(
             x,
             self._layers(),
-            self.score.project(memory) if keys is None else keys,
+            self.score.project(memory, lengths) if keys is None else keys,
             memory,
             self.combine.weight,
             cell=self.cell,
             score=self.score.fused,
             weight_query=self.score.weight_query,
             weight_v=self.score.weight_v,
-            state=None if feed is None else DecoderState(_join_parts(parts), feed),
+            state=(_join_parts(parts) if parts else None, feed),
             lengths=lengths,
             input_feeding=self.input_feeding,
             dropout_masks=masks,

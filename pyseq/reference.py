@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .types import (
+    GATES,
     AttendOutput,
     CellName,
     DecoderOutput,
@@ -22,7 +23,18 @@ from .types import (
     ScanOutput,
     ScoreName,
     State,
+    decoder_parts,
+    state_parts,
 )
+
+
+def without_padding(rows: Tensor, lengths: Tensor | None) -> Tensor:
+    """``rows`` (T, B, .) with zeros from ``lengths[b]`` on: what padding holds, NaN even,
+    must not matter, and a product with zero would let it through."""
+    if lengths is None:
+        return rows
+    steps = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
+    return rows.masked_fill((steps >= lengths.to(rows.device)).unsqueeze(2), 0)
 
 
 def cell_step(
@@ -67,14 +79,12 @@ def scan(
 ) -> ScanOutput:
     """One recurrent layer in one direction; see :func:`pyseq.functional.scan`."""
     steps, batch, _ = x.shape
-    hidden = w_hh.shape[0] // {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}[cell]
+    x = without_padding(x, lengths)
+    parts = state_parts(cell, state)
+    h = parts[0] if parts else x.new_zeros(batch, w_hh.shape[1])
     c: Tensor | None = None
     if cell == "lstm":
-        h, c = state if state is not None else (None, None)
-        c = x.new_zeros(batch, hidden) if c is None else c
-    else:
-        h = state
-    h = x.new_zeros(batch, w_hh.shape[1]) if h is None else h
+        c = parts[1] if parts else x.new_zeros(batch, w_hh.shape[0] // GATES[cell])
 
     outputs: list[Tensor] = [h] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
@@ -82,9 +92,9 @@ def scan(
         if lengths is not None:
             valid = (t < lengths.to(x.device)).unsqueeze(1)
         if resets is not None:
-            keep = ~(resets[t].unsqueeze(1).to(x.device) & valid)
-            h = h * keep
-            c = None if c is None else c * keep
+            reset = resets[t].unsqueeze(1).to(x.device) & valid
+            h = torch.where(reset, torch.zeros_like(h), h)
+            c = None if c is None else torch.where(reset, torch.zeros_like(c), c)
         new_h, new_c = cell_step(cell, linear(x[t], w_ih, b_ih), linear(h, w_hh, b_hh), h, c)
         if w_hr is not None:
             new_h = linear(new_h, w_hr)
@@ -108,6 +118,7 @@ def attend(
     need_weights: bool = False,
 ) -> AttendOutput:
     """Global attention over ``memory``; see :func:`pyseq.functional.attend`."""
+    keys, memory = without_padding(keys, lengths), without_padding(memory, lengths)
     if score == "concat":
         assert weight_v is not None
         projected = query if weight_query is None else linear(query, weight_query)
@@ -144,7 +155,7 @@ def decode(
     weight: Tensor | None = None,
     weight_query: Tensor | None = None,
     weight_v: Tensor | None = None,
-    state: DecoderState | tuple[State, Tensor] | None = None,
+    state: tuple[State | None, Tensor | None] | None = None,
     lengths: Tensor | None = None,
     input_feeding: bool = True,
     dropout_masks: Tensor | None = None,
@@ -155,14 +166,12 @@ def decode(
     batch, size = x.shape[1], combine.shape[0]
     if score == "general":
         assert weight is not None
-        keys, score = linear(keys, weight), "dot"
-    if state is None:
-        zeros = [x.new_zeros(batch, size) for _ in weights_of]
-        h, c, feed = zeros, list(zeros), zeros[0]
-    else:
-        hidden, feed = state
-        h_0, c_0 = hidden if isinstance(hidden, tuple) else (hidden, hidden)
-        h, c = list(h_0.unbind(0)), list(c_0.unbind(0))
+        keys, score = linear(without_padding(keys, lengths), weight), "dot"
+    parts, feed = decoder_parts(cell, state)
+    zeros = x.new_zeros(len(weights_of), batch, size)
+    h_0, c_0 = (*parts, zeros, zeros)[:2]
+    h, c = list(h_0.unbind(0)), list(c_0.unbind(0))
+    feed = x.new_zeros(batch, size) if feed is None else feed
 
     outputs, all_weights = [], []
     for t, below in enumerate(x.unbind(0)):

@@ -33,12 +33,36 @@ def state_parts(cell: CellName, state: State | None) -> tuple[Tensor, ...]:
     if state is None:
         return ()
     if cell == "lstm":
-        if isinstance(state, Tensor) or len(state) != 2:
+        if not isinstance(state, (tuple, list)) or len(state) != 2:
             raise ValueError(f"the state of an lstm must be a pair (h, c), got {kind(state)}")
+        for name, part in zip("hc", state, strict=True):
+            if not isinstance(part, Tensor):
+                raise ValueError(
+                    f"the state of an lstm must be a pair of tensors (h, c), got {kind(part)} "
+                    f"for {name}"
+                )
         return tuple(state)
     if not isinstance(state, Tensor):
         raise ValueError(f"the state of {cell} must be one tensor h, got {kind(state)}")
     return (state,)
+
+
+def decoder_parts(
+    cell: CellName, state: tuple[State | None, Tensor | None] | None
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The parts of ``state.hidden`` as :func:`state_parts` gives them, and ``state.feed``.
+
+    Raises:
+        ValueError: ``state`` is not a pair of what ``cell`` takes and a tensor, or None.
+    """
+    if state is None:
+        return (), None
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        raise ValueError(f"state must be a pair (hidden, feed), got {kind(state)}")
+    hidden, feed = state
+    if feed is not None and not isinstance(feed, Tensor):
+        raise ValueError(f"state.feed must be a tensor, got {kind(feed)}")
+    return state_parts(cell, hidden), feed
 
 
 class LayerWeights(NamedTuple):

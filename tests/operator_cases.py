@@ -82,6 +82,19 @@ def in_double(call: Call) -> Call:
     return changed(call, lambda _, t: t.double() if t.is_floating_point() else t)
 
 
+def poisoned(call: Call) -> Call:
+    """``call`` with NaN in every padded step of x, and position of keys and memory."""
+    lengths = call.inputs["lengths"]
+
+    def poison(name: str, tensor: Tensor) -> Tensor:
+        if name not in ("x", "keys", "memory") or (name == "x" and call.op == "decode"):
+            return tensor
+        padded = torch.arange(tensor.shape[0]).unsqueeze(1) >= lengths
+        return tensor.masked_fill(padded.unsqueeze(2), torch.nan)
+
+    return changed(call, poison)
+
+
 def differentiable(call: Call) -> list[str]:
     """The names of the inputs that a gradient can be asked for."""
     return [

@@ -6,11 +6,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from operator_cases import (
+    CELLS,
     DTYPES,
     AttendCase,
     Call,
@@ -25,6 +27,7 @@ from operator_cases import (
     in_double,
     leaves,
     outputs_of,
+    poisoned,
     run,
     scan_cases,
     small_cases,
@@ -33,6 +36,7 @@ from operator_cases import (
 )
 from tolerances import assert_close, assert_same_bits
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -151,28 +155,42 @@ def test_padding_is_exactly_zero(case: Case) -> None:
         assert outputs["context"][:, lengths == 0].eq(0).all()
 
 
-def poisoned(call: Call) -> Call:
-    """``call`` with NaN in every padded step of x, and position of keys and memory."""
-    lengths = call.inputs["lengths"]
-
-    def poison(name: str, tensor: Tensor) -> Tensor:
-        if name not in ("x", "keys", "memory") or (name == "x" and call.op == "decode"):
-            return tensor
-        padded = torch.arange(tensor.shape[0]).unsqueeze(1) >= lengths
-        return tensor.masked_fill(padded.unsqueeze(2), torch.nan)
-
-    return changed(call, poison)
-
-
 @pytest.mark.parametrize("case", by_id(case for case in (*FULL, *LARGE) if case.lengths))
 def test_nan_in_padding_stays_there(case: Case) -> None:
     call = case.call()
     expected, actual = expected_of(call), run(functional, poisoned(call))
     assert_close(actual.outputs, expected.outputs)
-    if call.options.get("score") == "general":
-        # keys times weight is torch's product, whose gradient multiplies the padding by zero.
-        del expected.gradients["weight"], actual.gradients["weight"]
     assert_close(actual.gradients, expected.gradients)
+
+
+@pytest.mark.parametrize("module", [functional, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_reset_forgets_even_nan(cell: Any, module: ModuleType) -> None:
+    call = ScanCase(cell=cell, resets="first", dtype=torch.float64).call()
+    expected = run(module, call)
+    nan = changed(call, lambda n, t: t * torch.nan if n.startswith("state") else t)
+    actual = run(module, nan)
+    assert_close(actual.outputs, expected.outputs)
+    assert_close(actual.gradients, expected.gradients)
+
+
+@pytest.mark.parametrize("module", [functional, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_either_half_of_a_decoders_state_may_be_left_out(cell: Any, module: ModuleType) -> None:
+    call = DecodeCase(cell=cell, layers=2).call()
+    hidden, feed = call.inputs["state"]
+    zero = tuple(map(torch.zeros_like, hidden)) if cell == "lstm" else torch.zeros_like(hidden)
+    pairs = (
+        ((None, feed), (zero, feed)),
+        ((hidden, None), (hidden, torch.zeros_like(feed))),
+        ((None, None), None),
+    )
+    for short, full in pairs:
+        actual, expected = (
+            outputs_of(module, call._replace(inputs=call.inputs | {"state": state}))
+            for state in (short, full)
+        )
+        assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("case", by_id(LARGE))
@@ -373,7 +391,14 @@ def decode_call(**changes: Any) -> Call:
     return call._replace(inputs=call.inputs | changes)
 
 
-def layer_call(index: int, part: int, value: Tensor) -> Call:
+def general_call(op: str = "attend", **changes: Any) -> Call:
+    """A valid call of ``attend`` or ``decode`` with the score general, some inputs replaced."""
+    case = AttendCase if op == "attend" else DecodeCase  # keys (5, 3, A), A 6 and 8; Q 8 and 7
+    call = case(score="general", lengths="ragged").call()
+    return call._replace(inputs=call.inputs | changes)
+
+
+def layer_call(index: int, part: int, value: Tensor | None) -> Call:
     """A call of ``decode`` with one weight of one layer replaced."""
     layers = [list(layer) for layer in decode_call().inputs["layers"]]
     layers[index][part] = value
@@ -496,6 +521,38 @@ BAD_CALLS: dict[str, tuple[Callable[[], Call], str]] = {
         lambda: changed(attend_call(), lambda _, t: t.half() if t.is_floating_point() else t),
         r"query must .*float32.*got .*([hH]alf|float16)",
     ),
+    "attend-weight": (
+        lambda: general_call(weight=ones(7, 6)),
+        r"weight must be \(Q, A\) = \(8, 6\), got \(7, 6\)",
+    ),
+    "attend-weight-dtype": (
+        lambda: general_call(weight=ones(8, 6, dtype=torch.float64)),
+        r"weight must have the dtype of keys, torch.float32, got torch.float64",
+    ),
+    "attend-general-keys": (
+        lambda: general_call(keys=ones(5, 6)),
+        r"keys must be \(S, B, A\) = .*got \(5, 6\)",
+    ),
+    "attend-general-query": (
+        lambda: general_call(query=ones(8)),
+        r"query must be \(T, B, Q\) = .*got \(8,\)",
+    ),
+    "attend-general-lengths": (
+        lambda: general_call(lengths=torch.tensor([5, 5])),
+        r"lengths must be \(B,\) = \(3\), got \(2,\)",
+    ),
+    "attend-weight_query": (
+        lambda: attend_call(weight_query=ones(6, 5)),
+        r"weight_query must be \(A, Q\) = \(6, 6\), got \(6, 5\)",
+    ),
+    "attend-weight_query-dtype": (
+        lambda: attend_call(weight_query=ones(6, 6, dtype=torch.float64)),
+        r"weight_query must have the dtype of query, torch.float32, got torch.float64",
+    ),
+    "decode-weight": (
+        lambda: general_call("decode", weight=ones(8, 8)),
+        r"weight must be \(Q, A\) = \(7, 8\), got \(8, 8\)",
+    ),
     "decode-x-2d": (lambda: decode_call(x=ones(4, 3)), r"\bx must .*got .*\(4, 3\)"),
     "decode-x-no-steps": (lambda: decode_call(x=ones(0, 3, 6)), r"\bx must .*got .*\(0, 3, 6\)"),
     "decode-w_ih": (
@@ -603,13 +660,56 @@ def test_projection_is_refused_but_for_lstm(cell: Any) -> None:
         (lambda: attend_call(weight=ones(6, 6)), "weight must be given .*got 'concat'"),
         (lambda: attend_call()._replace(options={"score": "dot"}), "weight_v must .*got 'dot'"),
         (lambda: decode_call(layers=[]), "at least one layer, got none"),
+        (lambda: decode_call(layers=[(ones(28, 13),)]), r"layers\[0\] must be .*got tuple of 1"),
+        (lambda: decode_call(layers=[(None,) * 5]), r"layers\[0\] must be .*got tuple of 5"),
+        (lambda: decode_call(layers=[ones(4, 7)]), r"layers\[0\] must be .*got Tensor"),
         (lambda: decode_call()._replace(options={"cell": "elman"}), "cell must .*'elman'"),
+        (lambda: decode_call(state=ones(2, 3, 7)), r"pair \(hidden, feed\), got Tensor"),
+        (lambda: decode_call(state=(None, 3)), "state.feed must be a tensor, got int"),
+        (lambda: decode_call(state=(ones(2, 3, 7), None)), r"pair \(h, c\), got Tensor"),
+        (lambda: scan_call(state=(None, None)), r"tensors \(h, c\), got NoneType for h"),
+        (lambda: scan_call(state=3), r"pair \(h, c\), got int"),
     ],
-    ids=["cell", "pair", "single", "score", "weight", "weight_v", "layers", "decode-cell"],
+    ids=[
+        "cell",
+        "pair",
+        "single",
+        "score",
+        "weight",
+        "weight_v",
+        "layers",
+        "layer-of-1",
+        "layer-of-5",
+        "layer-tensor",
+        "decode-cell",
+        "decode-state",
+        "decode-feed",
+        "decode-hidden",
+        "state-of-none",
+        "state-number",
+    ],
 )
 def test_bad_options_are_refused(make: Callable[[], Call], message: str) -> None:
     call = make()
     with pytest.raises(ValueError, match=message):
+        outputs_of(functional, call)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: scan_call(lengths=[5, 5, 5]), "lengths must be a tensor, got list of 3"),
+        (lambda: scan_call(resets=True), "resets must be a tensor, got bool"),
+        (lambda: general_call(lengths=5), "lengths must be a tensor, got int"),
+        (lambda: general_call("decode", weight=3), "weight must be a tensor, got int"),
+        (lambda: layer_call(1, 0, None), r"w_ih of layers\[1\] must be a tensor, got NoneType"),
+        (lambda: layer_call(0, 1, None), r"w_hh of layers\[0\] must be a tensor, got NoneType"),
+    ],
+    ids=["lengths", "resets", "general-lengths", "weight", "w_ih", "w_hh"],
+)
+def test_what_is_no_tensor_is_refused(make: Callable[[], Call], message: str) -> None:
+    call = make()
+    with pytest.raises(TypeError, match=message):
         outputs_of(functional, call)
 
 
@@ -756,3 +856,42 @@ def test_operator_of_the_extension_differentiates() -> None:
     assert weights.shape == (3, 2, 3)
     context.sum().backward()
     assert query.grad is not None
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_forward_mode_is_refused(case: Case) -> None:
+    call = case.call()
+    with forward_ad.dual_level():
+        for target in differentiable(call):
+            with pytest.raises(NotImplementedError, match=f"pyseq::{call.op} has no forward-mode"):
+                outputs_of(
+                    functional,
+                    changed(
+                        case.call(),
+                        lambda name, t, target=target: (
+                            forward_ad.make_dual(t, torch.ones_like(t)) if name == target else t
+                        ),
+                    ),
+                )
+
+
+@pytest.mark.parametrize("case", by_id(FULL))
+def test_saved_tensors_may_come_back_in_another_layout(case: Case) -> None:
+    def unpack(tensor: Tensor) -> Tensor:
+        # Equal values, last dimension not contiguous.
+        return torch.stack([tensor, tensor], -1)[..., 0]
+
+    expected = run(functional, case.call())
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        actual = run(functional, case.call())
+    assert_same_bits(actual.gradients, expected.gradients)
+
+
+def test_backward_operator_checks_what_forward_saved() -> None:
+    x, w = torch.randn(3, 2, 4), torch.randn(16, 4)
+    _, _, _, *saved = torch.ops.pyseq.scan_forward(*[x, w, w], *[None] * 7, "lstm", False)
+    saved[0] = saved[0][:2]
+    with pytest.raises(RuntimeError, match=r"gates must be .*\(3, 2, 16\), got \(2, 2, 16\)"):
+        torch.ops.pyseq.scan_backward(
+            x, None, None, x, w, w, None, None, None, *saved, "lstm", False, True
+        )

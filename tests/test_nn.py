@@ -339,6 +339,36 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
     ),
     "lstm-hx": (lambda: nn.LSTM(I, H)(X, SHORT), ValueError, r"pair \(h, c\), got Tensor"),
     "gru-hx": (lambda: nn.GRU(I, H)(X, (SHORT, SHORT)), ValueError, "one tensor h, got tuple of 2"),
+    "lstm-hx-none": (
+        lambda: nn.LSTM(I, H)(X, (None, None)),
+        ValueError,
+        r"pair of tensors \(h, c\), got NoneType for h",
+    ),
+    "lengths-number": (
+        lambda: nn.GRU(I, H)(X[:, 0], lengths=3),
+        TypeError,
+        "lengths must be a tensor, got int",
+    ),
+    "lengths-list": (
+        lambda: nn.GRU(I, H)(X, lengths=[T] * B),
+        TypeError,
+        "lengths must be a tensor, got list of 4",
+    ),
+    "lengths-of-many": (
+        lambda: nn.GRU(I, H)(X[:, 0], lengths=torch.tensor([1, 2])),
+        RuntimeError,
+        r"lengths must be one number for one sequence, got \(2,\)",
+    ),
+    "resets-list": (
+        lambda: nn.GRU(I, H, batch_first=True)(X, resets=[True]),
+        TypeError,
+        "resets must be a tensor, got list of 1",
+    ),
+    "meta-dtype": (
+        lambda: nn.LSTM(I, H, device="meta")(X.double().to("meta")),
+        ValueError,
+        r"input dtype \(torch.float64\) does not match weight dtype",
+    ),
     "packed-lengths": (
         lambda: nn.GRU(I, H)(
             pack_padded_sequence(X, torch.tensor([T] * B)), lengths=torch.tensor([T] * B)
@@ -359,6 +389,23 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
     "dot-sizes": (lambda: nn.Attention(3, 4, score="dot"), ValueError, "3 and memory_size 4"),
     "attention-size": (lambda: nn.Attention(3, 4, attention_size=2), ValueError, "'concat'"),
     "no-size": (lambda: nn.Attention(0, 4), ValueError, "query_size must be .* got 0"),
+    "true-size": (lambda: nn.Attention(True, 4), ValueError, "query_size must be .* got True"),
+    "half-size": (lambda: nn.Attention(3, 4.0), ValueError, "memory_size must be .* got 4.0"),  # type: ignore[arg-type]
+    "attention-lengths": (
+        lambda: nn.Attention(3, 3)(X[..., :3], X[..., :3], [T] * B),  # type: ignore[arg-type]
+        TypeError,
+        "lengths must be a tensor, got list of 4",
+    ),
+    "project-memory": (
+        lambda: nn.Score("general", 3, 4).project(torch.zeros(2, 5)),
+        RuntimeError,
+        r"memory must be \(S, B, M\) = \(any, any, 4\), got \(2, 5\)",
+    ),
+    "project-dtype": (
+        lambda: nn.Score("concat", 3, 4).project(torch.zeros(2, 5, 4).double()),
+        RuntimeError,
+        "memory must have the dtype of the score's weight, torch.float32, got torch.float64",
+    ),
     "query": (
         lambda: nn.Attention(3, 4)(torch.zeros(2, 5, 4), torch.zeros(6, 5, 4)),
         RuntimeError,
@@ -501,6 +548,26 @@ def test_attention_is_its_formula(score: str) -> None:
         assert leaf.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("kind", ["attention", "decoder"])
+def test_what_padding_of_the_memory_holds_does_not_matter(kind: str, score: str) -> None:
+    query, memory = torch.randn(2, 2, 4), torch.randn(5, 2, 4)
+    lengths = torch.tensor([5, 3])
+    if kind == "attention":
+        module: torch.nn.Module = nn.Attention(4, 4, score=score)
+    else:
+        module = nn.AttentionDecoder(4, 4, 4, score=score)
+    tables = []
+    for padding in (0.0, torch.nan):
+        memory[3:, 1] = padding
+        leaf = memory.clone().requires_grad_()
+        output = module(query, leaf, lengths=lengths)[0]
+        leaves = {"memory": leaf} | dict(module.named_parameters())
+        gradients = torch.autograd.grad(output.square().sum(), list(leaves.values()))
+        tables.append({"y": output} | dict(zip(leaves, gradients, strict=True)))
+    assert_close(tables[1], tables[0])
+
+
 def test_attention_size_defaults_to_the_query_size() -> None:
     assert shapes(nn.Attention(4, 3, score="concat")) == score_shapes("concat", 4, 3, 4)
 
@@ -637,6 +704,20 @@ def test_decoder_goes_on_from_its_state(cell: str, score: str | None) -> None:
         actual[f"hidden{i}"], expected[f"hidden{i}"] = part, flat(end.hidden)[i]
     assert_close(actual, expected)
     assert torch.equal(end.feed, output[-1])
+
+
+@pytest.mark.parametrize("score", ["general", None])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_decoder_takes_none_for_a_state_of_zero(cell: str, score: str | None) -> None:
+    module = decoder(cell=cell, score=score)
+    x, memory, _ = decoder_inputs()
+    zero: Any = torch.zeros(2, B, H, dtype=torch.float64)
+    zero = (zero, zero) if cell == "lstm" else zero
+    feed = torch.randn(B, H, dtype=torch.float64)
+    pairs = (((None, feed), (zero, feed)), ((None, None), None), ((zero, None), None))
+    for short, full in pairs:
+        actual, expected = (module(x, memory, state=state).output for state in (short, full))
+        assert_close({"y": actual}, {"y": expected})
 
 
 @pytest.mark.parametrize("score", ["concat", None])

@@ -11,11 +11,14 @@ import torch
 from operator_cases import (
     CELLS,
     AttendCase,
+    Case,
     DecodeCase,
     ScanCase,
     leaves,
     outputs_of,
+    poisoned,
     run,
+    small_cases,
 )
 from tolerances import assert_close
 from torch import Tensor
@@ -120,6 +123,14 @@ def test_padded_steps_keep_the_state(cell: Any) -> None:
     output, state = reference.scan(**call.inputs, **call.options)
     assert output.eq(0).all()
     assert_close(dict(leaves(state, "state")), dict(leaves(call.inputs["state"], "state")))
+
+
+@pytest.mark.parametrize("case", small_cases(torch.float64), ids=lambda case: case.id)
+def test_what_padding_holds_does_not_matter(case: Case) -> None:
+    call = case.call()
+    expected, actual = run(reference, call), run(reference, poisoned(call))
+    assert_close(actual.outputs, expected.outputs)
+    assert_close(actual.gradients, expected.gradients)
 
 
 def test_attend_dot_is_scaled_dot_product_attention() -> None:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks that modules and operators share.
+
+What the operators themselves read is checked in C++; these look at what Python computes
+with before, and at what modules know better.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .types import kind
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise a TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {kind(value)}")
+
+
+def check_shape(name: str, tensor: Tensor, letters: str, expected: tuple[int, ...]) -> None:
+    """Raise unless ``tensor`` has the ``expected`` shape, where -1 stands for any size."""
+    check_tensor(name, tensor)
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(expected) and all(
+        want in (-1, got) for want, got in zip(expected, shape, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("any" if want == -1 else str(want) for want in expected)
+        raise RuntimeError(f"{name} must be {letters} = ({sizes}), got {shape}")
+
+
+def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise unless both have one device (a product with the meta device would succeed) and,
+    but for autocast, one dtype."""
+    if tensor.device != like.device:
+        raise RuntimeError(
+            f"{name} must be on the device of {like_name}, {like.device}, got {tensor.device}"
+        )
+    if tensor.dtype != like.dtype and not autocasts(like.device):
+        raise RuntimeError(
+            f"{name} must have the dtype of {like_name}, {like.dtype}, got {tensor.dtype}"
+        )
+
+
+def check_positive(**sizes: object) -> None:
+    """Raise a ValueError unless every one is an int (which a bool is not) above 0."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``; there are devices that do not know it."""
+    name = device.type
+    return torch.amp.is_autocast_available(name) and torch.is_autocast_enabled(name)
