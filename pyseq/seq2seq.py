@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as apply_dropout
 
 from . import search
+from ._checks import check_positive
 from .nn import GRU, LSTM, RNN, AttentionDecoder, cell_name
 from .search import EncodedSource, Hypothesis, Step
 from .types import PAD, UNK, CellName, DecoderOutput, DecoderState, State
@@ -83,6 +84,12 @@ class Encoder(torch.nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_positive(
+            vocab_size=vocab_size,
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+        )
         if bidirectional and hidden_size % 2:
             raise ValueError(
                 "hidden_size must be even for a bidirectional encoder, which has half of it "
@@ -158,6 +165,7 @@ class Decoder(torch.nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_positive(vocab_size=vocab_size, embedding_size=embedding_size)
         self.dropout = dropout
         self.embedding = torch.nn.Embedding(vocab_size, embedding_size, padding_idx=PAD)
         self.rnn = AttentionDecoder(
@@ -178,7 +186,7 @@ class Decoder(torch.nn.Module):
         memory: Tensor | None,
         *,
         lengths: Tensor | None = None,
-        state: DecoderState | tuple[State, Tensor | None] | None = None,
+        state: tuple[State | None, Tensor | None] | None = None,
         need_weights: bool = False,
         keys: Tensor | None = None,
     ) -> tuple[Tensor, DecoderOutput]:
@@ -254,13 +262,12 @@ class Seq2Seq(torch.nn.Module):
             "source_vocab_size": source_vocab_size,
             "target_vocab_size": target_vocab_size,
         }
+        check_positive(**sizes)
         for name, size in sizes.items():
             if size <= UNK:
                 raise ValueError(
                     f"{name} must be at least {UNK + 1}, for the special tokens, got {size}"
                 )
-        if embedding_size < 1:
-            raise ValueError(f"embedding_size must be a positive integer, got {embedding_size}")
         self._config: dict[str, Any] = {
             **sizes,
             "embedding_size": embedding_size,
@@ -345,6 +352,7 @@ class Seq2Seq(torch.nn.Module):
 
         Raises:
             ValueError: an option is out of its range.
+            RuntimeError: the logits are not finite.
         """
         if beam_size == 1:
             return search.greedy(self, source, source_lengths, max_length=max_length)

@@ -149,7 +149,11 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
     "dropout": (lambda: model(dropout=-0.1), ValueError, "dropout must be .* got -0.1"),
     "vocabulary": (lambda: Seq2Seq(3, 9), ValueError, "source_vocab_size must be .* got 3"),
     "embedding": (lambda: model(embedding_size=0), ValueError, "embedding_size .* got 0"),
-    "layers": (lambda: model(num_layers=0), ValueError, "num_layers"),
+    "layers": (lambda: model(num_layers=0), ValueError, "num_layers must be .* got 0"),
+    "half-layers": (lambda: model(num_layers=1.5), ValueError, "num_layers must be .* got 1.5"),
+    "true-layers": (lambda: model(num_layers=True), ValueError, "num_layers must be .* got True"),
+    "half-size": (lambda: model(hidden_size=8.0), ValueError, "hidden_size must be .* got 8.0"),
+    "vocabulary-type": (lambda: Seq2Seq(11, "9"), ValueError, "target_vocab_size must .* got '9'"),  # type: ignore[arg-type]
     "source-dims": (
         lambda: model()(torch.tensor([4, 5]), torch.tensor([2]), torch.tensor([[START]])),
         RuntimeError,
