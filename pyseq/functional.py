@@ -91,6 +91,7 @@ def scan(
     Raises:
         ValueError: an option is unknown, or the state has the wrong form.
         RuntimeError: a tensor has the wrong shape, dtype or device.
+        TypeError: what must be a tensor is none.
 
     Reference:
         Elman 1990; Cho et al. 2014, arXiv 1406.1078 (GRU; here the reset gate applies
@@ -152,6 +153,7 @@ def attend(
     Raises:
         ValueError: an option is unknown or a weight does not go with the score.
         RuntimeError: a tensor has the wrong shape, dtype or device.
+        TypeError: what must be a tensor is none.
 
     Reference:
         Luong et al. 2015, arXiv 1508.04025, eq. 7 and 8; concat is also the additive score
@@ -222,6 +224,7 @@ def decode(
         ValueError: an option is unknown, a weight does not go with the score, or the state
             or a layer has the wrong form.
         RuntimeError: a tensor has the wrong shape, dtype or device.
+        TypeError: what must be a tensor is none.
 
     Reference:
         Luong et al. 2015, arXiv 1508.04025, eq. 5 to 8 and section 3.3 (input feeding).

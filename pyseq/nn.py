@@ -718,6 +718,7 @@ class Attention(torch.nn.Module):
 
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
+            TypeError: what must be a tensor is none.
         """
         check_shape("query", query, "(T, B, Q)", (-1, -1, self.query_size))
         check_shape("memory", memory, "(S, B, M)", (-1, query.shape[1], self.memory_size))
@@ -910,6 +911,7 @@ class AttentionDecoder(torch.nn.Module):
         Raises:
             ValueError: the state has the wrong form, or x another dtype than the weights.
             RuntimeError: a tensor has the wrong shape, dtype or device, or is missing.
+            TypeError: what must be a tensor is none.
         """
         if self.batch_first and x.dim() == 3:
             x = x.transpose(0, 1)
