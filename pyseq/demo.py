@@ -31,7 +31,6 @@ _DRAWN_WORD = "thunkable"
 
 # As many as fit into about five minutes on two cores; so short a run learns more with
 # less dropout than the full one.
-_EPOCHS = 7
 _DROPOUT = 0.1
 _TIMED_STEPS = 7
 
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="where the model goes (default: demo); one that is there already is replaced",
     )
-    parser.add_argument("--epochs", type=int, default=_EPOCHS, metavar="N")
+    parser.add_argument("--epochs", type=int, default=g2p.SHORT_TRAINING["epochs"], metavar="N")
     arguments = parser.parse_args(argv)
     if arguments.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {arguments.epochs}")
@@ -111,7 +110,7 @@ def _run(out: Path, epochs: int) -> None:
         Data(g2p.pairs(parts.validation), "cmudict (validation words)"),
         tokens=(g2p.SOURCE_TOKENS, g2p.TARGET_TOKENS),
         model=ModelOptions(**{**g2p.MODEL, "dropout": _DROPOUT}),
-        options=TrainingOptions(**{**g2p.TRAINING, "epochs": epochs}),
+        options=TrainingOptions(**{**g2p.SHORT_TRAINING, "epochs": epochs}),
         out=out,
         progress=True,
         log=lambda line: print(line, flush=True),

@@ -27,6 +27,10 @@ class TrainingError(PyseqError):
     """Training that cannot go on."""
 
 
+class SearchError(PyseqError, RuntimeError):
+    """A model whose outputs cannot be searched."""
+
+
 class MissingExtraError(PyseqError, ImportError):
     """An optional package that is not installed."""
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .errors import SearchError
 from .types import PAD, START, STOP, DecoderState
 
 __all__ = [
@@ -104,7 +105,7 @@ def greedy(
 
     Raises:
         ValueError: an option is out of its range.
-        RuntimeError: the model's logits are not finite.
+        SearchError: the model's logits are not finite; a RuntimeError.
     """
     _check_max_length(max_length)
     return _follow(
@@ -146,7 +147,7 @@ def sample(
 
     Raises:
         ValueError: an option is out of its range.
-        RuntimeError: the model's logits are not finite.
+        SearchError: the model's logits are not finite; a RuntimeError.
 
     Reference:
         Fan et al. 2018, arXiv 1805.04833 (top-k); Holtzman et al. 2020, arXiv 1904.09751,
@@ -202,7 +203,7 @@ def beam(
 
     Raises:
         ValueError: an option is out of its range.
-        RuntimeError: the model's logits are not finite.
+        SearchError: the model's logits are not finite; a RuntimeError.
 
     Reference:
         Wu et al. 2016, arXiv 1609.08144, eq. 14, without its coverage penalty.
@@ -397,10 +398,10 @@ def _emittable(log_probs: Tensor) -> Tensor:
     """``<pad>`` and ``<start>`` are never emitted; the others keep their probabilities.
 
     Raises:
-        RuntimeError: there is a NaN, which no comparison would ever choose or refuse.
+        SearchError: there is a NaN, which no comparison would ever choose or refuse.
     """
     if log_probs.isnan().any():
-        raise RuntimeError("the model's logits must be finite, got NaN or infinity")
+        raise SearchError("the model's logits must be finite, got NaN or infinity")
     log_probs = log_probs.clone()
     log_probs[:, [PAD, START]] = -math.inf
     return log_probs
