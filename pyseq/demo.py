@@ -29,9 +29,6 @@ from .types import STOP
 _NEW_WORDS = ("blorptastic", "snorkelwick", "quizzify", "thunkable", "zephyrine", "wobblegate")
 _DRAWN_WORD = "thunkable"
 
-# As many as fit into about five minutes on two cores; so short a run learns more with
-# less dropout than the full one.
-_DROPOUT = 0.1
 _TIMED_STEPS = 7
 
 
@@ -109,7 +106,7 @@ def _run(out: Path, epochs: int) -> None:
         Data(g2p.pairs(parts.train), "cmudict (training words)"),
         Data(g2p.pairs(parts.validation), "cmudict (validation words)"),
         tokens=(g2p.SOURCE_TOKENS, g2p.TARGET_TOKENS),
-        model=ModelOptions(**{**g2p.MODEL, "dropout": _DROPOUT}),
+        model=ModelOptions(**g2p.SHORT_MODEL),
         options=TrainingOptions(**{**g2p.SHORT_TRAINING, "epochs": epochs}),
         out=out,
         progress=True,
