@@ -858,6 +858,7 @@ def test_operator_of_the_extension_differentiates() -> None:
     assert query.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own use
 @pytest.mark.parametrize("case", by_id(FULL))
 def test_forward_mode_is_refused(case: Case) -> None:
     call = case.call()
