@@ -7,44 +7,36 @@
 
 namespace pyseq::cpu::PYSEQ_TIER {
 
-// The weights of a decoder as its loop reads them, and where the phases of a step leave what
-// the next ones read. Taken twice: once to count the memory, once for good (see Pieces).
+// The weights of a decoder as its forward steps read them. Taken twice: once to count the
+// memory, once for good (see Pieces).
 template <class T>
-struct DecodeForwardMemory {
+struct DecoderWeights {
   Weights<T> w_in[kMaxLayers];
   Weights<T> w_hh[kMaxLayers];
   Weights<T> combine_context;
   Weights<T> combine_hidden;
   Weights<T> w_query;
-  T* below;   // (2, B, H): a layer's output times its dropout mask; layers take turns
-  T* scores;  // (B, S)
-  T* own;     // (threads, own_size): a row of attention weights for each thread
-  int64_t own_size;
 
-  static DecodeForwardMemory take(const Decode<T>& args, int gates, int threads,
-                                  Pieces<T>& pieces) {
-    const int64_t B = args.batch, H = args.hidden, S = args.source, M = args.memory_size;
-    const bool packs = repays_packing(args.steps, B);
+  static DecoderWeights take(const Decode<T>& args, int gates, bool packs, Pieces<T>& pieces) {
+    const int64_t H = args.hidden, M = args.memory_size;
     const auto weights = [&](const T* source, int64_t stride, int64_t units, int gate_count,
                              int64_t k_count) {
       Weights<T> taken{source, stride, units, gate_count, k_count, nullptr};
       if (packs && source != nullptr) taken.packed = pieces.take(taken.packed_size());
       return taken;
     };
-    DecodeForwardMemory memory{};
+    DecoderWeights all{};
     for (int64_t l = 0; l < args.layer_count; ++l) {
       const DecoderLayer<T>& layer = args.layers[l];
-      memory.w_in[l] = weights(layer.w_in, layer.w_in_stride, H, gates, H);
-      memory.w_hh[l] = weights(layer.w_hh, H, H, gates, H);
+      all.w_in[l] = weights(layer.w_in, layer.w_in_stride, H, gates, H);
+      all.w_hh[l] = weights(layer.w_hh, H, H, gates, H);
     }
-    memory.combine_context = weights(args.combine, M + H, H, 1, M);
-    memory.combine_hidden = weights(args.combine + M, M + H, H, 1, H);
-    memory.w_query = weights(args.w_query, H, args.key_size, 1, H);
-    memory.below = pieces.take(2 * B * H);
-    memory.scores = pieces.take(B * S);
-    memory.own_size = (S + 15) / 16 * 16;
-    memory.own = pieces.take(memory.own_size * threads);
-    return memory;
+    if (args.combine != nullptr) {
+      all.combine_context = weights(args.combine, M + H, H, 1, M);
+      all.combine_hidden = weights(args.combine + M, M + H, H, 1, H);
+    }
+    all.w_query = weights(args.w_query, H, args.key_size, 1, H);
+    return all;
   }
 
   void pack(int64_t layer_count, int thread, int present) const {
@@ -56,6 +48,34 @@ struct DecodeForwardMemory {
     pack_rows(combine_hidden, thread, present);
     pack_rows(w_query, thread, present);
   }
+};
+
+// Where the phases of a step leave what the next ones read; taken like the weights.
+template <class T>
+struct DecoderScratch {
+  T* below;   // (2, B, H): a layer's output times its dropout mask; layers take turns
+  T* scores;  // (B, S)
+  T* own;     // (threads, own_size): a row of attention weights for each thread
+  int64_t own_size;
+
+  static DecoderScratch take(const Decode<T>& args, int threads, Pieces<T>& pieces) {
+    DecoderScratch scratch{};
+    scratch.below = pieces.take(2 * args.batch * args.hidden);
+    scratch.scores = pieces.take(args.batch * args.source);
+    scratch.own_size = (args.source + 15) / 16 * 16;
+    scratch.own = pieces.take(scratch.own_size * threads);
+    return scratch;
+  }
+};
+
+// One forward step: where it reads and writes.
+template <class T>
+struct DecoderStep {
+  int64_t t;              // counts steps in what is kept of every one
+  int64_t before, after;  // in elements: where the states lie in those of a layer
+  const T* fed;           // (B, H), the output before; null without feeding
+  T* output;              // (B, H), which may be the memory of `fed`
+  T* attn;                // (B, S)
 };
 
 template <class T>
@@ -74,131 +94,155 @@ Plan plan_decode(const Decode<T>& args, int gates, int barriers) {
       args.threads);
 }
 
+// The stacked cells of one step, for the rows and units of this thread. Returns the state of
+// the top layer, (B, H), which all members of the team have written.
+template <class T, class Cell>
+const T* step_cells(const Decode<T>& args, const DecoderWeights<T>& weights,
+                    const DecoderScratch<T>& scratch, const DecoderStep<T>& step, const Place& at) {
+  constexpr int G = Cell::kGates;
+  const int64_t B = args.batch, H = args.hidden, L = args.layer_count, t = step.t;
+  const int64_t kept = args.save ? 1 : 0;
+  const Range units = at.part(vectors<T>(H));
+  const T* below = step.fed;
+  for (int64_t l = 0; l < L; ++l) {
+    const DecoderLayer<T>& layer = args.layers[l];
+    Segment<T> segments[2];
+    int segment_count = 0;
+    if (layer.w_in != nullptr) {
+      segments[segment_count++] = input_segment(below, weights.w_in[l]);
+    }
+    segments[segment_count++] =
+        recurrent_segment<Cell>(layer.states + step.before, weights.w_hh[l]);
+    T* const gates = layer.gates + (l == 0 ? t : t * kept) * B * G * H;
+    const bool masked = layer.mask != nullptr && l + 1 < L;
+    T* const masked_output = scratch.below + (l & 1) * B * H;
+    product<T, G, Cell::kPre>(
+        segments, segment_count, at.rows.begin, at.rows.end, units.begin, units.end,
+        [&](int64_t row, int64_t panel, const T* sums) {
+          const int lanes = lanes_inside<T>(H, panel);
+          const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
+          T* const row_gates = gates + row * G * H + unit;
+          const T* c_prev = nullptr;
+          T* c_next = nullptr;
+          if constexpr (Cell::kHasCell) {
+            c_prev = layer.cells + step.before + offset;
+            c_next = layer.cells + step.after + offset;
+          }
+          const Vec<T> h = cell_forward<Cell>(
+              UnitForward<T>{H, lanes, l == 0 ? row_gates : layer.bias + unit,
+                             layer.apart_bias == nullptr ? nullptr : layer.apart_bias + unit,
+                             args.save ? row_gates : nullptr,
+                             layer.apart == nullptr ? nullptr : layer.apart + t * B * H + offset,
+                             layer.states + step.before + offset, c_prev, c_next},
+              sums);
+          store(layer.states + step.after + offset, h, lanes);
+          if (masked) {
+            store(masked_output + offset, h * load(layer.mask + t * B * H + offset, lanes), lanes);
+          }
+        });
+    at.wait();
+    below = masked ? masked_output : layer.states + step.after;
+  }
+  return below;
+}
+
+// The attention of one step by the top state, and Luong's combination.
+template <class T, class Score>
+void step_attention(const Decode<T>& args, const DecoderWeights<T>& weights,
+                    const DecoderScratch<T>& scratch, const DecoderStep<T>& step, const Place& at,
+                    int thread, const T* top) {
+  const int64_t B = args.batch, H = args.hidden, S = args.source, A = args.key_size,
+                M = args.memory_size;
+  const int64_t slot = args.save ? step.t : 0;
+  const Range units = at.part(vectors<T>(H)), memory_part = at.part(vectors<T>(M));
+  T* const own_attn = scratch.own + thread * scratch.own_size;
+
+  const T* query = top;
+  if (args.w_query != nullptr) {
+    const Range key_part = at.part(vectors<T>(A));
+    T* const projected = args.query + slot * B * A;
+    const Segment<T> segment = plain_segment(top, weights.w_query);
+    product<T, 1, 1>(&segment, 1, at.rows.begin, at.rows.end, key_part.begin, key_part.end,
+                     [&](int64_t row, int64_t panel, const T* sums) {
+                       store(projected + row * A + panel * kLanes<T>, load(sums),
+                             lanes_inside<T>(A, panel));
+                     });
+    at.wait();
+    query = projected;
+  }
+
+  // Scores are shared out by position, the context by component; between the two every
+  // member takes the whole softmax, which costs less than to wait once more.
+  const auto score_row = [&](int64_t row) {
+    const Range part = at.part(valid_positions<T>(args.lengths, row, S));
+    scores<T, Score, 1>(query + row * A, 0, args.keys + (row * S + part.begin) * A, part.size(), A,
+                        args.v, scratch.scores + row * S + part.begin, 0);
+  };
+  T* const context = args.context + slot * B * M;
+  const auto attend_row = [&](int64_t row) {
+    const int64_t valid = valid_positions<T>(args.lengths, row, S);
+    softmax(scratch.scores + row * S, valid, own_attn);
+    for (int64_t s = valid; s < S; ++s) own_attn[s] = 0;
+    weighted_sum<T, 1>(own_attn, 0, args.memory + row * S * M, valid, M, memory_part,
+                       context + row * M, 0);
+    const Range part = at.part(S);
+    T* const attn = step.attn + row * S;
+    for (int64_t s = part.begin; s < part.end; ++s) attn[s] = own_attn[s];
+  };
+  if (at.members == 1) {
+    for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
+      score_row(row);
+      attend_row(row);
+    }
+  } else {
+    for (int64_t row = at.rows.begin; row < at.rows.end; ++row) score_row(row);
+    at.wait();
+    for (int64_t row = at.rows.begin; row < at.rows.end; ++row) attend_row(row);
+    at.wait();
+  }
+
+  const Segment<T> combined[2] = {plain_segment(context, weights.combine_context),
+                                  plain_segment(top, weights.combine_hidden)};
+  product<T, 1, 1>(combined, 2, at.rows.begin, at.rows.end, units.begin, units.end,
+                   [&](int64_t row, int64_t panel, const T* sums) {
+                     store(step.output + row * H + panel * kLanes<T>, Math<T>::tanh(load(sums)),
+                           lanes_inside<T>(H, panel));
+                   });
+  at.wait();
+}
+
 template <class T, class Cell, class Score>
 void decode_forward_cell(const Decode<T>& args) {
   constexpr int G = Cell::kGates;
-  const int64_t B = args.batch, H = args.hidden, S = args.source, A = args.key_size,
-                M = args.memory_size, L = args.layer_count;
-  const int64_t unit_panels = vectors<T>(H), key_panels = vectors<T>(A);
-  const int64_t kept = args.save ? 1 : 0;
+  const int64_t B = args.batch, H = args.hidden, L = args.layer_count;
   const Plan plan = plan_decode(args, G, static_cast<int>(L) + 3 + (args.w_query ? 1 : 0));
+  const bool packs = repays_packing(args.steps, B);
 
   Pieces<T> count(nullptr);
-  DecodeForwardMemory<T>::take(args, G, plan.threads, count);
+  DecoderWeights<T>::take(args, G, packs, count);
+  DecoderScratch<T>::take(args, plan.threads, count);
   Workspace workspace(count.bytes());
   Pieces<T> pieces(workspace.data());
-  const auto memory = DecodeForwardMemory<T>::take(args, G, plan.threads, pieces);
+  const auto weights = DecoderWeights<T>::take(args, G, packs, pieces);
+  const auto scratch = DecoderScratch<T>::take(args, plan.threads, pieces);
   Teams teams(plan);
 
   parallel(plan.threads, [&](int thread, int present) {
-    memory.pack(L, thread, present);
+    weights.pack(L, thread, present);
     if (present > 1) teams.all.wait(present);
 
     const Place at = place(plan, thread, present, B, teams);
-    const Range units = at.part(unit_panels), key_part = at.part(key_panels),
-                memory_part = at.part(vectors<T>(M));
-    T* const own_attn = memory.own + thread * memory.own_size;
-
     for (int64_t t = 0; t < args.steps; ++t) {
-      const int64_t before = slot_before(t, args.steps, false, args.save) * B * H;
-      const int64_t after = slot_after(t, args.steps, false, args.save) * B * H;
-      const T* below =
-          args.feeding ? (t == 0 ? args.feed : args.output + (t - 1) * B * H) : nullptr;
-
-      for (int64_t l = 0; l < L; ++l) {
-        const DecoderLayer<T>& layer = args.layers[l];
-        Segment<T> segments[2];
-        int segment_count = 0;
-        if (layer.w_in != nullptr) {
-          segments[segment_count++] = input_segment(below, memory.w_in[l]);
-        }
-        segments[segment_count++] = recurrent_segment<Cell>(layer.states + before, memory.w_hh[l]);
-        T* const gates = layer.gates + (l == 0 ? t : t * kept) * B * G * H;
-        const bool masked = layer.mask != nullptr && l + 1 < L;
-        T* const masked_output = memory.below + (l & 1) * B * H;
-        product<T, G, Cell::kPre>(
-            segments, segment_count, at.rows.begin, at.rows.end, units.begin, units.end,
-            [&](int64_t row, int64_t panel, const T* sums) {
-              const int lanes = lanes_inside<T>(H, panel);
-              const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
-              T* const row_gates = gates + row * G * H + unit;
-              const T* c_prev = nullptr;
-              T* c_next = nullptr;
-              if constexpr (Cell::kHasCell) {
-                c_prev = layer.cells + before + offset;
-                c_next = layer.cells + after + offset;
-              }
-              const Vec<T> h = cell_forward<Cell>(
-                  UnitForward<T>{
-                      H, lanes, l == 0 ? row_gates : layer.bias + unit,
-                      layer.apart_bias == nullptr ? nullptr : layer.apart_bias + unit,
-                      args.save ? row_gates : nullptr,
-                      layer.apart == nullptr ? nullptr : layer.apart + t * B * H + offset,
-                      layer.states + before + offset, c_prev, c_next},
-                  sums);
-              store(layer.states + after + offset, h, lanes);
-              if (masked) {
-                store(masked_output + offset, h * load(layer.mask + t * B * H + offset, lanes),
-                      lanes);
-              }
-            });
-        at.wait();
-        below = masked ? masked_output : layer.states + after;
-      }
-
-      const T* const top = below;
-      const T* query = top;
-      if (args.w_query != nullptr) {
-        T* const projected = args.query + t * kept * B * A;
-        const Segment<T> segment = plain_segment(top, memory.w_query);
-        product<T, 1, 1>(&segment, 1, at.rows.begin, at.rows.end, key_part.begin, key_part.end,
-                         [&](int64_t row, int64_t panel, const T* sums) {
-                           store(projected + row * A + panel * kLanes<T>, load(sums),
-                                 lanes_inside<T>(A, panel));
-                         });
-        at.wait();
-        query = projected;
-      }
-
-      // Scores are shared out by position, the context by component; between the two every
-      // member takes the whole softmax, which costs less than to wait once more.
-      const auto score_row = [&](int64_t row) {
-        const Range part = at.part(valid_positions<T>(args.lengths, row, S));
-        scores<T, Score, 1>(query + row * A, 0, args.keys + (row * S + part.begin) * A, part.size(),
-                            A, args.v, memory.scores + row * S + part.begin, 0);
-      };
-      T* const context = args.context + t * kept * B * M;
-      const auto attend_row = [&](int64_t row) {
-        const int64_t valid = valid_positions<T>(args.lengths, row, S);
-        softmax(memory.scores + row * S, valid, own_attn);
-        for (int64_t s = valid; s < S; ++s) own_attn[s] = 0;
-        weighted_sum<T, 1>(own_attn, 0, args.memory + row * S * M, valid, M, memory_part,
-                           context + row * M, 0);
-        const Range part = at.part(S);
-        T* const attn = args.attn + t * args.attn_step + row * S;
-        for (int64_t s = part.begin; s < part.end; ++s) attn[s] = own_attn[s];
-      };
-      if (at.members == 1) {
-        for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
-          score_row(row);
-          attend_row(row);
-        }
-      } else {
-        for (int64_t row = at.rows.begin; row < at.rows.end; ++row) score_row(row);
-        at.wait();
-        for (int64_t row = at.rows.begin; row < at.rows.end; ++row) attend_row(row);
-        at.wait();
-      }
-
-      const Segment<T> combined[2] = {plain_segment(context, memory.combine_context),
-                                      plain_segment(top, memory.combine_hidden)};
       T* const output = args.output + t * B * H;
-      product<T, 1, 1>(combined, 2, at.rows.begin, at.rows.end, units.begin, units.end,
-                       [&](int64_t row, int64_t panel, const T* sums) {
-                         store(output + row * H + panel * kLanes<T>, Math<T>::tanh(load(sums)),
-                               lanes_inside<T>(H, panel));
-                       });
-      at.wait();
+      const T* const fed = t == 0 ? args.feed : output - B * H;
+      const DecoderStep<T> step{t,
+                                slot_before(t, args.steps, false, args.save) * B * H,
+                                slot_after(t, args.steps, false, args.save) * B * H,
+                                args.feeding ? fed : nullptr,
+                                output,
+                                args.attn + t * args.attn_step};
+      const T* const top = step_cells<T, Cell>(args, weights, scratch, step, at);
+      step_attention<T, Score>(args, weights, scratch, step, at, thread, top);
     }
   });
 }
