@@ -24,6 +24,8 @@ inline std::vector<Tensor> at_least_float(at::TensorList tensors) {
 }
 inline std::string_view at_least_float(std::string_view option) { return option; }
 inline bool at_least_float(bool option) { return option; }
+inline int64_t at_least_float(int64_t option) { return option; }
+inline double at_least_float(double option) { return option; }
 
 // AutocastCpu<&scan>::call is what stands before the operator whose kernel is `scan`; the
 // name is that of the operator.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The autograd Functions Scan, Attend and Decode. They call the operators through the
-// dispatcher, so that tracing (torch.compile) sees those and not what is inside them.
+// The autograd Functions Scan, Attend, Decode and LinearCrossEntropy. They call the operators
+// through the dispatcher, so that tracing (torch.compile) sees those and not what is inside them.
 #include "autograd.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
@@ -10,6 +11,7 @@
 #include <string>
 
 #include "dispatcher.h"
+#include "loss.h"
 
 namespace pyseq::autograd {
 
@@ -238,6 +240,43 @@ struct Decode : Function<Decode> {
   }
 };
 
+struct LinearCrossEntropy : Function<LinearCrossEntropy> {
+  // The gradients for a gradient of 1 are made here, where the softmax is at hand; backward
+  // only scales them.
+  static Tensor forward(AutogradContext* context, const Tensor& hidden, const Tensor& weight,
+                        const Tensor& target, const OptionalTensor& bias, int64_t ignore_index,
+                        double label_smoothing) {
+    const bool needs_hidden = hidden.requires_grad(), needs_weight = weight.requires_grad(),
+               needs_bias = bias.has_value() && bias->requires_grad();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op =
+        find_operator<&linear_cross_entropy_forward>("pyseq::linear_cross_entropy_forward");
+    const auto [loss, d_hidden, d_weight, d_bias] =
+        op.call(hidden, weight, target, bias, ignore_index, label_smoothing, needs_hidden,
+                needs_weight, needs_bias);
+    // The last three only to say what the gradients depend on.
+    context->save_for_backward({needs_hidden ? d_hidden : Tensor(),
+                                needs_weight ? d_weight : Tensor(), needs_bias ? d_bias : Tensor(),
+                                hidden, weight, or_undefined(bias)});
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list d) {
+    const variable_list saved = context->get_saved_variables();
+    variable_list result(6);
+    {
+      const at::NoGradGuard constant;
+      const auto scaled = [&](const Tensor& gradient) {
+        return gradient.defined() ? gradient * d[0] : gradient;
+      };
+      result[0] = scaled(saved[0]);
+      result[1] = scaled(saved[1]);
+      result[3] = scaled(saved[2]);
+    }
+    return gradients("linear_cross_entropy", std::move(result), d, saved);
+  }
+};
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
@@ -290,6 +329,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
       Decode::apply(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
                     lengths, dropout_masks, std::string(cell), std::string(score), input_feeding);
   return {result[0], result[1], result[2], result[3]};
+}
+
+Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                            const OptionalTensor& bias, int64_t ignore_index,
+                            double label_smoothing) {
+  const OptionalTensor hidden_(hidden), weight_(weight);
+  if (!needs_grad("linear_cross_entropy", {&hidden_, &weight_, &bias})) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op =
+        find_operator<&pyseq::linear_cross_entropy>("pyseq::linear_cross_entropy");
+    return op.call(hidden, weight, target, bias, ignore_index, label_smoothing);
+  }
+  return LinearCrossEntropy::apply(hidden, weight, target, bias, ignore_index, label_smoothing);
 }
 
 }  // namespace pyseq::autograd

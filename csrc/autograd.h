@@ -24,4 +24,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
     const OptionalTensor& lengths, const OptionalTensor& dropout_masks, std::string_view cell,
     std::string_view score, bool input_feeding, bool need_weights);
 
+Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                            const OptionalTensor& bias, int64_t ignore_index,
+                            double label_smoothing);
+
 }  // namespace pyseq::autograd

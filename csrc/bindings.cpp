@@ -11,6 +11,7 @@
 #include "build_info.h"
 #include "cpu/kernels.h"
 #include "dispatcher.h"
+#include "loss.h"
 #include "ops.h"
 
 TORCH_LIBRARY(pyseq, m) {
@@ -57,6 +58,13 @@ TORCH_LIBRARY(pyseq, m) {
       "Tensor context, str cell, str score, bool input_feeding, bool needs_x) -> "
       "(Tensor d_x, Tensor[] d_layers, Tensor d_keys, Tensor d_memory, Tensor d_combine, "
       "Tensor d_weight_query, Tensor d_weight_v, Tensor d_h_0, Tensor d_c_0, Tensor d_feed)");
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
+      "int ignore_index, float label_smoothing) -> Tensor");
+  m.def(
+      "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
+      "int ignore_index, float label_smoothing, bool needs_hidden, bool needs_weight, "
+      "bool needs_bias) -> (Tensor loss, Tensor d_hidden, Tensor d_weight, Tensor d_bias)");
   m.def("sigmoid(Tensor x) -> Tensor");
   m.def("tanh(Tensor x) -> Tensor");
 }
@@ -70,6 +78,8 @@ TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
   m.impl("decode", &pyseq::decode);
   m.impl("decode_forward", &pyseq::decode_forward);
   m.impl("decode_backward", &pyseq::decode_backward);
+  m.impl("linear_cross_entropy", &pyseq::linear_cross_entropy);
+  m.impl("linear_cross_entropy_forward", &pyseq::linear_cross_entropy_forward);
   m.impl("sigmoid", &pyseq::sigmoid);
   m.impl("tanh", &pyseq::tanh);
 }
@@ -78,12 +88,15 @@ TORCH_LIBRARY_IMPL(pyseq, Autograd, m) {
   m.impl("scan", &pyseq::autograd::scan);
   m.impl("attend", &pyseq::autograd::attend);
   m.impl("decode", &pyseq::autograd::decode);
+  m.impl("linear_cross_entropy", &pyseq::autograd::linear_cross_entropy);
 }
 
 TORCH_LIBRARY_IMPL(pyseq, AutocastCPU, m) {
   m.impl("scan", pyseq::AutocastCpu<&pyseq::scan>::of("pyseq::scan"));
   m.impl("attend", pyseq::AutocastCpu<&pyseq::attend>::of("pyseq::attend"));
   m.impl("decode", pyseq::AutocastCpu<&pyseq::decode>::of("pyseq::decode"));
+  m.impl("linear_cross_entropy",
+         pyseq::AutocastCpu<&pyseq::linear_cross_entropy>::of("pyseq::linear_cross_entropy"));
 }
 
 namespace {
@@ -119,6 +132,9 @@ PYBIND11_MODULE(_C, m) {
         "torch.ops.pyseq.attend");
   m.def("decode", Bound<&pyseq::decode>::to("pyseq::decode"), without_gil,
         "torch.ops.pyseq.decode");
+  m.def("linear_cross_entropy",
+        Bound<&pyseq::linear_cross_entropy>::to("pyseq::linear_cross_entropy"), without_gil,
+        "torch.ops.pyseq.linear_cross_entropy");
   m.def("build_info", &pyseq::build_info, "What the extension was built with and for.");
   m.def("compiled_tiers", &pyseq::cpu::compiled_tiers, "The CPU tiers compiled in.");
   m.def("cpu_tier", [] { return pyseq::cpu::tier().name; }, "The CPU tier in use.");

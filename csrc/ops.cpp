@@ -2,17 +2,16 @@
 #include "ops.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <string>
 
+#include "arguments.h"
 #include "check.h"
 #include "cpu/kernels.h"
 
@@ -41,24 +40,6 @@ bool is_additive(std::string_view score) {
   TORCH_CHECK_VALUE(score == "dot" || score == "concat", "score must be dot or concat, got ",
                     score);
   return score == "concat";
-}
-
-int thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-
-Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
-
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
-}
-
-// The kernels see null where there is no tensor, or one without elements that stands for none.
-template <class T>
-const T* data(const OptionalTensor& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
-}
-template <class T>
-T* data_or_null(const Tensor& tensor, bool present) {
-  return present ? tensor.data_ptr<T>() : nullptr;
 }
 
 // (S, B, D) as contiguous (B, S, D): a row's positions side by side, whatever the batch.

@@ -52,6 +52,17 @@ def decode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``torch.ops.pyseq.decode``: output, weights, h_n, c_n."""
 
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    /,
+) -> Tensor:
+    """``torch.ops.pyseq.linear_cross_entropy``: the loss."""
+
 def build_info() -> dict[str, str]:
     """What the extension was built with and for: torch, compiler, flags, cuda."""
 

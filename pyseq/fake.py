@@ -285,6 +285,38 @@ def _decode_backward(
     )
 
 
+@_fake("pyseq::linear_cross_entropy")
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    return hidden.new_empty(())
+
+
+@_fake("pyseq::linear_cross_entropy_forward")
+def _linear_cross_entropy_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        hidden.new_empty(()),
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+        weight.new_empty(weight.shape[0] if needs_bias else 0),
+    )
+
+
 @_fake("pyseq::sigmoid")
 @_fake("pyseq::tanh")
 def _activation(x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused operators: scan, attend and decode.
+"""The fused operators: scan, attend, decode and the loss of an output layer.
 
 Each is one call into C++ forward and one backward, whatever the number of steps. Options
 are checked here, tensors in C++. ``pyseq.reference`` has the same signatures in plain
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import _library as _library  # loads _C, which registers torch.ops.pyseq
-from ._checks import check_like, check_shape, check_tensor
+from . import reference
+from ._checks import autocasts, check_like, check_shape, check_tensor
 from .types import (
     GATES,
     SCORES,
@@ -261,6 +262,66 @@ def decode(
         weights if need_weights else None,
         DecoderState((h_n, c_n) if cell == "lstm" else h_n, output[-1]),
     )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross entropy of an output layer, without ever holding the logits of all rows.
+
+    The mean over the rows n whose target is not ``ignore_index`` of
+    ``-sum_v q_nv log softmax_v(W h_n + b)``, where ``q_n`` is ``1 - s`` at the target plus
+    ``s / V`` everywhere, for the label smoothing s.
+
+    Ignored rows take no part in any product: padding costs nothing, whatever it holds.
+    Where gradients are wanted they are computed in the forward pass. In float32 and float64
+    on the CPU this is one fused operator; for other dtypes and devices torch computes the
+    formula, with all logits in memory.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H), V at least 1.
+        target: (N,) int64, the right symbols, each from 0 to V - 1, or ``ignore_index``.
+        bias: (V,). Default: zero.
+        ignore_index: the target of rows that do not count.
+        label_smoothing: s, the share of the target probability that is spread over all
+            symbols, 0 to 1.
+
+    Returns:
+        0-dimensional, in nats. If no row counts it is NaN, as in torch, and every gradient
+        is zero.
+
+    Raises:
+        ValueError: ``label_smoothing`` is out of its range.
+        RuntimeError: a tensor has the wrong shape, dtype or device, or a target is no symbol.
+
+    Reference:
+        Szegedy et al. 2016, arXiv 1512.00567, section 7 (label smoothing).
+    """
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing!r}")
+    check_tensor("hidden", hidden)
+    device, dtype = hidden.device, hidden.dtype
+    fused = dtype in (torch.float32, torch.float64) or autocasts(device)
+    if device.type not in ("cpu", "meta") or not fused:
+        return reference.linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            bias,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+    loss: Tensor = torch.ops.pyseq.linear_cross_entropy(
+        hidden, weight, target, bias, ignore_index, label_smoothing
+    )
+    return loss
 
 
 def _core(score: ScoreName) -> str:

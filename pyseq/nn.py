@@ -14,11 +14,11 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.nn import init
-from torch.nn.functional import dropout as apply_dropout
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import functional
 from ._checks import autocasts, check_like, check_positive, check_shape, check_tensor
+from ._dropout import apply_dropout
 from .types import (
     GATES,
     SCORES,

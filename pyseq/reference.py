@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import cross_entropy, linear
 
 from .types import (
     GATES,
@@ -206,4 +206,24 @@ def decode(
         torch.stack(outputs),
         torch.stack(all_weights) if need_weights else None,
         DecoderState(hidden, feed),
+    )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The loss of an output layer; see :func:`pyseq.functional.linear_cross_entropy`."""
+    # Ignored rows are left out before the product: what they hold, NaN even, must not matter.
+    kept = target != ignore_index
+    return cross_entropy(
+        linear(hidden[kept], weight, bias),
+        target[kept],
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
     )

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as apply_dropout
 
-from . import search
-from ._checks import check_positive
+from . import functional, search
+from ._checks import check_positive, check_shape
+from ._dropout import apply_dropout
 from .nn import GRU, LSTM, RNN, AttentionDecoder, cell_name
 from .search import EncodedSource, Hypothesis, Step
 from .types import PAD, UNK, CellName, DecoderOutput, DecoderState, State
@@ -203,14 +203,56 @@ class Decoder(torch.nn.Module):
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
+        hidden, decoded = self._hidden(
+            target_in, memory, lengths=lengths, state=state, need_weights=need_weights, keys=keys
+        )
+        # Transposed here, where it is narrow, so that the logits are contiguous.
+        return self.output(hidden.transpose(0, 1)), decoded
+
+    def loss(
+        self,
+        target_in: Tensor,
+        target_out: Tensor,
+        memory: Tensor | None,
+        *,
+        lengths: Tensor | None = None,
+        state: tuple[State | None, Tensor | None] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """The cross entropy of what :meth:`forward` predicts; see :meth:`Seq2Seq.loss`.
+
+        Args:
+            target_in, target_out, label_smoothing: as in :meth:`Seq2Seq.loss`.
+            memory, lengths, state: as in :meth:`pyseq.nn.AttentionDecoder.forward`, time-major.
+        """
+        hidden, _ = self._hidden(target_in, memory, lengths=lengths, state=state)
+        check_shape("target_out", target_out, "(B, T)", tuple(target_in.shape))
+        return functional.linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.output.weight,
+            target_out.t().flatten(),
+            self.output.bias,
+            ignore_index=PAD,
+            label_smoothing=label_smoothing,
+        )
+
+    def _hidden(
+        self,
+        target_in: Tensor,
+        memory: Tensor | None,
+        *,
+        lengths: Tensor | None,
+        state: tuple[State | None, Tensor | None] | None,
+        need_weights: bool = False,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, DecoderOutput]:
+        """What the output layer reads (T, B, H), and what the recurrent decoder gave."""
         _check_tokens("target_in", target_in)
         x = apply_dropout(self.embedding(target_in.t()), self.dropout, self.training)
         decoded = self.rnn(
             x, memory, lengths=lengths, state=state, need_weights=need_weights, keys=keys
         )
-        # Transposed here, where it is narrow, so that the logits are contiguous.
-        output = decoded.output.transpose(0, 1)
-        return self.output(apply_dropout(output, self.dropout, self.training)), decoded
+        return apply_dropout(decoded.output, self.dropout, self.training), decoded
 
 
 class Seq2Seq(torch.nn.Module):
@@ -318,14 +360,57 @@ class Seq2Seq(torch.nn.Module):
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
+        memory, hidden = self._encode(source, source_lengths, target_in)
+        logits, _ = self.decoder(target_in, memory, lengths=source_lengths, state=(hidden, None))
+        return logits
+
+    def loss(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        target_in: Tensor,
+        target_out: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """Cross entropy in nats, averaged over the target tokens that are not ``<pad>``.
+
+        That of the logits that :meth:`forward` gives, which are never all in memory; see
+        :func:`pyseq.functional.linear_cross_entropy`.
+
+        Args:
+            source, source_lengths, target_in: as in :meth:`forward`.
+            target_out: (B, T) int64, token ids: the target with its end, ``<pad>`` after it.
+            label_smoothing: share of the target probability that is spread over all tokens.
+
+        Returns:
+            0-dimensional; NaN if every token of ``target_out`` is ``<pad>``.
+
+        Raises:
+            ValueError: ``label_smoothing`` is out of its range.
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+        """
+        memory, hidden = self._encode(source, source_lengths, target_in)
+        return self.decoder.loss(
+            target_in,
+            target_out,
+            memory,
+            lengths=source_lengths,
+            state=(hidden, None),
+            label_smoothing=label_smoothing,
+        )
+
+    def _encode(
+        self, source: Tensor, source_lengths: Tensor, target_in: Tensor
+    ) -> tuple[Tensor, State]:
+        """What the encoder gives for the sources of ``target_in``."""
         memory, hidden = self.encoder(source, source_lengths)
         if target_in.shape[0] != source.shape[0]:
             raise RuntimeError(
                 f"target_in must have one row for each of the {source.shape[0]} sources, "
                 f"got {target_in.shape[0]}"
             )
-        logits, _ = self.decoder(target_in, memory, lengths=source_lengths, state=(hidden, None))
-        return logits
+        return memory, hidden
 
     def generate(
         self,

@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from . import checkpoint
 from .errors import CheckpointError, DataError, TrainingError, require
@@ -143,22 +142,6 @@ def learning_rate_factor(
     return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
 
 
-def sequence_loss(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross entropy in nats, averaged over the target tokens that are not ``PAD``.
-
-    Args:
-        logits: (B, T, V) scores before the softmax.
-        target: (B, T) int64, the right symbols.
-        label_smoothing: share of the target probability that is spread over all symbols.
-    """
-    return cross_entropy(
-        logits.flatten(0, 1),
-        target.flatten(),
-        ignore_index=PAD,
-        label_smoothing=label_smoothing,
-    )
-
-
 def training_step(
     model: Seq2Seq,
     batch: Batch,
@@ -173,15 +156,25 @@ def training_step(
     that number is returned.
     """
     optimizer.zero_grad(set_to_none=True)
-    logits = model(batch.source, batch.source_lengths, batch.target_in)
-    loss = sequence_loss(logits, batch.target_out, label_smoothing=label_smoothing)
+    loss = model.loss(
+        batch.source,
+        batch.source_lengths,
+        batch.target_in,
+        batch.target_out,
+        label_smoothing=label_smoothing,
+    )
     value = loss.item()
     if not math.isfinite(value):
         return value
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
+    total_norm = torch.nn.utils.get_total_norm(
+        [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    )
+    norm = total_norm.item()
     if not math.isfinite(norm):
         return norm
+    if norm > clip_norm:  # else torch would multiply every gradient by 1
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, total_norm)
     optimizer.step()
     return value
 
@@ -195,8 +188,8 @@ def mean_loss(model: Seq2Seq, examples: Examples, *, batch_size: int) -> float:
     for batch in ordered_batches(examples, batch_size):
         batch = _to(batch, _device(model))
         count = int((batch.target_out != PAD).sum())
-        logits = model(batch.source, batch.source_lengths, batch.target_in)
-        total += sequence_loss(logits, batch.target_out).item() * count
+        loss = model.loss(batch.source, batch.source_lengths, batch.target_in, batch.target_out)
+        total += loss.item() * count
         tokens += count
     model.train(training)
     return total / max(1, tokens)

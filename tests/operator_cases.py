@@ -23,14 +23,17 @@ from pyseq.types import GATES, CellName, ScoreName
 DTYPES = (torch.float32, torch.float64)
 DEVICES = ("cpu",)
 
+#: The target of rows that do not count in the loss.
+IGNORED = -1
+
 #: Inputs that carry no gradient.
-CONSTANTS = ("lengths", "resets", "dropout_masks")
+CONSTANTS = ("lengths", "resets", "dropout_masks", "target")
 
 
 class Call(NamedTuple):
     """One call of an operator."""
 
-    op: str  # "scan", "attend" or "decode"
+    op: str  # the operator's name, such as "scan"
     inputs: dict[str, Any]  # tensors, and tuples or lists of them, by argument name
     options: dict[str, Any]  # everything else, by argument name
 
@@ -83,7 +86,12 @@ def in_double(call: Call) -> Call:
 
 
 def poisoned(call: Call) -> Call:
-    """``call`` with NaN in every padded step of x, and position of keys and memory."""
+    """``call`` with NaN in every padded step of x, position of keys and memory, and row that
+    does not count in the loss."""
+    if call.op == "linear_cross_entropy":
+        ignored = (call.inputs["target"] == IGNORED).unsqueeze(1)
+        hidden = call.inputs["hidden"].masked_fill(ignored, torch.nan)
+        return call._replace(inputs=call.inputs | {"hidden": hidden})
     lengths = call.inputs["lengths"]
 
     def poison(name: str, tensor: Tensor) -> Tensor:
@@ -436,7 +444,48 @@ class DecodeCase:
         return Call("decode", tensors, options)
 
 
-Case = ScanCase | AttendCase | DecodeCase
+@dataclass(frozen=True)
+class LinearCrossEntropyCase:
+    """Sizes and options of one call of ``linear_cross_entropy``."""
+
+    sizes: tuple[int, int, int] = (9, 7, 5)  # N, V, H
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    ignored: str | None = None  # rows that do not count: some, or most
+    label_smoothing: float = 0.0
+    bias: bool = True
+
+    @property
+    def id(self) -> str:
+        rows, vocab, size = self.sizes
+        return _join(
+            self.device,
+            str(self.dtype).removeprefix("torch."),
+            f"N{rows}-V{vocab}-H{size}",
+            self.ignored and f"ignored_{self.ignored}",
+            self.label_smoothing > 0 and "smoothing",
+            not self.bias and "nobias",
+        )
+
+    def call(self) -> Call:
+        """The call, on tensors that depend on nothing but the case."""
+        torch.manual_seed(0)
+        rows, vocab, size = self.sizes
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        ignored = torch.rand(rows) < {None: 0.0, "some": 0.3, "most": 0.9}[self.ignored]
+        ignored[rows // 2] = False
+        tensors = {
+            "hidden": torch.randn(rows, size, **kind),
+            "weight": _weight(vocab, size, **kind),
+            "target": torch.randint(vocab, (rows,)).masked_fill(ignored, IGNORED),
+        }
+        if self.bias:
+            tensors["bias"] = torch.randn(vocab, **kind)
+        options = {"ignore_index": IGNORED, "label_smoothing": self.label_smoothing}
+        return Call("linear_cross_entropy", tensors, options)
+
+
+Case = ScanCase | AttendCase | DecodeCase | LinearCrossEntropyCase
 
 CELLS: tuple[CellName, ...] = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
@@ -496,6 +545,21 @@ DECODE_SIZES = (
     (3, 8, 1, 4, 256, 128, 128),
 )
 LENGTHS = (None, "ragged", "holes", "zero", "full")
+# 513 and more rows of a small vocabulary, and 130 of a large one, are more than one chunk.
+LOSS_SIZES = (
+    (1, 1, 1),
+    (1, 2, 3),
+    (9, 7, 5),
+    (15, 16, 17),
+    (16, 65, 64),
+    (17, 33, 1),
+    (33, 130, 31),
+    (64, 64, 8),
+    (65, 200, 16),
+    (3, 5, 0),
+    (600, 12, 20),
+    (130, 40000, 3),
+)
 
 
 #: Scores, and whether the operator itself projects the query.
@@ -561,6 +625,22 @@ def decode_cases() -> list[DecodeCase]:
     ]
 
 
+def loss_cases() -> list[LinearCrossEntropyCase]:
+    """Cases of ``linear_cross_entropy``: for each device and dtype, every pair of settings."""
+    rows = pairwise(
+        {
+            "sizes": LOSS_SIZES,
+            "ignored": (None, "some", "most"),
+            "label_smoothing": (0.0, 0.1, 1.0),
+            "bias": (True, False),
+        }
+    )
+    return [
+        LinearCrossEntropyCase(dtype=dtype, device=device, **row)
+        for device, dtype, row in itertools.product(DEVICES, DTYPES, rows)
+    ]
+
+
 def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     """A handful that meets every kernel once: each cell, each score, all options on."""
     scans = [
@@ -586,4 +666,8 @@ def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
         )
         for cell, score in zip(CELLS, scores, strict=True)
     ]
-    return [*scans, base, *attends, *decodes]
+    losses = [
+        LinearCrossEntropyCase(ignored="some", label_smoothing=smoothing, dtype=dtype)
+        for smoothing in (0.0, 0.1)
+    ]
+    return [*scans, base, *attends, *decodes, *losses]

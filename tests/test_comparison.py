@@ -8,15 +8,17 @@ import pytest
 from pyseq import functional, reference
 from pyseq.comparison import reference_operators
 
+OPERATORS = ("scan", "attend", "decode", "linear_cross_entropy")
+
 
 def current() -> list[object]:
-    return [functional.scan, functional.attend, functional.decode]
+    return [getattr(functional, name) for name in OPERATORS]
 
 
 def test_reference_operators_are_swapped_and_restored() -> None:
     fused = current()
     with reference_operators():
-        assert current() == [reference.scan, reference.attend, reference.decode]
+        assert current() == [getattr(reference, name) for name in OPERATORS]
     assert current() == fused
 
 

@@ -14,10 +14,12 @@ import torch
 from operator_cases import (
     CELLS,
     DTYPES,
+    IGNORED,
     AttendCase,
     Call,
     Case,
     DecodeCase,
+    LinearCrossEntropyCase,
     ScanCase,
     attend_cases,
     changed,
@@ -26,6 +28,7 @@ from operator_cases import (
     expected_of,
     in_double,
     leaves,
+    loss_cases,
     outputs_of,
     poisoned,
     run,
@@ -49,11 +52,12 @@ def by_id(cases: Iterable[Case]) -> list[Any]:
 
 
 def op_of(case: Case) -> str:
-    return type(case).__name__.removesuffix("Case").lower()
+    words = re.findall("[A-Z][a-z]*", type(case).__name__.removesuffix("Case"))
+    return "_".join(words).lower()
 
 
-#: One call of each operator with everything in it, for what has nothing to do with sizes.
-FULL: tuple[Case, ...] = (
+#: One call of each operator over sequences with everything in it.
+SEQUENCES: tuple[ScanCase | AttendCase | DecodeCase, ...] = (
     ScanCase(projection=4, lengths="holes", resets="random"),
     ScanCase(cell="gru", lengths="ragged", reverse=True),
     AttendCase(score="general", lengths="holes", need_weights=True),
@@ -61,8 +65,13 @@ FULL: tuple[Case, ...] = (
     DecodeCase(score="concat", layers=2, lengths="holes", dropout=True, need_weights=True),
     DecodeCase(cell="gru", score="general", layers=2, lengths="ragged", need_weights=True),
 )
+#: The same and the other operators, for what has nothing to do with sizes.
+FULL: tuple[Case, ...] = (
+    *SEQUENCES,
+    LinearCrossEntropyCase(ignored="some", label_smoothing=0.1),
+)
 #: Large enough for both threads and for every part of the tiling.
-LARGE: tuple[Case, ...] = (
+LARGE: tuple[ScanCase | AttendCase | DecodeCase, ...] = (
     ScanCase(cell="lstm", sizes=(9, 37, 20, 130), lengths="ragged"),
     ScanCase(cell="gru", sizes=(9, 2, 20, 200), lengths="ragged", reverse=True),
     AttendCase(score="dot", sizes=(40, 50, 9, 70, 90, 70), lengths="ragged", need_weights=True),
@@ -77,7 +86,9 @@ LARGE: tuple[Case, ...] = (
 # Values and gradients
 
 
-@pytest.mark.parametrize("case", by_id([*scan_cases(), *attend_cases(), *decode_cases()]))
+@pytest.mark.parametrize(
+    "case", by_id([*scan_cases(), *attend_cases(), *decode_cases(), *loss_cases()])
+)
 def test_values_and_gradients(case: Case, set_threads: Callable[[int], None]) -> None:
     call = case.call()
     expected = expected_of(call)
@@ -95,6 +106,7 @@ def test_gradcheck(case: Case) -> None:
         ScanCase: (3, 2, 2, 3),
         AttendCase: (2, 3, 2, 3, 2, 2),
         DecodeCase: (2, 3, 2, 2, 3, 2, 3),
+        LinearCrossEntropyCase: (4, 3, 2),
     }
     sizes: Any = shrunk[type(case)]
     call = tracked(replace(case, sizes=sizes).call())
@@ -137,7 +149,9 @@ def test_values_without_gradients(case: Case, set_threads: Callable[[int], None]
         assert_close(outputs_of(functional, call), expected)
 
 
-@pytest.mark.parametrize("case", by_id(case for case in (*small_cases(), *LARGE) if case.lengths))
+@pytest.mark.parametrize(
+    "case", by_id(case for case in (*small_cases(), *LARGE) if getattr(case, "lengths", None))
+)
 def test_padding_is_exactly_zero(case: Case) -> None:
     call = case.call()
     lengths = call.inputs["lengths"]
@@ -155,7 +169,12 @@ def test_padding_is_exactly_zero(case: Case) -> None:
         assert outputs["context"][:, lengths == 0].eq(0).all()
 
 
-@pytest.mark.parametrize("case", by_id(case for case in (*FULL, *LARGE) if case.lengths))
+@pytest.mark.parametrize(
+    "case",
+    by_id(
+        case for case in (*FULL, *LARGE) if isinstance(case, LinearCrossEntropyCase) or case.lengths
+    ),
+)
 def test_nan_in_padding_stays_there(case: Case) -> None:
     call = case.call()
     expected, actual = expected_of(call), run(functional, poisoned(call))
@@ -231,6 +250,94 @@ def test_huge_scores_stay_finite(op: str, dtype: torch.dtype) -> None:
     call = replace(case, need_weights=True, lengths="holes").call()
     call.inputs["keys"] = call.inputs["keys"] * 1e4
     assert_close(run(functional, call).outputs, expected_of(call).outputs)
+
+
+# The loss
+
+
+def loss_call(**changes: Any) -> Call:
+    """A valid call of ``linear_cross_entropy`` (N 9, V 7, H 5) with some inputs replaced."""
+    call = LinearCrossEntropyCase(ignored="some", label_smoothing=0.1).call()
+    return call._replace(inputs=call.inputs | changes)
+
+
+def test_linear_cross_entropy_is_its_formula() -> None:
+    hidden, weight, bias = torch.randn(4, 5), torch.randn(6, 5), torch.randn(6)
+    target = torch.tensor([3, 0, 5, 1])
+    logs = torch.log_softmax(hidden @ weight.t() + bias, -1)
+    kept = [row for row in range(4) if target[row] != 0]
+    terms = [0.7 * logs[row, target[row]] + 0.3 * logs[row].mean() for row in kept]
+    loss = functional.linear_cross_entropy(
+        hidden, weight, target, bias, ignore_index=0, label_smoothing=0.3
+    )
+    assert loss.shape == ()
+    torch.testing.assert_close(loss, -torch.stack(terms).mean())
+
+
+@pytest.mark.parametrize("module", [functional, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_no_row_is_nan_without_gradients(smoothing: float, module: ModuleType) -> None:
+    for rows in (0, 3):
+        inputs = [torch.randn(size, requires_grad=True) for size in ((rows, 4), (5, 4), (5,))]
+        hidden, weight, bias = inputs
+        target = torch.full((rows,), -100)
+        loss = module.linear_cross_entropy(hidden, weight, target, bias, label_smoothing=smoothing)
+        assert loss.isnan()
+        for gradient in torch.autograd.grad(loss, inputs):
+            assert gradient.eq(0).all()
+
+
+def test_ignored_rows_get_no_gradient() -> None:
+    call = LinearCrossEntropyCase(ignored="most", label_smoothing=0.1).call()
+    ignored = call.inputs["target"] == IGNORED
+    assert run(functional, call).gradients["hidden"][ignored].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_the_loss_of_huge_logits_is_finite(scale: float, dtype: torch.dtype) -> None:
+    call = replace(LinearCrossEntropyCase(label_smoothing=0.1, dtype=dtype)).call()
+    call.inputs["bias"] = call.inputs["bias"] * scale
+    expected, actual = expected_of(call), run(functional, call)
+    assert_close(actual.outputs, expected.outputs)
+    assert_close(actual.gradients, expected.gradients)
+
+
+def test_minus_infinity_forbids_a_symbol() -> None:
+    call = LinearCrossEntropyCase(dtype=torch.float64).call()
+    call.inputs["bias"][3] = -torch.inf
+    call.inputs["target"][call.inputs["target"] == 3] = 2
+    expected, actual = expected_of(call), run(functional, call)
+    assert_close(actual.outputs, expected.outputs)
+    assert_close(actual.gradients, expected.gradients)
+
+
+def test_nan_reaches_the_loss() -> None:
+    for name in ("hidden", "weight", "bias"):
+        call = LinearCrossEntropyCase().call()
+        call.inputs[name].view(-1)[0] = torch.nan
+        assert outputs_of(functional, call)[""].isnan(), name
+
+
+def test_the_loss_keeps_nothing_as_large_as_the_logits() -> None:
+    call = tracked(LinearCrossEntropyCase(sizes=(400, 3000, 8)).call())
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs_of(functional, call)
+    assert max(sizes) == 3000 * 8 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_loss_in_half_precision_is_the_references(dtype: torch.dtype) -> None:
+    call = changed(loss_call(), lambda _, t: t.to(dtype) if t.is_floating_point() else t)
+    actual, expected = run(functional, call), run(reference, call)
+    assert_same_bits(actual.outputs, expected.outputs)
+    assert_same_bits(actual.gradients, expected.gradients)
 
 
 # Repeating, order and layout
@@ -346,7 +453,8 @@ def test_inputs_changed_before_backward_are_noticed(case: Case) -> None:
     total = sum_of(outputs_of(functional, call))
     inputs = dict(leaves(call.inputs))
     with torch.no_grad():
-        inputs["memory" if "memory" in inputs else "w_hh"].mul_(2)
+        name = next(name for name in ("memory", "w_hh", "weight") if name in inputs)
+        inputs[name].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
 
@@ -608,6 +716,39 @@ BAD_CALLS: dict[str, tuple[Callable[[], Call], str]] = {
         lambda: decode_call(dropout_masks=ones(2, 4, 3, 7)),
         r"dropout_masks must .*\(1, 4, 3, 7\).*got .*\(2, 4, 3, 7\)",
     ),
+    "loss-hidden": (
+        lambda: loss_call(hidden=ones(9, 1, 5)),
+        r"hidden must be \(N, H\), got \(9, 1, 5\)",
+    ),
+    "loss-weight": (
+        lambda: loss_call(weight=ones(7, 4)),
+        r"weight must .*\(7, 5\), got \(7, 4\)",
+    ),
+    "loss-no-symbols": (
+        lambda: loss_call(weight=ones(0, 5)),
+        r"weight must .*V at least 1, got \(0, 5\)",
+    ),
+    "loss-bias": (lambda: loss_call(bias=ones(9)), r"bias must .*\(7,\), got \(9,\)"),
+    "loss-target": (
+        lambda: loss_call(target=torch.zeros(8, dtype=torch.int64)),
+        r"target must .*\(9,\), got \(8,\)",
+    ),
+    "loss-target-dtype": (
+        lambda: loss_call(target=ones(9)),
+        r"target must be int64, got Float",
+    ),
+    "loss-target-large": (
+        lambda: loss_call(target=torch.arange(9)),
+        r"target must be from 0 to V - 1 = 6, .*got 7 at row 7",
+    ),
+    "loss-target-negative": (
+        lambda: loss_call(target=torch.full((9,), -2)),
+        r"target must be from 0 .*ignore_index = -1, got -2 at row 0",
+    ),
+    "loss-dtype-mix": (
+        lambda: loss_call(weight=ones(7, 5, dtype=torch.float64)),
+        r"weight must .*[fF]loat.*got .*([dD]ouble|float64)",
+    ),
     "decode-dtype-mix": (
         lambda: decode_call(combine=ones(7, 16, dtype=torch.float64)),
         r"combine must .*[fF]loat.*got .*([dD]ouble|float64)",
@@ -669,6 +810,10 @@ def test_projection_is_refused_but_for_lstm(cell: Any) -> None:
         (lambda: decode_call(state=(ones(2, 3, 7), None)), r"pair \(h, c\), got Tensor"),
         (lambda: scan_call(state=(None, None)), r"tensors \(h, c\), got NoneType for h"),
         (lambda: scan_call(state=3), r"pair \(h, c\), got int"),
+        (
+            lambda: loss_call()._replace(options={"label_smoothing": 1.5}),
+            "label_smoothing must be from 0 to 1, got 1.5",
+        ),
     ],
     ids=[
         "cell",
@@ -687,6 +832,7 @@ def test_projection_is_refused_but_for_lstm(cell: Any) -> None:
         "decode-hidden",
         "state-of-none",
         "state-number",
+        "label_smoothing",
     ],
 )
 def test_bad_options_are_refused(make: Callable[[], Call], message: str) -> None:
@@ -704,8 +850,9 @@ def test_bad_options_are_refused(make: Callable[[], Call], message: str) -> None
         (lambda: general_call("decode", weight=3), "weight must be a tensor, got int"),
         (lambda: layer_call(1, 0, None), r"w_ih of layers\[1\] must be a tensor, got NoneType"),
         (lambda: layer_call(0, 1, None), r"w_hh of layers\[0\] must be a tensor, got NoneType"),
+        (lambda: loss_call(hidden=[1.0]), "hidden must be a tensor, got list of 1"),
     ],
-    ids=["lengths", "resets", "general-lengths", "weight", "w_ih", "w_hh"],
+    ids=["lengths", "resets", "general-lengths", "weight", "w_ih", "w_hh", "hidden"],
 )
 def test_what_is_no_tensor_is_refused(make: Callable[[], Call], message: str) -> None:
     call = make()
@@ -713,7 +860,7 @@ def test_what_is_no_tensor_is_refused(make: Callable[[], Call], message: str) ->
         outputs_of(functional, call)
 
 
-@pytest.mark.parametrize("case", by_id(FULL))
+@pytest.mark.parametrize("case", by_id(SEQUENCES))
 def test_lengths_may_be_of_a_narrower_integer(case: Case) -> None:
     call = case.call()
     expected = outputs_of(functional, call)
@@ -844,7 +991,7 @@ def test_compile_keeps_one_graph(case: Case, dynamic: bool) -> None:
     assert_close(dict(zip(inputs, gradients, strict=True)), expected.gradients)
 
 
-@pytest.mark.parametrize("op", ["scan", "attend", "decode"])
+@pytest.mark.parametrize("op", ["scan", "attend", "decode", "linear_cross_entropy"])
 def test_extension_offers_the_operators_themselves(op: str) -> None:
     assert getattr(_C, op).__doc__.endswith(f"torch.ops.pyseq.{op}\n")
 

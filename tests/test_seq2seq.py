@@ -141,6 +141,35 @@ def test_dropout_in_training_only() -> None:
     assert torch.equal(module(*data), module(*data))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_is_the_cross_entropy_of_the_logits(smoothing: float) -> None:
+    module = model(dropout=0.4).double()
+    source, lengths, target_in = batch()
+    target_out = torch.randint(PAD + 1, 9, target_in.shape)
+    target_out[0, 1:] = PAD
+    parameters = list(module.parameters())
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    torch.manual_seed(3)
+    actual = gradients(
+        module.loss(source, lengths, target_in, target_out, label_smoothing=smoothing)
+    )
+    torch.manual_seed(3)  # the same dropout
+    logits = module(source, lengths, target_in)
+    expected = gradients(
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1),
+            target_out.flatten(),
+            ignore_index=PAD,
+            label_smoothing=smoothing,
+        )
+    )
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 Call = Callable[[], object]
 ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
     "odd": (lambda: model(hidden_size=7), ValueError, "hidden_size must be even .* got 7"),
@@ -168,6 +197,16 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
         lambda: model()(batch()[0], LENGTHS, torch.tensor([[START]])),
         RuntimeError,
         "target_in must have one row for each of the 3 sources, got 1",
+    ),
+    "loss-batches": (
+        lambda: model().loss(batch()[0], LENGTHS, *[torch.tensor([[START]])] * 2),
+        RuntimeError,
+        "target_in must have one row for each of the 3 sources, got 1",
+    ),
+    "target-out": (
+        lambda: model().loss(*batch(), torch.tensor([[START]])),
+        RuntimeError,
+        r"target_out must be \(B, T\) = .*, got \(1, 1\)",
     ),
 }
 
@@ -211,10 +250,7 @@ def test_learns_to_reverse(options: dict[str, Any], longest: int) -> None:
     for _ in range(200):
         source, lengths, target = reversal_batch(64, longest, generator)
         start = torch.full((64, 1), START)
-        logits = module(source, lengths, torch.cat([start, target[:, :-1]], 1))
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), target.flatten(), ignore_index=PAD
-        )
+        loss = module.loss(source, lengths, torch.cat([start, target[:, :-1]], 1), target)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)

@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 from operator_cases import DTYPES, AttendCase, Case, DecodeCase, ScanCase, expected_of, run
+from operator_cases import LinearCrossEntropyCase as LossCase
 from operator_cases import small_cases as small
 from tolerances import assert_close
 
@@ -37,6 +38,7 @@ def tier_cases() -> list[Case]:
             AttendCase(score="concat", sizes=(9, 33, 5, 67, 65, 31), dtype=dtype),
             DecodeCase(sizes=(4, 17, 9, 5, 67, 67, 33), layers=2, dtype=dtype),
             DecodeCase(cell="gru", score="concat", sizes=(4, 17, 1, 5, 65, 33, 67), dtype=dtype),
+            LossCase(sizes=(77, 130, 67), ignored="some", label_smoothing=0.1, dtype=dtype),
         )
     ]
 

@@ -6,6 +6,7 @@
 #include "attend.h"
 #include "decode.h"
 #include "gemm.h"
+#include "loss.h"
 #include "scan.h"
 
 namespace pyseq::cpu::PYSEQ_TIER {
@@ -37,6 +38,7 @@ constexpr Kernels<T> table() {
           attend_backward<T>,
           decode_forward<T>,
           decode_backward<T>,
+          linear_cross_entropy<T>,
           sigmoid<T>,
           tanh<T>};
 }

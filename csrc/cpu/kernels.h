@@ -155,6 +155,28 @@ struct Gemm {
   bool accumulate;
 };
 
+// Rows of logits that are made at a time, at most.
+constexpr int64_t kMaxLossRows = 512;
+
+// The mean over N rows, at least one, of the cross entropy of softmax(hidden weight^T + bias),
+// and its gradients.
+template <class T>
+struct LinearCrossEntropy {
+  int64_t rows, vocab, hidden_size;
+  int64_t chunk;  // rows of logits at a time
+  int threads;
+  double label_smoothing;
+  const T* hidden;        // (N, H)
+  const T* weight;        // (V, H)
+  const T* bias;          // (V) or null
+  const int64_t* target;  // (N), each in [0, V)
+  T* logits;              // (V, chunk), to work in
+  T* loss;                // one number
+  T* d_hidden;            // (N, H) or null
+  T* d_weight;            // (V, H) or null
+  T* d_bias;              // (V) or null
+};
+
 template <class T>
 struct Kernels {
   void (*gemm)(const Gemm<T>&);
@@ -164,6 +186,7 @@ struct Kernels {
   void (*attend_backward)(const AttendBackward<T>&);
   void (*decode_forward)(const Decode<T>&);
   void (*decode_backward)(const DecodeBackward<T>&);
+  void (*linear_cross_entropy)(const LinearCrossEntropy<T>&);
   void (*sigmoid)(const T* from, T* to, int64_t count);
   void (*tanh)(const T* from, T* to, int64_t count);
 };
