@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo, test, bench, lint: each makes .venv, installs torch and what it needs, builds
 # pyseq, and runs. A second call does again only what a change of the sources asks for.
-# Set on the command line: PYTHON (makes .venv), TORCH (what pip installs as torch), MAX_JOBS.
+# Set on the command line: PYTHON (makes .venv), TORCH (what pip installs as torch), MAX_JOBS,
+# BENCH (options of the benchmark, such as BENCH='--only scan-training --threads 2').
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+BENCH ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -23,8 +25,8 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(PY) -m pytest -q
 
-bench: $(VENV)/test.stamp
-	$(PY) benchmarks/report.py
+bench: $(VENV)/bench.stamp
+	$(PY) -m benchmarks.report $(BENCH)
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

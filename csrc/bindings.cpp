@@ -138,4 +138,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &pyseq::build_info, "What the extension was built with and for.");
   m.def("compiled_tiers", &pyseq::cpu::compiled_tiers, "The CPU tiers compiled in.");
   m.def("cpu_tier", [] { return pyseq::cpu::tier().name; }, "The CPU tier in use.");
+  m.def("multiply_add_rate", &pyseq::multiply_add_rate, pybind11::kw_only(),
+        pybind11::arg("threads"), pybind11::arg("rounds"), without_gil,
+        "Float32 operations per second of the multiply-add units.");
+  m.def("read_rate", &pyseq::read_rate, pybind11::kw_only(), pybind11::arg("threads"),
+        pybind11::arg("bytes"), pybind11::arg("passes"), without_gil,
+        "Bytes per second read by threads that each read `bytes` of their own.");
 }

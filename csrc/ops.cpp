@@ -820,4 +820,25 @@ Tensor sigmoid(const Tensor& x) { return map_activation(x, false); }
 
 Tensor tanh(const Tensor& x) { return map_activation(x, true); }
 
+namespace {
+
+void check_positive(const char* name, int64_t value) {
+  TORCH_CHECK_VALUE(value > 0, name, " must be positive, got ", value);
+}
+
+}  // namespace
+
+double multiply_add_rate(int64_t threads, int64_t rounds) {
+  check_positive("threads", threads);
+  check_positive("rounds", rounds);
+  return cpu::kernels<float>().multiply_add_rate(static_cast<int>(threads), rounds);
+}
+
+double read_rate(int64_t threads, int64_t bytes, int64_t passes) {
+  check_positive("threads", threads);
+  check_positive("bytes", bytes);
+  check_positive("passes", passes);
+  return cpu::kernels<float>().read_rate(static_cast<int>(threads), bytes, passes);
+}
+
 }  // namespace pyseq

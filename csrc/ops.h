@@ -93,4 +93,9 @@ DecodeGradients decode_backward(
 Tensor sigmoid(const Tensor& x);
 Tensor tanh(const Tensor& x);
 
+// What the machine can do at most in float32, per second of all threads; see cpu/peak.h. For the
+// benchmarks.
+double multiply_add_rate(int64_t threads, int64_t rounds);
+double read_rate(int64_t threads, int64_t bytes, int64_t passes);
+
 }  // namespace pyseq

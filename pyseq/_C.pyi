@@ -71,3 +71,19 @@ def cpu_tier() -> str:
 
 def compiled_tiers() -> str:
     """The CPU tiers compiled in, best first, separated by commas."""
+
+def multiply_add_rate(*, threads: int, rounds: int) -> float:
+    """Float32 operations per second of ``threads`` threads that only multiply and add.
+
+    Two for each multiply-add; ``rounds`` of 24 or 12 vectors each, in registers.
+
+    Raises:
+        ValueError: an argument is not positive.
+    """
+
+def read_rate(*, threads: int, bytes: int, passes: int) -> float:
+    """Bytes per second that ``threads`` threads read, each ``passes`` times its own ``bytes``.
+
+    Raises:
+        ValueError: an argument is not positive.
+    """

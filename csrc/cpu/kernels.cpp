@@ -7,6 +7,7 @@
 #include "decode.h"
 #include "gemm.h"
 #include "loss.h"
+#include "peak.h"
 #include "scan.h"
 
 namespace pyseq::cpu::PYSEQ_TIER {
@@ -40,7 +41,9 @@ constexpr Kernels<T> table() {
           decode_backward<T>,
           linear_cross_entropy<T>,
           sigmoid<T>,
-          tanh<T>};
+          tanh<T>,
+          multiply_add_rate<T>,
+          read_rate<T>};
 }
 
 }  // namespace

@@ -189,6 +189,8 @@ struct Kernels {
   void (*linear_cross_entropy)(const LinearCrossEntropy<T>&);
   void (*sigmoid)(const T* from, T* to, int64_t count);
   void (*tanh)(const T* from, T* to, int64_t count);
+  double (*multiply_add_rate)(int threads, int64_t rounds);
+  double (*read_rate)(int threads, int64_t bytes, int64_t passes);
 };
 
 struct Tier {
