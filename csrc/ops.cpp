@@ -188,7 +188,11 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const Tensor w_hh_rows = w_hh.contiguous();
   const Bias bias = fold_bias(b_ih, b_hh, cell, H);
 
-  const Tensor gates = project_input(x, w_ih, bias.sum);
+  const bool reads_input = B >= cpu::kRowsToReadInput;
+  const Tensor x_rows = x.contiguous(), w_ih_rows = w_ih.contiguous();
+  const Tensor gates = !reads_input ? project_input(x, w_ih, bias.sum)
+                       : save       ? at::empty({T_, B, cell.gates * H}, x.options())
+                                    : nothing(x);
   const int64_t slots = save ? T_ + 1 : 2, first = save && reverse ? T_ : 0;
   const int64_t last = save ? (reverse ? 0 : T_) : T_ % 2, first_step = reverse ? T_ - 1 : 0;
   Tensor cleared;
@@ -209,17 +213,21 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
         .cell = cell.kind,
         .steps = T_,
         .batch = B,
+        .input = I,
         .hidden = H,
         .state_size = P,
         .reverse = reverse,
         .save = save,
         .threads = thread_count(),
+        .x = x_rows.const_data_ptr<scalar_t>(),
+        .w_ih = reads_input ? w_ih_rows.const_data_ptr<scalar_t>() : nullptr,
+        .bias = data<scalar_t>(bias.sum),
         .w_hh = w_hh_rows.const_data_ptr<scalar_t>(),
         .w_hr = data<scalar_t>(w_hr),
         .apart_bias = data<scalar_t>(bias.apart),
         .lengths = data<int64_t>(lengths),
         .resets = data<bool>(resets),
-        .gates = gates.data_ptr<scalar_t>(),
+        .gates = data_or_null<scalar_t>(gates, save || !reads_input),
         .apart = data_or_null<scalar_t>(apart, save && cell.has_apart),
         .states = states.data_ptr<scalar_t>(),
         .cells = data_or_null<scalar_t>(cells, cell.has_cell),

@@ -59,8 +59,13 @@ struct Math {
     x = x < Constants::kLowest ? broadcast(Constants::kLowest) : x;
     V r;
     const I k = reduce(x, r);
+    const V fraction = 1 + series(r);
+#if defined(__AVX512F__)
+    return scale(fraction, __builtin_convertvector(k, V));
+#else
     const I half = k >> 1;
-    return (1 + series(r)) * power_of_two(half) * power_of_two(k - half);
+    return fraction * power_of_two(half) * power_of_two(k - half);
+#endif
   }
 
   // With e = exp(-|x|): 1 / (1 + e) for x >= 0 and e / (1 + e) below, which cancels nowhere.
@@ -95,16 +100,43 @@ struct Math {
     return reinterpret_cast<I>(rounded) - reinterpret_cast<I>(broadcast(Constants::kRound));
   }
 
+#if defined(__AVX512F__)
+  // value * 2^k, rounded once. (Of the unmasked form some compilers warn.)
+  static PYSEQ_FORCE_INLINE V scale(V value, V k) {
+    if constexpr (sizeof(T) == 4) {
+      return _mm512_maskz_scalef_ps(static_cast<__mmask16>(-1), value, k);
+    } else {
+      return _mm512_maskz_scalef_pd(static_cast<__mmask8>(-1), value, k);
+    }
+  }
+#endif
+
   static PYSEQ_FORCE_INLINE V power_of_two(I k) {
     return reinterpret_cast<V>((k + Constants::kBias) << Constants::kMantissa);
   }
 
   // exp(r) - 1 = r + r^2 (1/2! + r/3! + ...).
   static PYSEQ_FORCE_INLINE V series(V r) {
-    V sum = broadcast(T(inverse_factorial(Constants::kTerms)));
-#pragma GCC unroll 16
-    for (int n = Constants::kTerms - 1; n >= 2; --n) sum = sum * r + T(inverse_factorial(n));
-    return r + r * r * sum;
+    const V r2 = r * r, r4 = r2 * r2;
+    return r + r2 * terms<2, Constants::kTerms - 1>(r, r2, r4, r4 * r4);
+  }
+
+  // The sum of r^i / (First + i)! for i < Count, halved until two terms are left: a chain of
+  // log2 Count multiply-adds, where one after the other they would be what a step waits for.
+  template <int First, int Count>
+  static PYSEQ_FORCE_INLINE V terms(V r, V r2, V r4, V r8) {
+    constexpr T kFirst = T(inverse_factorial(First));
+    if constexpr (Count == 1) {
+      return broadcast(kFirst);
+    } else if constexpr (Count == 2) {
+      return r * T(inverse_factorial(First + 1)) + kFirst;
+    } else {
+      constexpr int kHalf = Count <= 4 ? 2 : (Count <= 8 ? 4 : 8);
+      static_assert(Count <= 16);
+      const V power = kHalf == 2 ? r2 : (kHalf == 4 ? r4 : r8);
+      return terms<First + kHalf, Count - kHalf>(r, r2, r4, r8) * power +
+             terms<First, kHalf>(r, r2, r4, r8);
+    }
   }
 
   static constexpr double inverse_factorial(int n) {

@@ -117,7 +117,7 @@ const T* step_cells(const Decode<T>& args, const DecoderWeights<T>& weights,
     const bool masked = layer.mask != nullptr && l + 1 < L;
     T* const masked_output = scratch.below + (l & 1) * B * H;
     product<T, G, Cell::kPre>(
-        segments, segment_count, at.rows.begin, at.rows.end, units.begin, units.end,
+        segments, segment_count, at.rows.begin, at.rows.end, units.begin, units.end, t % 2 != 0,
         [&](int64_t row, int64_t panel, const T* sums) {
           const int lanes = lanes_inside<T>(H, panel);
           const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
@@ -163,7 +163,7 @@ void step_attention(const Decode<T>& args, const DecoderWeights<T>& weights,
     T* const projected = args.query + slot * B * A;
     const Segment<T> segment = plain_segment(top, weights.w_query);
     product<T, 1, 1>(&segment, 1, at.rows.begin, at.rows.end, key_part.begin, key_part.end,
-                     [&](int64_t row, int64_t panel, const T* sums) {
+                     step.t % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
                        store(projected + row * A + panel * kLanes<T>, load(sums),
                              lanes_inside<T>(A, panel));
                      });
@@ -203,7 +203,7 @@ void step_attention(const Decode<T>& args, const DecoderWeights<T>& weights,
 
   const Segment<T> combined[2] = {plain_segment(context, weights.combine_context),
                                   plain_segment(top, weights.combine_hidden)};
-  product<T, 1, 1>(combined, 2, at.rows.begin, at.rows.end, units.begin, units.end,
+  product<T, 1, 1>(combined, 2, at.rows.begin, at.rows.end, units.begin, units.end, step.t % 2 != 0,
                    [&](int64_t row, int64_t panel, const T* sums) {
                      store(step.output + row * H + panel * kLanes<T>, Math<T>::tanh(load(sums)),
                            lanes_inside<T>(H, panel));
@@ -325,7 +325,7 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
       const T* d_next = fed ? args.layers[0].d_x_gates + (t + 1) * B * G * H : nullptr;
       const Segment<T> segment = plain_segment(d_next, memory.w_in[0]);
       product<T, 1, 1>(&segment, fed ? 1 : 0, at.rows.begin, at.rows.end, units.begin, units.end,
-                       epilogue);
+                       t % 2 != 0, epilogue);
     };
 
     for (int64_t t = T_ - 1; t >= 0; --t) {
@@ -342,7 +342,7 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
       T* const d_context = backward.d_context + t * B * M;
       const Segment<T> to_context = plain_segment<T>(d_sum, memory.combine_context);
       product<T, 1, 1>(&to_context, 1, at.rows.begin, at.rows.end, memory_part.begin,
-                       memory_part.end, [&](int64_t row, int64_t panel, const T* sums) {
+                       memory_part.end, t % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
                          store(d_context + row * M + panel * kLanes<T>, load(sums),
                                lanes_inside<T>(M, panel));
                        });
@@ -419,7 +419,7 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
         }
         const T* mask = is_top ? nullptr : layer.mask;
         product<T, 1, 2>(
-            segments, segment_count, at.rows.begin, at.rows.end, units.begin, units.end,
+            segments, segment_count, at.rows.begin, at.rows.end, units.begin, units.end, t % 2 != 0,
             [&](int64_t row, int64_t panel, const T* sums) {
               const int lanes = lanes_inside<T>(H, panel);
               const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
@@ -452,7 +452,7 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
     for (int64_t l = 0; l < L; ++l) {
       const DecoderLayer<T>& layer = args.layers[l];
       const Segment<T> segment = plain_segment<T>(layer.d_r_gates, memory.w_hh[l]);
-      product<T, 1, 1>(&segment, 1, at.rows.begin, at.rows.end, units.begin, units.end,
+      product<T, 1, 1>(&segment, 1, at.rows.begin, at.rows.end, units.begin, units.end, false,
                        [&](int64_t row, int64_t panel, const T* sums) {
                          const int64_t offset = row * H + panel * kLanes<T>;
                          const int lanes = lanes_inside<T>(H, panel);

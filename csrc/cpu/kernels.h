@@ -18,18 +18,27 @@ enum class CellKind { kRnnTanh, kRnnRelu, kGru, kLstm };
 // step, and after each; without, two that take turns. `slot_before` and `slot_after` in
 // steps.h say which. The first one is filled by the caller.
 
+// With so many rows the scan itself multiplies the input, beside the state: a tile of a step
+// is full then, and what the product made ahead would write and the loop read again is much.
+// Only the shape decides, because the order of a sum depends on it.
+constexpr int64_t kRowsToReadInput = 8;
+
 template <class T>
 struct ScanForward {
   CellKind cell;
-  int64_t steps, batch, hidden, state_size;
+  int64_t steps, batch, input, hidden, state_size;
   bool reverse, save;
   int threads;
+  const T* x;              // (T, B, I)
+  const T* w_ih;           // (G*H, I), or null: the product lies in `gates`, biases added
+  const T* bias;           // (G*H) or null; only with w_ih
   const T* w_hh;           // (G*H, P)
   const T* w_hr;           // (P, H) or null
   const T* apart_bias;     // (H) or null: added to the sum that stays apart (GRU)
   const int64_t* lengths;  // (B) or null
   const bool* resets;      // (T, B) or null
-  T* gates;                // (T, B, G*H): in the input part with biases, out what backward needs
+  T* gates;                // (T, B, G*H): out what backward needs, in the input's product if it
+                           // was made; null if neither
   T* apart;                // (T, B, H) or null: the same for the sum that stays apart
   T* states;               // (slots, B, P)
   T* cells;                // (slots, B, H) or null

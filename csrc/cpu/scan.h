@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One recurrent layer over a whole sequence, forward and backward. The input's product was
-// made before (it lies in `gates`), those of the weight gradients come after.
+// One recurrent layer over a whole sequence, forward and backward. With few rows the input's
+// product was made before (it lies in `gates`); the products of the weight gradients come after.
 #pragma once
 
 #include "kernels.h"
@@ -37,22 +37,28 @@ void scan_forward_cell(const ScanForward<T>& args) {
   const int64_t unit_panels = vectors<T>(H), state_panels = vectors<T>(P);
   const Steps steps{args.steps, B, args.reverse, args.lengths, args.resets};
 
-  const int64_t weights = G * H * P + (projects ? P * H : 0);
+  const bool reads_input = args.w_ih != nullptr;
+  const int64_t I = reads_input ? args.input : 0;
+  const int64_t weights = G * H * (I + P) + (projects ? P * H : 0);
   const Plan plan = plan_steps(
       {B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1}, args.threads);
+  Weights<T> w_ih{args.w_ih, I, H, G, I, nullptr};
   Weights<T> w_hh{args.w_hh, P, H, G, P, nullptr};
   Weights<T> w_hr{args.w_hr, H, P, 1, H, nullptr};
   const bool packs = repays_packing(args.steps, B);
+  const int64_t w_ih_size = packs && reads_input ? w_ih.packed_size() : 0;
   const int64_t w_hh_size = packs ? w_hh.packed_size() : 0;
   const int64_t w_hr_size = packs && projects ? w_hr.packed_size() : 0;
-  Workspace workspace(static_cast<size_t>(w_hh_size + w_hr_size) * sizeof(T));
+  Workspace workspace(static_cast<size_t>(w_ih_size + w_hh_size + w_hr_size) * sizeof(T));
   if (packs) {
     w_hh.packed = static_cast<T*>(workspace.data());
-    if (projects) w_hr.packed = w_hh.packed + w_hh_size;
+    if (reads_input) w_ih.packed = w_hh.packed + w_hh_size;
+    if (projects) w_hr.packed = w_hh.packed + w_hh_size + w_ih_size;
   }
   Teams teams(plan);
 
   parallel(plan.threads, [&](int thread, int present) {
+    pack_rows(w_ih, thread, present);
     pack_rows(w_hh, thread, present);
     pack_rows(w_hr, thread, present);
     if (present > 1) teams.all.wait(present);
@@ -77,10 +83,13 @@ void scan_forward_cell(const ScanForward<T>& args) {
         store(h_after + offset, steps.cleared(n + 1, row) ? Vec<T>{} : h, count);
       };
 
-      const Segment<T> recurrent = recurrent_segment<Cell>(h_before, w_hh);
+      Segment<T> segments[2];
+      int segment_count = 0;
+      if (reads_input) segments[segment_count++] = input_segment<T>(args.x + t * B * I, w_ih);
+      segments[segment_count++] = recurrent_segment<Cell>(h_before, w_hh);
       product<T, G, Cell::kPre>(
-          &recurrent, works ? 1 : 0, at.rows.begin, at.rows.end, units.begin, units.end,
-          [&](int64_t row, int64_t panel, const T* sums) {
+          segments, works ? segment_count : 0, at.rows.begin, at.rows.end, units.begin, units.end,
+          n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
             const int count = lanes_inside<T>(H, panel);
             const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
             const bool active = steps.active(n, row);
@@ -92,13 +101,16 @@ void scan_forward_cell(const ScanForward<T>& args) {
             }
             Vec<T> h = {};
             if (active) {
-              T* gates = args.gates + (t * B + row) * G * H + unit;
+              T* gates =
+                  args.gates == nullptr ? nullptr : args.gates + (t * B + row) * G * H + unit;
+              const T* x =
+                  reads_input ? (args.bias == nullptr ? nullptr : args.bias + unit) : gates;
               T* apart = args.apart == nullptr ? nullptr : args.apart + t * B * H + offset;
               const T* apart_bias = args.apart_bias == nullptr ? nullptr : args.apart_bias + unit;
               // With a projection no cell that reads h_prev comes here, only LSTM.
               const T* h_prev = projects ? c_prev : h_before + offset;
               h = cell_forward<Cell>(
-                  UnitForward<T>{H, count, gates, apart_bias, args.save ? gates : nullptr, apart,
+                  UnitForward<T>{H, count, x, apart_bias, args.save ? gates : nullptr, apart,
                                  h_prev, c_prev, c_next},
                   sums);
             } else if constexpr (Cell::kHasCell) {
@@ -117,7 +129,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
       if (projects) {
         const Segment<T> projection = plain_segment(inner, w_hr);
         product<T, 1, 1>(&projection, works ? 1 : 0, at.rows.begin, at.rows.end, outputs.begin,
-                         outputs.end, [&](int64_t row, int64_t panel, const T* sums) {
+                         outputs.end, n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
                            keep_state(row, panel, load(sums), steps.active(n, row));
                          });
         at.wait();
@@ -193,7 +205,7 @@ void scan_backward_cell(const ScanBackward<T>& args) {
       const T* d_next = follows ? args.d_r_gates + steps.time(n + 1) * B * G * H : nullptr;
       const Segment<T> recurrent = plain_segment(d_next, w_hh);
       product<T, 1, 1>(&recurrent, follows ? 1 : 0, at.rows.begin, at.rows.end, outputs.begin,
-                       outputs.end, [&](int64_t row, int64_t panel, const T* sums) {
+                       outputs.end, n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
                          const int64_t offset = row * P + panel * kLanes<T>;
                          const int count = lanes_inside<T>(P, panel);
                          // What comes from the step after, which a reset cuts off.
@@ -216,9 +228,10 @@ void scan_backward_cell(const ScanBackward<T>& args) {
       if (projects) {
         const T* d_projected = n < 0 ? nullptr : args.d_projected + t * B * P;
         const Segment<T> projection = plain_segment(d_projected, w_hr);
-        product<T, 1, 1>(
-            &projection, n < 0 ? 0 : 1, at.rows.begin, at.rows.end, units.begin, units.end,
-            [&](int64_t row, int64_t panel, const T* sums) { step_back(row, panel, load(sums)); });
+        product<T, 1, 1>(&projection, n < 0 ? 0 : 1, at.rows.begin, at.rows.end, units.begin,
+                         units.end, n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
+                           step_back(row, panel, load(sums));
+                         });
         at.wait();
       }
     }

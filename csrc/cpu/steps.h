@@ -74,7 +74,7 @@ template <class T>
 struct UnitForward {
   int64_t hidden;
   int count;
-  const T* x;           // (G*H): the input part with biases
+  const T* x;           // (G*H) or null: what is added to the sums, the input part or biases
   const T* apart_bias;  // (H) or null
   T* gates;             // (G*H) or null: where what backward needs is kept
   T* apart;             // (H) or null
@@ -91,7 +91,9 @@ PYSEQ_FORCE_INLINE Vec<T> cell_forward(const UnitForward<T>& unit, const T* sums
 #pragma GCC unroll 4
   for (int g = 0; g < Cell::kPre; ++g) {
     pre[g] = load(sums + g * kLanes<T>);
-    if (g < Cell::kGates) pre[g] += load(unit.x + g * unit.hidden, unit.count);
+    if (g < Cell::kGates && unit.x != nullptr) {
+      pre[g] += load(unit.x + g * unit.hidden, unit.count);
+    }
   }
   if constexpr (Cell::kPre > Cell::kGates) {
     if (unit.apart_bias != nullptr) {

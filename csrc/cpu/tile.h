@@ -133,30 +133,100 @@ template <class T, int G, int MR, int NP>
   }
 }
 
-// The same sums from weights that are not packed, as dot products along k.
-template <class T, int Rows, int Units>
-PYSEQ_FORCE_INLINE void dots(const T* a, int64_t a_stride, const T* weight, int64_t stride,
-                             int64_t k_count, T* sums, int64_t sum_stride, bool accumulate) {
+// Sums of the lanes of Count vectors, that of vector i in lane i: halves are added while they
+// are transposed, in an order that depends on nothing. With fewer vectors than lanes the rest
+// are partial sums, which `gathered` ends.
+template <class T, int Size>
+PYSEQ_FORCE_INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
+  VecInt<T> kept, moved;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    const int from = (lane & Size) == 0 ? 0 : kLanes<T>;
+    kept[lane] = from + lane;
+    moved[lane] = from + (lane ^ Size);
+  }
+  return __builtin_shuffle(a, b, kept) + __builtin_shuffle(a, b, moved);
+}
+
+template <class T, int Count, int Size = 1>
+PYSEQ_FORCE_INLINE Vec<T> fold_all(const Vec<T>* vectors) {
+  if constexpr (Count == 1) {
+    return vectors[0];
+  } else {
+    Vec<T> half[Count / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < Count / 2; ++i) half[i] = fold<T, Size>(vectors[2 * i], vectors[2 * i + 1]);
+    return fold_all<T, Count / 2, Size * 2>(half);
+  }
+}
+
+// Units whose dot products are summed side by side: as many as leave registers for two rows.
+template <class T>
+constexpr int kDotUnits =
+    kLanes<T> < (kAccumulators < 24 ? 4 : 8) ? kLanes<T> : (kAccumulators < 24 ? 4 : 8);
+
+// Dot products of Rows rows with kDotUnits units, partly summed: row m in out[m].
+template <class T, int Rows>
+PYSEQ_FORCE_INLINE void dots(const T* a, int64_t a_stride, const T* const* units, int64_t k_count,
+                             Vec<T>* out) {
   using V = Vec<T>;
-  V sum[Rows][Units] = {};
+  constexpr int kUnits = kDotUnits<T>;
+  V sum[Rows][kUnits] = {};
   for (int64_t k = 0; k < k_count; k += kLanes<T>) {
     const int inside = lanes_inside<T>(k_count, k / kLanes<T>);
     V row[Rows];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int m = 0; m < Rows; ++m) row[m] = load(a + m * a_stride + k, inside);
 #pragma GCC unroll 8
-    for (int u = 0; u < Units; ++u) {
-      const V value = load(weight + u * stride + k, inside);
-#pragma GCC unroll 4
+    for (int u = 0; u < kUnits; ++u) {
+      const V value = load(units[u] + k, inside);
+#pragma GCC unroll 2
       for (int m = 0; m < Rows; ++m) sum[m][u] += row[m] * value;
     }
   }
+#pragma GCC unroll 2
+  for (int m = 0; m < Rows; ++m) out[m] = fold_all<T, kUnits>(sum[m]);
+}
+
+// Joins the groups of a panel, each folded down to kDotUnits different lanes.
+template <class T, int Size = kDotUnits<T>>
+PYSEQ_FORCE_INLINE Vec<T> gathered(const Vec<T>* groups) {
+  if constexpr (Size == kLanes<T>) {
+    return groups[0];
+  } else {
+    constexpr int kHalf = kLanes<T> / Size / 2;
+    Vec<T> half[kHalf];
 #pragma GCC unroll 4
-  for (int m = 0; m < Rows; ++m) {
-#pragma GCC unroll 8
-    for (int u = 0; u < Units; ++u) {
-      T& to = sums[m * sum_stride + u];
-      to = sum_lanes<T>(sum[m][u]) + (accumulate ? to : T(0));
+    for (int i = 0; i < kHalf; ++i) half[i] = fold<T, Size>(groups[2 * i], groups[2 * i + 1]);
+    return gathered<T, Size * 2>(half);
+  }
+}
+
+// The same sums from weights that lie in rows and are not packed, as dot products along k.
+template <class T, int G, int Rows>
+PYSEQ_FORCE_INLINE void multiply_some_rows(const Segment<T>& segment, int64_t row, int64_t panel,
+                                           T* sums, int pre, bool accumulate) {
+  constexpr int kGroups = kLanes<T> / kDotUnits<T>;
+  const Weights<T>& weights = segment.weights;
+  const int last = lanes_inside<T>(weights.units, panel) - 1;
+  const T* const a = segment.a + row * segment.a_stride;
+  for (int g = 0; g < G; ++g) {
+    const T* const from = weights.source + (g * weights.units + panel * kLanes<T>)*weights.stride;
+    Vec<T> part[Rows][kGroups];
+    for (int group = 0; group < kGroups; ++group) {
+      // Units past the last are the last again; nobody reads their sums.
+      const T* units[kDotUnits<T>];
+      for (int u = 0; u < kDotUnits<T>; ++u) {
+        units[u] = from + smaller(group * kDotUnits<T> + u, last) * weights.stride;
+      }
+      Vec<T> sum[Rows];
+      dots<T, Rows>(a, segment.a_stride, units, weights.k_count, sum);
+      for (int m = 0; m < Rows; ++m) part[m][group] = sum[m];
+    }
+    for (int m = 0; m < Rows; ++m) {
+      T* const to = sums + (m * pre + segment.slot[g]) * kLanes<T>;
+      const Vec<T> sum = gathered<T>(part[m]);
+      store(to, accumulate ? load(to) + sum : sum);
     }
   }
 }
@@ -164,35 +234,14 @@ PYSEQ_FORCE_INLINE void dots(const T* a, int64_t a_stride, const T* weight, int6
 template <class T, int G>
 [[gnu::noinline]] void multiply_rows(const Segment<T>& segment, int64_t row, int height,
                                      int64_t panel, T* sums, int pre, bool accumulate) {
-  constexpr int kUnits = 4, kRows = 4;
-  const Weights<T>& weights = segment.weights;
-  const int64_t k_count = weights.k_count;
-  const int inside = lanes_inside<T>(weights.units, panel);
-  const int64_t sum_stride = pre * kLanes<T>, stride = weights.stride;
-  for (int g = 0; g < G; ++g) {
-    T* const to = sums + segment.slot[g] * kLanes<T>;
-    const T* const from = weights.source + (g * weights.units + panel * kLanes<T>)*stride;
-    for (int m = 0; m < height;) {
-      const T* const a = segment.a + (row + m) * segment.a_stride;
-      const bool whole = m + kRows <= height;
-      int u = 0;
-      for (; u + kUnits <= inside; u += kUnits) {
-        whole ? dots<T, kRows, kUnits>(a, segment.a_stride, from + u * stride, stride, k_count,
-                                       to + m * sum_stride + u, sum_stride, accumulate)
-              : dots<T, 1, kUnits>(a, 0, from + u * stride, stride, k_count,
-                                   to + m * sum_stride + u, 0, accumulate);
-      }
-      for (; u < inside; ++u) {
-        for (int i = m; i < (whole ? m + kRows : m + 1); ++i) {
-          dots<T, 1, 1>(segment.a + (row + i) * segment.a_stride, 0, from + u * stride, 0, k_count,
-                        to + i * sum_stride + u, 0, accumulate);
-        }
-      }
-      for (int i = m; i < (whole ? m + kRows : m + 1) && !accumulate; ++i) {
-        for (int lane = inside; lane < kLanes<T>; ++lane) to[i * sum_stride + lane] = 0;
-      }
-      m += whole ? kRows : 1;
-    }
+  int m = 0;
+  for (; m + 2 <= height; m += 2) {
+    multiply_some_rows<T, G, 2>(segment, row + m, panel, sums + m * pre * kLanes<T>, pre,
+                                accumulate);
+  }
+  if (m < height) {
+    multiply_some_rows<T, G, 1>(segment, row + m, panel, sums + m * pre * kLanes<T>, pre,
+                                accumulate);
   }
 }
 
@@ -235,11 +284,12 @@ PYSEQ_FORCE_INLINE Multiply<T> pick(int rows, int panels) {
 // to epilogue(row, panel, sums), where sums holds Pre vectors. A sum is added up in the
 // order of the segments and of k, however the rows and panels are cut into tiles, so that
 // the number of threads cannot change a bit. Panels are the outer loop: one comes from far
-// memory once and serves all rows.
+// memory once and serves all rows. A loop that comes back to the same weights takes them
+// backwards every other time, and finds the last ones still in the cache.
 template <class T, int G, int Pre, class Epilogue>
 PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, int64_t row_begin,
                                 int64_t row_end, int64_t panel_begin, int64_t panel_end,
-                                Epilogue&& epilogue) {
+                                bool backwards, Epilogue&& epilogue) {
   using detail::fits;
   const int64_t rows = row_end - row_begin;
   if (rows <= 0) return;
@@ -247,12 +297,13 @@ PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, i
   const int64_t tile_rows = (rows + tiles - 1) / tiles;
   alignas(64) T sums[kAccumulators * Pre * kLanes<T>];
 
-  for (int64_t panel = panel_begin; panel < panel_end;) {
+  for (int64_t left_panels = panel_end - panel_begin; left_panels > 0;) {
     int width = 8;
-    while (width > 1 &&
-           (width > panel_end - panel || !fits(G, static_cast<int>(tile_rows), width))) {
+    while (width > 1 && (width > left_panels || !fits(G, static_cast<int>(tile_rows), width))) {
       width /= 2;
     }
+    left_panels -= width;
+    const int64_t panel = backwards ? panel_begin + left_panels : panel_end - left_panels - width;
     for (int64_t row = row_begin; row < row_end;) {
       // Tiles of equal height, give or take one row.
       const int64_t left = (row_end - row + tile_rows - 1) / tile_rows;
@@ -284,7 +335,6 @@ PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, i
       }
       row += height;
     }
-    panel += width;
   }
 }
 
