@@ -69,9 +69,11 @@ Bias fold_bias(const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Cel
   return {sum, b_hh->slice(0, shared).contiguous()};
 }
 
-// c = a b (+ bias), or c += a b, for matrices; c's rows are contiguous.
+// c = a b (+ bias), or c += a b, for matrices; c's rows are contiguous. With `a_sums` also the
+// sums of a's rows.
 void multiply_into(const Tensor& c, const Tensor& a, const Tensor& b,
-                   const OptionalTensor& bias = std::nullopt, bool accumulate = false) {
+                   const OptionalTensor& bias = std::nullopt, bool accumulate = false,
+                   const OptionalTensor& a_sums = std::nullopt) {
   AT_DISPATCH_FLOATING_TYPES(c.scalar_type(), "gemm", [&] {
     cpu::kernels<scalar_t>().gemm({
         .m = c.size(0),
@@ -88,6 +90,7 @@ void multiply_into(const Tensor& c, const Tensor& a, const Tensor& b,
         .c = c.data_ptr<scalar_t>(),
         .c_row = c.stride(0),
         .accumulate = accumulate,
+        .a_sums = a_sums.has_value() ? a_sums->data_ptr<scalar_t>() : nullptr,
     });
   });
 }
@@ -111,11 +114,12 @@ Tensor without_padding(const Tensor& x, const OptionalTensor& lengths) {
   return x.masked_fill(steps.unsqueeze(1).ge(*lengths).unsqueeze(2), 0);
 }
 
-// The gradients of both biases from those of the pre-activations; the two never share
-// memory, since operators may not return the same memory twice.
-std::pair<Tensor, Tensor> bias_gradients(const Tensor& d_x_gates, const Tensor& d_r_gates) {
-  const Tensor d_b_ih = flat(d_x_gates).sum(0);
-  return {d_b_ih, d_x_gates.is_same(d_r_gates) ? d_b_ih.clone() : flat(d_r_gates).sum(0)};
+// The gradients of a weight and its bias from those of its outputs, (N, rows), and its inputs.
+std::pair<Tensor, Tensor> weight_gradient(const Tensor& d_rows, const Tensor& inputs) {
+  const Tensor weight = at::empty({d_rows.size(1), inputs.size(1)}, d_rows.options());
+  const Tensor bias = at::empty({d_rows.size(1)}, d_rows.options());
+  multiply_into(weight, d_rows.t(), inputs, std::nullopt, /*accumulate=*/false, bias);
+  return {weight, bias};
 }
 
 struct ScanShape {
@@ -297,19 +301,25 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
     d_c = at::empty({B, H}, x.options());
     d_c_n.has_value() ? d_c.copy_(*d_c_n) : d_c.zero_();
   }
-  const Tensor d_x_gates = at::empty({T_, B, rows}, x.options());
-  const Tensor d_r_gates = cell.has_apart ? at::empty_like(d_x_gates) : d_x_gates;
-  const Tensor d_projected = projects ? at::empty({T_, B, P}, x.options()) : nothing(x);
+  const Tensor x_rows = without_padding(x, lengths).contiguous(), w_ih_rows = w_ih.contiguous();
+  const Tensor d_x = needs_x ? at::empty({T_, B, I}, x.options()) : nothing(x);
+  const Tensor d_w_ih = at::empty({rows, I}, x.options());
+  const Tensor d_w_hh = at::empty({rows, P}, x.options());
+  const Tensor d_w_hr = projects ? at::empty({P, H}, x.options()) : nothing(x);
+  const Tensor d_b_ih = at::empty({rows}, x.options()), d_b_hh = at::empty({rows}, x.options());
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan_backward", [&] {
     cpu::kernels<scalar_t>().scan_backward({
         .cell = cell.kind,
         .steps = T_,
         .batch = B,
+        .input = I,
         .hidden = H,
         .state_size = P,
         .reverse = reverse,
         .threads = thread_count(),
+        .x = x_rows.const_data_ptr<scalar_t>(),
+        .w_ih = w_ih_rows.const_data_ptr<scalar_t>(),
         .w_hh = w_hh_rows.const_data_ptr<scalar_t>(),
         .w_hr = data<scalar_t>(w_hr),
         .lengths = data<int64_t>(lengths),
@@ -318,27 +328,19 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
         .apart = data_or_null<scalar_t>(apart, cell.has_apart),
         .states = states.const_data_ptr<scalar_t>(),
         .cells = data_or_null<scalar_t>(cells, cell.has_cell),
+        .inner = data_or_null<scalar_t>(inner, projects),
         .d_y = d_output.const_data_ptr<scalar_t>(),
         .d_h = d_h.data_ptr<scalar_t>(),
         .d_c = data_or_null<scalar_t>(d_c, cell.has_cell),
-        .d_x_gates = d_x_gates.data_ptr<scalar_t>(),
-        .d_r_gates = d_r_gates.data_ptr<scalar_t>(),
-        .d_projected = data_or_null<scalar_t>(d_projected, projects),
+        .d_x = data_or_null<scalar_t>(d_x, needs_x),
+        .d_w_ih = d_w_ih.data_ptr<scalar_t>(),
+        .d_w_hh = d_w_hh.data_ptr<scalar_t>(),
+        .d_w_hr = data_or_null<scalar_t>(d_w_hr, projects),
+        .d_b_ih = d_b_ih.data_ptr<scalar_t>(),
+        .d_b_hh = d_b_hh.data_ptr<scalar_t>(),
     });
   });
-
-  // Slot t lies before step t, or after it in reverse: what each step started from.
-  const Tensor h_before = states.narrow(0, reverse ? 1 : 0, T_);
-  const Tensor d_x_rows = flat(d_x_gates), d_r_rows = flat(d_r_gates);
-  const auto [d_b_ih, d_b_hh] = bias_gradients(d_x_gates, d_r_gates);
-  return {needs_x ? matrix_product(d_x_rows, w_ih).view({T_, B, I}) : nothing(x),
-          matrix_product(d_x_rows.t(), flat(without_padding(x, lengths))),
-          matrix_product(d_r_rows.t(), flat(h_before)),
-          d_b_ih,
-          d_b_hh,
-          projects ? matrix_product(flat(d_projected).t(), flat(inner)) : nothing(x),
-          d_h,
-          d_c};
+  return {d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h, d_c};
 }
 
 namespace {
@@ -760,16 +762,17 @@ DecodeGradients decode_backward(
   std::vector<Tensor> d_layers;
   for (int64_t l = 0; l < L; ++l) {
     const Tensor d_x_l = d_x_gates.select(0, l), d_r_l = d_r_gates.select(0, l);
-    const Tensor d_rows = flat(d_x_l).t();
-    Tensor d_w_ih;
+    const Tensor d_rows = flat(d_x_l);
+    Tensor d_w_ih, d_b_ih;
     if (l > 0) {
       Tensor below = h_after.select(0, l - 1);
       if (all.masks.has_value()) below = below * all.masks->select(0, l - 1);
-      d_w_ih = matrix_product(d_rows, flat(below));
+      std::tie(d_w_ih, d_b_ih) = weight_gradient(d_rows, flat(below));
     } else if (input_feeding) {
       d_w_ih = at::empty({rows, I + H}, options);
+      d_b_ih = at::empty({rows}, options);
       Tensor d_w_x = d_w_ih.slice(1, 0, I), d_w_feed = d_w_ih.slice(1, I);
-      multiply_into(d_w_x, d_rows, flat(x));
+      multiply_into(d_w_x, d_rows.t(), flat(x), std::nullopt, /*accumulate=*/false, d_b_ih);
       const Tensor d_first = d_x_l.select(0, 0).t();
       multiply_into(d_w_feed, d_first, all.feed);
       if (T_ > 1) {
@@ -777,13 +780,12 @@ DecodeGradients decode_backward(
                       std::nullopt, /*accumulate=*/true);
       }
     } else {
-      d_w_ih = matrix_product(d_rows, flat(x));
+      std::tie(d_w_ih, d_b_ih) = weight_gradient(d_rows, flat(x));
     }
-    const auto [d_b_ih, d_b_hh] =
-        cell.has_apart ? bias_gradients(d_x_l, d_r_l) : bias_gradients(d_x_l, d_x_l);
+    const auto [d_w_hh, d_b_hh] =
+        weight_gradient(flat(d_r_l), flat(all.states.select(0, l).narrow(0, 0, T_)));
     d_layers.push_back(d_w_ih);
-    d_layers.push_back(
-        matrix_product(flat(d_r_l).t(), flat(all.states.select(0, l).narrow(0, 0, T_))));
+    d_layers.push_back(d_w_hh);
     d_layers.push_back(d_b_ih);
     d_layers.push_back(d_b_hh);
   }

@@ -54,6 +54,53 @@ void pack_group(const Gemm<T>& args, int64_t k0, int64_t depth, int64_t panel, i
   }
 }
 
+// Where a tile of copied columns lies, `depth` rows of kRows at most; its last row is written
+// as a vector of kMoved.
+constexpr int kMoved = 8;
+PYSEQ_FORCE_INLINE int64_t copied_size(int64_t depth) { return depth * kMaxRows<1> + kMoved; }
+
+// Copies `count` columns of a (rows of a transpose, which would be read at large strides, over
+// and over), `depth` long: tile by tile, as [k][column]. The rows are read along, which the
+// machine foresees; a tile's share of one is moved as a vector, of which the end is overwritten
+// by the next.
+template <class T>
+void copy_columns(const Gemm<T>& args, int64_t begin, int64_t count, int tiles, int64_t k0,
+                  int64_t depth, T* copied, T* sums, bool adds) {
+  constexpr int kTiles = (kCopiedRows + kMaxRows<1> - 1) / kMaxRows<1>;
+  typedef T Moved __attribute__((vector_size(kMoved * sizeof(T))));
+  static_assert(kMaxRows<1> <= kMoved);
+  const T* from = args.a + begin * args.a_row + k0 * args.a_column;
+  Moved total[kTiles] = {};
+  const bool along = args.a_row == 1;
+  const int64_t each = count / tiles, more = count % tiles;  // as `share` deals them
+  for (int64_t k = 0; k < depth; ++k) {
+    T* to = copied;
+    int64_t column = 0;
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int64_t size = each + (tile < more ? 1 : 0);
+      Moved value = {};
+      // A vector may not reach past the end of a row.
+      if (along && begin + column + kMoved <= args.m) {
+        __builtin_memcpy(&value, from + column, sizeof value);
+      } else {
+        for (int64_t m = 0; m < size; ++m) value[m] = from[(column + m) * args.a_row];
+      }
+      __builtin_memcpy(to + k * size, &value, sizeof value);
+      to += copied_size(depth);
+      column += size;
+      total[tile] += value;
+    }
+    from += args.a_column;
+  }
+  for (int tile = 0; sums != nullptr && tile < tiles; ++tile) {
+    const Range part = share(count, tile, tiles);
+    for (int64_t m = 0; m < part.size(); ++m) {
+      T& sum = sums[begin + part.begin + m];
+      sum = total[tile][m] + (adds ? sum : T(0));
+    }
+  }
+}
+
 }  // namespace detail
 
 // c = a b + bias, or c += a b. An element is summed in the order of k, cut into runs of
@@ -67,9 +114,10 @@ void gemm(const Gemm<T>& args) {
   const int64_t panels = vectors<T>(args.n), groups = (panels + kGroup - 1) / kGroup;
   const int64_t work = args.m * args.n * args.k;
   const int wanted = static_cast<int>(smaller(args.threads, 1 + work / 1000000));
-  const bool copies_a = args.a_column != 1;
+  const bool copies_a = args.a_column != 1 || args.a_sums != nullptr;
   const int64_t packed_size = kDepth * kGroup * kLanes<T>;
-  const int64_t own_size = packed_size + (copies_a ? kDepth * smaller(args.m, kCopiedRows) : 0);
+  const int64_t block_tiles = (smaller(args.m, kCopiedRows) + kRows - 1) / kRows;
+  const int64_t own_size = packed_size + (copies_a ? block_tiles * detail::copied_size(kDepth) : 0);
   Workspace workspace(static_cast<size_t>(own_size * wanted) * sizeof(T));
 
   parallel(wanted, [&](int thread, int present) {
@@ -91,16 +139,9 @@ void gemm(const Gemm<T>& args) {
       for (int64_t begin = rows.begin; begin < rows.end; begin += block) {
         const int64_t count = smaller(block, rows.end - begin);
         const int tiles = static_cast<int>((count + kRows - 1) / kRows);
-        // Columns of a (rows of a transpose) would be read at large strides, over and over:
-        // each tile's are laid side by side.
-        for (int tile = 0; copies_a && tile < tiles; ++tile) {
-          const Range part = share(count, tile, tiles);
-          T* to = copied + part.begin * depth;
-          const T* from = args.a + (begin + part.begin) * args.a_row + k0 * args.a_column;
-          for (int64_t k = 0; k < depth; ++k) {
-            for (int64_t i = 0; i < part.size(); ++i) *to++ = from[i * args.a_row];
-            from += args.a_column;
-          }
+        if (copies_a) {
+          T* const sums_of_a = columns.begin == 0 ? args.a_sums : nullptr;
+          detail::copy_columns(args, begin, count, tiles, k0, depth, copied, sums_of_a, adds);
         }
         for (int64_t group = columns.begin; group < columns.end; ++group) {
           const int64_t panel = group * kGroup;
@@ -109,7 +150,7 @@ void gemm(const Gemm<T>& args) {
           for (int tile = 0; tile < tiles; ++tile) {
             const Range part = share(count, tile, tiles);
             const int height = static_cast<int>(part.size());
-            const T* const a = copies_a ? copied + part.begin * depth
+            const T* const a = copies_a ? copied + tile * detail::copied_size(depth)
                                         : args.a + (begin + part.begin) * args.a_row + k0;
             // A last group of three panels is a tile of two and one of one.
             for (int done = 0; done < width;) {

@@ -49,9 +49,11 @@ struct ScanForward {
 template <class T>
 struct ScanBackward {
   CellKind cell;
-  int64_t steps, batch, hidden, state_size;
+  int64_t steps, batch, input, hidden, state_size;
   bool reverse;
   int threads;
+  const T* x;  // (T, B, I), finite where it is padding
+  const T* w_ih;
   const T* w_hh;
   const T* w_hr;
   const int64_t* lengths;
@@ -60,12 +62,16 @@ struct ScanBackward {
   const T* apart;
   const T* states;
   const T* cells;
-  const T* d_y;    // (T, B, P)
-  T* d_h;          // (B, P): in of the last state, out of the first
-  T* d_c;          // (B, H) or null: likewise
-  T* d_x_gates;    // (T, B, G*H)
-  T* d_r_gates;    // (T, B, G*H); the same memory unless a sum stays apart
-  T* d_projected;  // with w_hr: (T, B, P), the gradient of h before it is shared out
+  const T* inner;
+  const T* d_y;  // (T, B, P)
+  T* d_h;        // (B, P): in of the last state, out of the first
+  T* d_c;        // (B, H) or null: likewise
+  T* d_x;        // (T, B, I) or null
+  T* d_w_ih;
+  T* d_w_hh;
+  T* d_w_hr;  // or null
+  T* d_b_ih;
+  T* d_b_hh;
 };
 
 template <class T>
@@ -162,6 +168,7 @@ struct Gemm {
   T* c;
   int64_t c_row;
   bool accumulate;
+  T* a_sums = nullptr;  // (m) or null: the sums of a's rows, added up likewise
 };
 
 // Rows of logits that are made at a time, at most.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // One recurrent layer over a whole sequence, forward and backward. With few rows the input's
-// product was made before (it lies in `gates`); the products of the weight gradients come after.
+// product was made before (it lies in `gates`).
 #pragma once
 
+#include "gemm.h"
 #include "kernels.h"
 #include "steps.h"
 
@@ -138,104 +139,169 @@ void scan_forward_cell(const ScanForward<T>& args) {
   });
 }
 
+// Rows whose gate gradients are kept until the products of the weight gradients take them:
+// enough for those to run at their full speed, few enough to be still in the cache.
+constexpr int64_t kGradientRows = 384;
+
+// What a backward loop keeps of one run of steps, which it goes through from the last.
+template <class T>
+struct ScanGradientRun {
+  int64_t begin, end;  // in the order of processing
+  int64_t first_time;  // the earliest of its time steps
+  T* d_x_gates;        // (steps of a run, B, G*H)
+  T* d_r_gates;        // the same memory unless a sum stays apart
+  T* d_projected;      // with w_hr: (steps of a run, B, P), of h before it is shared out
+};
+
+// The loop over one run. Leaves in d_h and d_c the gradients of the state before it.
 template <class T, class Cell>
-void scan_backward_cell(const ScanBackward<T>& args) {
+void scan_backward_run(const ScanBackward<T>& args, const ScanGradientRun<T>& run,
+                       const Weights<T>& w_hh, const Weights<T>& w_hr, const Place& at) {
   constexpr int G = Cell::kGates;
   const int64_t B = args.batch, H = args.hidden, P = args.state_size;
   const bool projects = args.w_hr != nullptr;
-  const int64_t unit_panels = vectors<T>(H), state_panels = vectors<T>(P);
   const Steps steps{args.steps, B, args.reverse, args.lengths, args.resets};
+  const Range units = at.part(vectors<T>(H)), outputs = at.part(vectors<T>(P));
+  // The step before the first only brings the gradient to the state.
+  for (int64_t n = run.end - 1; n >= run.begin - 1; --n) {
+    const bool inside = n >= run.begin;
+    const int64_t t = inside ? steps.time(n) : 0, in_run = t - run.first_time;
+    const int64_t before = inside ? slot_before(n, args.steps, args.reverse, true) : 0;
+
+    // One vector of units of a row whose h_t has the gradient d_h.
+    const auto step_back = [&](int64_t row, int64_t panel, Vec<T> d_h) {
+      const int count = lanes_inside<T>(H, panel);
+      const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
+      if constexpr (Cell::kHasCell) {
+        if (steps.cleared(n + 1, row)) store(args.d_c + offset, Vec<T>{}, count);
+      }
+      if (!inside) return;
+      const int64_t gates = (t * B + row) * G * H + unit;
+      const int64_t d_gates = (in_run * B + row) * G * H + unit;
+      if (!steps.active(n, row)) {
+        for (int g = 0; g < G; ++g) {
+          store(run.d_x_gates + d_gates + g * H, Vec<T>{}, count);
+          store(run.d_r_gates + d_gates + g * H, Vec<T>{}, count);
+        }
+        return;
+      }
+      const T* c_prev = nullptr;
+      T* d_c = nullptr;
+      if constexpr (Cell::kHasCell) {
+        c_prev = args.cells + before * B * H + offset;
+        d_c = args.d_c + offset;
+      }
+      T unused[kLanes<T>];
+      cell_backward<Cell>(
+          UnitBackward<T>{H, count, args.gates + gates,
+                          args.apart == nullptr ? nullptr : args.apart + t * B * H + offset,
+                          projects ? c_prev : args.states + before * B * P + offset, c_prev,
+                          projects ? unused : args.d_h + offset, d_c, run.d_x_gates + d_gates,
+                          run.d_r_gates + d_gates},
+          d_h);
+    };
+
+    const bool follows = n + 1 < run.end && steps.any_active(n + 1, at.rows);
+    const T* d_next =
+        follows ? run.d_r_gates + (steps.time(n + 1) - run.first_time) * B * G * H : nullptr;
+    const Segment<T> recurrent = plain_segment(d_next, w_hh);
+    T* const d_projected = inside && projects ? run.d_projected + in_run * B * P : nullptr;
+    product<T, 1, 1>(&recurrent, follows ? 1 : 0, at.rows.begin, at.rows.end, outputs.begin,
+                     outputs.end, n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
+                       const int64_t offset = row * P + panel * kLanes<T>;
+                       const int count = lanes_inside<T>(P, panel);
+                       // What comes from the step after, which a reset cuts off.
+                       Vec<T> d_h = load(sums) + load(args.d_h + offset, count);
+                       if (steps.cleared(n + 1, row)) d_h = Vec<T>{};
+                       const bool active = inside && steps.active(n, row);
+                       if (active) d_h += load(args.d_y + t * B * P + offset, count);
+                       if (projects) {
+                         if (inside) {
+                           store(d_projected + offset, active ? d_h : Vec<T>{}, count);
+                         }
+                         store(args.d_h + offset, active ? Vec<T>{} : d_h, count);
+                       } else {
+                         if (!active) store(args.d_h + offset, d_h, count);
+                         step_back(row, panel, d_h);
+                       }
+                     });
+    at.wait();
+    if (projects) {
+      const Segment<T> projection = plain_segment<T>(d_projected, w_hr);
+      product<T, 1, 1>(&projection, inside ? 1 : 0, at.rows.begin, at.rows.end, units.begin,
+                       units.end, n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
+                         step_back(row, panel, load(sums));
+                       });
+      at.wait();
+    }
+  }
+}
+
+// The products of one run: the gradients of x, and its share of those of weights and biases.
+template <class T>
+void scan_gradient_products(const ScanBackward<T>& args, const ScanGradientRun<T>& run,
+                            int64_t gate_rows) {
+  const int64_t B = args.batch, H = args.hidden, I = args.input, P = args.state_size;
+  const int64_t t = run.first_time, rows = (run.end - run.begin) * B;
+  const bool adds = run.end < args.steps;
+  // c (+)= a^T b, for a (rows, columns) and b (rows, c_columns).
+  const auto accumulate = [&](const T* a, int64_t columns, const T* b, int64_t c_columns, T* c,
+                              T* a_sums) {
+    gemm<T>({columns, c_columns, rows, args.threads, a, 1, columns, b, c_columns, 1, nullptr, c,
+             c_columns, adds, a_sums});
+  };
+  if (args.d_x != nullptr) {
+    gemm<T>({rows, I, gate_rows, args.threads, run.d_x_gates, gate_rows, 1, args.w_ih, I, 1,
+             nullptr, args.d_x + t * B * I, I, false});
+  }
+  // Slot t lies before step t, or after it in reverse: what each step started from.
+  const T* const h_before = args.states + (t + (args.reverse ? 1 : 0)) * B * P;
+  accumulate(run.d_x_gates, gate_rows, args.x + t * B * I, I, args.d_w_ih, args.d_b_ih);
+  accumulate(run.d_r_gates, gate_rows, h_before, P, args.d_w_hh, args.d_b_hh);
+  if (args.w_hr != nullptr) {
+    accumulate(run.d_projected, P, args.inner + t * B * H, H, args.d_w_hr, nullptr);
+  }
+}
+
+template <class T, class Cell>
+void scan_backward_cell(const ScanBackward<T>& args) {
+  constexpr int G = Cell::kGates;
+  constexpr bool kApart = Cell::kPre > G;
+  const int64_t B = args.batch, H = args.hidden, P = args.state_size;
+  const bool projects = args.w_hr != nullptr;
+  const int64_t length = smaller(args.steps, larger(1, kGradientRows / larger(1, B)));
 
   const int64_t weights = G * H * P + (projects ? P * H : 0);
   const Plan plan = plan_steps(
       {B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1}, args.threads);
   Weights<T> w_hh{args.w_hh, P, P, 1, G * H, nullptr};
   Weights<T> w_hr{args.w_hr, H, H, 1, P, nullptr};
-  const int64_t w_hh_size = w_hh.packed_size(), w_hr_size = projects ? w_hr.packed_size() : 0;
-  Workspace workspace(static_cast<size_t>(w_hh_size + w_hr_size) * sizeof(T));
-  w_hh.packed = static_cast<T*>(workspace.data());
-  w_hr.packed = w_hh.packed + w_hh_size;
+  ScanGradientRun<T> run{};
+  const auto take = [&](Pieces<T> pieces) {
+    w_hh.packed = pieces.take(w_hh.packed_size());
+    if (projects) w_hr.packed = pieces.take(w_hr.packed_size());
+    run.d_x_gates = pieces.take(length * B * G * H);
+    run.d_r_gates = kApart ? pieces.take(length * B * G * H) : run.d_x_gates;
+    if (projects) run.d_projected = pieces.take(length * B * P);
+    return pieces.bytes();
+  };
+  Workspace workspace(take(Pieces<T>(nullptr)));
+  take(Pieces<T>(workspace.data()));
   Teams teams(plan);
 
-  parallel(plan.threads, [&](int thread, int present) {
-    pack_columns(w_hh, thread, present);
-    if (projects) pack_columns(w_hr, thread, present);
-    if (present > 1) teams.all.wait(present);
-
-    const Place at = place(plan, thread, present, B, teams);
-    const Range units = at.part(unit_panels), outputs = at.part(state_panels);
-    // Step n = -1 only brings the gradient to the first state.
-    for (int64_t n = args.steps - 1; n >= -1; --n) {
-      const int64_t t = n < 0 ? 0 : steps.time(n);
-      const int64_t before = n < 0 ? 0 : slot_before(n, args.steps, args.reverse, true);
-
-      // One vector of units of a row whose h_t has the gradient d_h.
-      const auto step_back = [&](int64_t row, int64_t panel, Vec<T> d_h) {
-        const int count = lanes_inside<T>(H, panel);
-        const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
-        if constexpr (Cell::kHasCell) {
-          if (steps.cleared(n + 1, row)) store(args.d_c + offset, Vec<T>{}, count);
-        }
-        if (n < 0) return;
-        const int64_t gates = (t * B + row) * G * H + unit;
-        if (!steps.active(n, row)) {
-          for (int g = 0; g < G; ++g) {
-            store(args.d_x_gates + gates + g * H, Vec<T>{}, count);
-            store(args.d_r_gates + gates + g * H, Vec<T>{}, count);
-          }
-          return;
-        }
-        const T* c_prev = nullptr;
-        T* d_c = nullptr;
-        if constexpr (Cell::kHasCell) {
-          c_prev = args.cells + before * B * H + offset;
-          d_c = args.d_c + offset;
-        }
-        T unused[kLanes<T>];
-        cell_backward<Cell>(
-            UnitBackward<T>{H, count, args.gates + gates,
-                            args.apart == nullptr ? nullptr : args.apart + t * B * H + offset,
-                            projects ? c_prev : args.states + before * B * P + offset, c_prev,
-                            projects ? unused : args.d_h + offset, d_c, args.d_x_gates + gates,
-                            args.d_r_gates + gates},
-            d_h);
-      };
-
-      const bool follows = n + 1 < args.steps && steps.any_active(n + 1, at.rows);
-      const T* d_next = follows ? args.d_r_gates + steps.time(n + 1) * B * G * H : nullptr;
-      const Segment<T> recurrent = plain_segment(d_next, w_hh);
-      product<T, 1, 1>(&recurrent, follows ? 1 : 0, at.rows.begin, at.rows.end, outputs.begin,
-                       outputs.end, n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
-                         const int64_t offset = row * P + panel * kLanes<T>;
-                         const int count = lanes_inside<T>(P, panel);
-                         // What comes from the step after, which a reset cuts off.
-                         Vec<T> d_h = load(sums) + load(args.d_h + offset, count);
-                         if (steps.cleared(n + 1, row)) d_h = Vec<T>{};
-                         const bool active = n >= 0 && steps.active(n, row);
-                         if (active) d_h += load(args.d_y + t * B * P + offset, count);
-                         if (projects) {
-                           if (n >= 0) {
-                             store(args.d_projected + t * B * P + offset, active ? d_h : Vec<T>{},
-                                   count);
-                           }
-                           store(args.d_h + offset, active ? Vec<T>{} : d_h, count);
-                         } else {
-                           if (!active) store(args.d_h + offset, d_h, count);
-                           step_back(row, panel, d_h);
-                         }
-                       });
-      at.wait();
-      if (projects) {
-        const T* d_projected = n < 0 ? nullptr : args.d_projected + t * B * P;
-        const Segment<T> projection = plain_segment(d_projected, w_hr);
-        product<T, 1, 1>(&projection, n < 0 ? 0 : 1, at.rows.begin, at.rows.end, units.begin,
-                         units.end, n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
-                           step_back(row, panel, load(sums));
-                         });
-        at.wait();
+  for (run.end = args.steps; run.end > 0; run.end = run.begin) {
+    run.begin = larger(0, run.end - length);
+    run.first_time = args.reverse ? args.steps - run.end : run.begin;
+    parallel(plan.threads, [&](int thread, int present) {
+      if (run.end == args.steps) {
+        pack_columns(w_hh, thread, present);
+        if (projects) pack_columns(w_hr, thread, present);
+        if (present > 1) teams.all.wait(present);
       }
-    }
-  });
+      scan_backward_run<T, Cell>(args, run, w_hh, w_hr, place(plan, thread, present, B, teams));
+    });
+    scan_gradient_products(args, run, G * H);
+  }
 }
 
 template <class T>

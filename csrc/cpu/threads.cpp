@@ -114,37 +114,37 @@ constexpr std::align_val_t kAlign{64};
 struct Kept {
   void* data = nullptr;
   size_t bytes = 0;
-  bool in_use = false;
 
   ~Kept() { ::operator delete(data, kAlign); }
 };
 
-thread_local Kept kept;
+// One for each call inside a call: a loop has its workspace, the products in it theirs.
+constexpr int kNested = 2;
+thread_local Kept kept[kNested];
+thread_local int nested = 0;
 
 }  // namespace
 
-Workspace::Workspace(size_t bytes) : kept_(!kept.in_use && bytes <= kKeptBytes) {
+Workspace::Workspace(size_t bytes) : kept_(nested < kNested && bytes <= kKeptBytes) {
   if (!kept_) {
     data_ = ::operator new(bytes, kAlign);
-    return;
+  } else {
+    Kept& mine = kept[nested];
+    if (bytes > mine.bytes) {
+      ::operator delete(mine.data, kAlign);
+      mine.data = nullptr;
+      mine.bytes = 0;
+      mine.data = ::operator new(bytes, kAlign);
+      mine.bytes = bytes;
+    }
+    data_ = mine.data;
   }
-  if (bytes > kept.bytes) {
-    ::operator delete(kept.data, kAlign);
-    kept.data = nullptr;
-    kept.bytes = 0;
-    kept.data = ::operator new(bytes, kAlign);
-    kept.bytes = bytes;
-  }
-  kept.in_use = true;
-  data_ = kept.data;
+  ++nested;
 }
 
 Workspace::~Workspace() {
-  if (kept_) {
-    kept.in_use = false;
-  } else {
-    ::operator delete(data_, kAlign);
-  }
+  --nested;
+  if (!kept_) ::operator delete(data_, kAlign);
 }
 
 }  // namespace pyseq::cpu
