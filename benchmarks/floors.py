@@ -115,9 +115,10 @@ def search(
 ) -> Cost:
     """Steps of decoder and output layer, each of which needs the tokens of the one before.
 
-    The embeddings are as wide as the state; the hypotheses of a row share its memory.
+    The hypotheses of a row share its memory. What a token adds to the gates does not count, since
+    it can be looked up.
     """
-    weights = 3 * GATES[cell] * hidden * hidden + 2 * hidden * hidden + hidden * vocab
+    weights = 2 * GATES[cell] * hidden * hidden + 2 * hidden * hidden + hidden * vocab
     attended = 2 * source * hidden
     loop = Loop(steps, _FLOAT * (weights + batch * attended))
     return Cost(2 * steps * batch * beam * (weights + attended), (loop,))

@@ -18,7 +18,7 @@ from pyseq._library import _C
 
 #: A rate is the best of so many measurements: what is asked for is what the machine can do, and
 #: whatever disturbs it only makes it slower.
-ATTEMPTS = 15
+ATTEMPTS = 50
 #: Of one measurement, so that it takes some 10 ms: rounds of multiply-adds, bytes per thread.
 ROUNDS = 2_000_000
 READ = 1 << 30

@@ -20,7 +20,8 @@ from . import floors
 from .rivals import LoopSeq2Seq
 from .workloads import Implementation, ImplementationName, Results, Workload
 
-HIDDEN = 256  # also of the embeddings
+#: H and V of the models that are searched; embeddings are as wide as the state.
+SIZES = ((64, 50), (256, 50), (256, 1000))
 STEPS = 20  # T and S
 SMOOTHING = 0.1
 
@@ -30,18 +31,18 @@ def workloads() -> list[Workload]:
     return [
         _seq2seq(),
         *(
-            _generate(search, batch, vocab)
-            for vocab in (50, 1000)
+            _generate(search, batch, hidden, vocab)
+            for hidden, vocab in SIZES
             for search in ("greedy", "beam5")
             for batch in (1, 32)
         ),
     ]
 
 
-def _model(vocab: int) -> Seq2Seq:
+def _model(hidden: int, vocab: int) -> Seq2Seq:
     """Without dropout, so that the implementations can be compared."""
     torch.manual_seed(0)
-    return Seq2Seq(vocab, vocab, embedding_size=HIDDEN, hidden_size=HIDDEN, dropout=0.0)
+    return Seq2Seq(vocab, vocab, embedding_size=hidden, hidden_size=hidden, dropout=0.0)
 
 
 def _tokens(vocab: int, batch: int, steps: int) -> Tensor:
@@ -51,10 +52,10 @@ def _tokens(vocab: int, batch: int, steps: int) -> Tensor:
 
 def _seq2seq() -> Workload:
     """One update: forward, loss with label smoothing, backward, clipping, Adam."""
-    batch, vocab = 32, 10_000
+    batch, hidden, vocab = 32, 256, 10_000
 
     def prepare() -> Mapping[ImplementationName, Implementation]:
-        model = _model(vocab)
+        model = _model(hidden, vocab)
         loop = LoopSeq2Seq(model)
         lengths = torch.randint(STEPS // 2, STEPS + 1, (batch,))
         source, target = _tokens(vocab, batch, STEPS), _tokens(vocab, batch, STEPS + 1)
@@ -96,16 +97,16 @@ def _seq2seq() -> Workload:
 
         return {"pyseq": step, "torch": lambda: plain_step(loop), "reference": reference_step}
 
-    sizes = {"source": STEPS, "batch": batch, "inputs": HIDDEN, "hidden": HIDDEN}
+    sizes = {"source": STEPS, "batch": batch, "inputs": hidden, "hidden": hidden}
     cost = (
         floors.encode("lstm", **sizes)
         + floors.decode("lstm", steps=STEPS, **sizes)
-        + floors.product(batch * STEPS, HIDDEN, vocab)
+        + floors.product(batch * STEPS, hidden, vocab)
     )
     return Workload(
         op="seq2seq",
         kind="lstm-general",
-        shape=f"B{batch}-H{HIDDEN}-T{STEPS}-S{STEPS}-V{vocab}",
+        shape=f"B{batch}-H{hidden}-T{STEPS}-S{STEPS}-V{vocab}",
         mode="training",
         tokens=batch * STEPS,
         cost=cost.of("training"),
@@ -114,13 +115,13 @@ def _seq2seq() -> Workload:
     )
 
 
-def _generate(search: Literal["greedy", "beam5"], batch: int, vocab: int) -> Workload:
+def _generate(search: Literal["greedy", "beam5"], batch: int, hidden: int, vocab: int) -> Workload:
     """20 tokens for each source of 20; results are scores, since two sequences that are equally
     likely but for rounding may change places."""
     beam_size = 1 if search == "greedy" else 5
 
     def prepare() -> Mapping[ImplementationName, Implementation]:
-        model = _model(vocab).eval()
+        model = _model(hidden, vocab).eval()
         with torch.no_grad():
             # It never stops by itself, so that every search has the same number of steps.
             model.decoder.output.bias[STOP] = -1e4
@@ -143,20 +144,20 @@ def _generate(search: Literal["greedy", "beam5"], batch: int, vocab: int) -> Wor
 
         return {"pyseq": ours, "torch": theirs, "reference": plainly}
 
-    cost = floors.encode("lstm", source=STEPS, batch=batch, inputs=HIDDEN, hidden=HIDDEN)
+    cost = floors.encode("lstm", source=STEPS, batch=batch, inputs=hidden, hidden=hidden)
     cost += floors.search(
         "lstm",
         steps=STEPS,
         source=STEPS,
         batch=batch,
         beam=beam_size,
-        hidden=HIDDEN,
+        hidden=hidden,
         vocab=vocab,
     )
     return Workload(
         op="generate",
         kind=search,
-        shape=f"B{batch}-H{HIDDEN}-T{STEPS}-S{STEPS}-V{vocab}",
+        shape=f"B{batch}-H{hidden}-T{STEPS}-S{STEPS}-V{vocab}",
         mode="inference",
         tokens=batch * STEPS,
         cost=cost,

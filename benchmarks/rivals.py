@@ -7,6 +7,7 @@ gradients compare by name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,13 @@ def run_packed(layer: torch.nn.Module, x: Tensor, lengths: Tensor) -> tuple[Tens
     packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
     output, state = layer(packed)
     return pad_packed_sequence(output, total_length=x.shape[0])[0], state
+
+
+def compile_for_one_shape(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``torch.compile`` of a function, for the shapes that it will be called with first."""
+    # What was compiled before for other shapes must not make these sizes variable ones.
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
 
 
 class Attended(NamedTuple):

@@ -122,7 +122,7 @@ TARGETS = (
     _ratio("decode", "training", "", "compiled", 2.5),
     _ratio("decode", "inference", "", "reference", 8.0),
     _ratio("generate", "inference", "greedy", "torch", 15.0, shape="B1-"),
-    _ratio("generate", "inference", "beam5", "torch", 8.0),
+    _ratio("generate", "inference", "beam5", "torch", 8.0, shape="B1-"),
     _ratio("seq2seq", "training", "", "reference", 2.0),
     _memory("scan", "torch", 1.0),
     _memory("decode", "reference", 2.0),
