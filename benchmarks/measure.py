@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .floors import Mode
 from .machine import Machine
-from .workloads import Implementation, ImplementationName, Workload
+from .workloads import Implementation, ImplementationName, Results, Workload
 
 #: Largest difference from the reference, relative to the largest magnitude in the tensor
 #: but at least to 1. Weight gradients are float32 sums of some thousand terms on both sides.
@@ -102,13 +102,11 @@ def measure(
     prepared = workload.prepare()
     expected = prepared["reference"]()
     running = {n: prepared[n] for n in workload.implementations if n not in leave_out}
-    repeats, saved = {}, {}
+    saved = {}
     for name, run in running.items():
-        check(run(), expected, name)
-        if workload.mode == "training":
-            saved[name] = saved_bytes(run)
-        repeats[name] = math.ceil(SHORTEST / max(_seconds(run, 1), 1e-7))
-    times = _take_turns(running, repeats, seconds, rounds)
+        result, saved[name] = with_saved_bytes(run)
+        check(result, expected, name)
+    times = _take_turns(running, seconds, rounds)
     arithmetic = workload.cost.operations / machine.peak
     floor = workload.cost.floor(machine)
     return Measurement(
@@ -121,10 +119,10 @@ def measure(
         operations=workload.cost.operations,
         floor=floor,
         peak_share=arithmetic / floor,
-        rounds=len(times["pyseq"]),
+        rounds=min(map(len, times.values())),
         medians={name: statistics.median(values) for name, values in times.items()},
         spreads={name: _spread(values) for name, values in times.items()},
-        saved=saved,
+        saved=saved if workload.mode == "training" else {},
     )
 
 
@@ -141,11 +139,11 @@ def check(
         assert error <= allowed, f"{who} {name}: error {error:.3g} is over {allowed:.3g}"
 
 
-def saved_bytes(run: Implementation) -> int:
-    """Bytes that forward keeps for backward, in memory that would be free otherwise.
+def with_saved_bytes(run: Implementation) -> tuple[Results, int]:
+    """Call ``run``; its result, and the bytes that its forward kept for its backward.
 
-    Each piece of memory counts once and whole, since a view keeps all of it. What a leaf of the
-    graph lies in is there anyway and does not count.
+    Counted is memory that would be free otherwise. Each piece counts once and whole, since a view
+    keeps all of it. What a leaf of the graph lies in is there anyway and does not count.
     """
     kept: dict[int, Tensor] = {}
     leaves: set[int] = set()
@@ -161,26 +159,27 @@ def saved_bytes(run: Implementation) -> int:
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(
-        tensor.untyped_storage().nbytes()
-        for address, tensor in kept.items()
-        if address not in leaves
-    )
+        result = run()
+    sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in kept.items()}
+    return result, sum(size for address, size in sizes.items() if address not in leaves)
 
 
 def _take_turns(
-    running: Mapping[ImplementationName, Implementation],
-    repeats: Mapping[ImplementationName, int],
-    seconds: float,
-    rounds: int,
+    running: Mapping[ImplementationName, Implementation], seconds: float, rounds: int
 ) -> dict[ImplementationName, list[float]]:
+    """Seconds per call of each implementation in each round."""
     times: dict[ImplementationName, list[float]] = {name: [] for name in running}
     gc.collect()
     gc.disable()
     try:
+        repeats = {}
+        for name, run in running.items():
+            once = _seconds(run, 1)
+            repeats[name] = math.ceil(SHORTEST / max(once, 1e-7))
+            if once > LONG:
+                times[name].append(once)  # as good as any: a round the less
         end = time.perf_counter() + seconds
-        while len(times["pyseq"]) < rounds or time.perf_counter() < end:
+        while min(map(len, times.values())) < rounds or time.perf_counter() < end:
             for name, run in running.items():
                 if not times[name] or times[name][-1] < LONG:
                     time.sleep(PAUSE)

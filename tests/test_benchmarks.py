@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import document, floors, layers, models, onnx_rival
 from benchmarks.machine import Level, Machine, environment, measure_machine
-from benchmarks.measure import Measurement, check, measure, saved_bytes
+from benchmarks.measure import Measurement, check, measure, with_saved_bytes
 from benchmarks.targets import TARGETS, Target, outcomes
 from benchmarks.workloads import Workload, cases
 
@@ -163,8 +163,10 @@ def test_saved_bytes_count_each_memory_once_and_no_leaf() -> None:
         (gradient,) = torch.autograd.grad(z.sum(), leaf)
         return {"gradient": gradient}
 
-    assert saved_bytes(run) == 4 * (10 + 5 + 5)
-    assert saved_bytes(lambda: {"y": (leaf * leaf).detach()}) == 0
+    result, size = with_saved_bytes(run)
+    assert result.keys() == {"gradient"}
+    assert size == 4 * (10 + 5 + 5)
+    assert with_saved_bytes(lambda: {"y": (leaf * leaf).detach()})[1] == 0
 
 
 def test_every_target_has_cells() -> None:
