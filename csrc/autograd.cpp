@@ -12,6 +12,7 @@
 
 #include "dispatcher.h"
 #include "loss.h"
+#include "search.h"
 
 namespace pyseq::autograd {
 
@@ -342,6 +343,21 @@ Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Te
     return op.call(hidden, weight, target, bias, ignore_index, label_smoothing);
   }
   return LinearCrossEntropy::apply(hidden, weight, target, bias, ignore_index, label_smoothing);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
+    const Tensor& embedding, at::TensorList layers, const OptionalTensor& keys,
+    const OptionalTensor& memory, const OptionalTensor& combine, const Tensor& output_weight,
+    const OptionalTensor& output_bias, const OptionalTensor& weight_query,
+    const OptionalTensor& weight_v, const Tensor& h_0, const OptionalTensor& c_0,
+    const OptionalTensor& feed, const OptionalTensor& lengths, std::string_view cell,
+    std::string_view score, bool input_feeding, int64_t max_length, int64_t beam_size,
+    double length_penalty, bool need_weights) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  static const auto op = find_operator<&pyseq::generate>("pyseq::generate");
+  return op.call(embedding, layers, keys, memory, combine, output_weight, output_bias, weight_query,
+                 weight_v, h_0, c_0, feed, lengths, cell, score, input_feeding, max_length,
+                 beam_size, length_penalty, need_weights);
 }
 
 }  // namespace pyseq::autograd

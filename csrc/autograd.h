@@ -28,4 +28,14 @@ Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Te
                             const OptionalTensor& bias, int64_t ignore_index,
                             double label_smoothing);
 
+// A search has no derivative: its scores are constants.
+std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
+    const Tensor& embedding, at::TensorList layers, const OptionalTensor& keys,
+    const OptionalTensor& memory, const OptionalTensor& combine, const Tensor& output_weight,
+    const OptionalTensor& output_bias, const OptionalTensor& weight_query,
+    const OptionalTensor& weight_v, const Tensor& h_0, const OptionalTensor& c_0,
+    const OptionalTensor& feed, const OptionalTensor& lengths, std::string_view cell,
+    std::string_view score, bool input_feeding, int64_t max_length, int64_t beam_size,
+    double length_penalty, bool need_weights);
+
 }  // namespace pyseq::autograd

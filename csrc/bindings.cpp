@@ -13,6 +13,7 @@
 #include "dispatcher.h"
 #include "loss.h"
 #include "ops.h"
+#include "search.h"
 
 TORCH_LIBRARY(pyseq, m) {
   m.def(
@@ -59,6 +60,12 @@ TORCH_LIBRARY(pyseq, m) {
       "(Tensor d_x, Tensor[] d_layers, Tensor d_keys, Tensor d_memory, Tensor d_combine, "
       "Tensor d_weight_query, Tensor d_weight_v, Tensor d_h_0, Tensor d_c_0, Tensor d_feed)");
   m.def(
+      "generate(Tensor embedding, Tensor[] layers, Tensor? keys, Tensor? memory, "
+      "Tensor? combine, Tensor output_weight, Tensor? output_bias, Tensor? weight_query, "
+      "Tensor? weight_v, Tensor h_0, Tensor? c_0, Tensor? feed, Tensor? lengths, str cell, "
+      "str score, bool input_feeding, int max_length, int beam_size, float length_penalty, "
+      "bool need_weights) -> (Tensor tokens, Tensor lengths, Tensor scores, Tensor attn)");
+  m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
       "int ignore_index, float label_smoothing) -> Tensor");
   m.def(
@@ -80,6 +87,7 @@ TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
   m.impl("decode_backward", &pyseq::decode_backward);
   m.impl("linear_cross_entropy", &pyseq::linear_cross_entropy);
   m.impl("linear_cross_entropy_forward", &pyseq::linear_cross_entropy_forward);
+  m.impl("generate", &pyseq::generate);
   m.impl("sigmoid", &pyseq::sigmoid);
   m.impl("tanh", &pyseq::tanh);
 }
@@ -89,6 +97,7 @@ TORCH_LIBRARY_IMPL(pyseq, Autograd, m) {
   m.impl("attend", &pyseq::autograd::attend);
   m.impl("decode", &pyseq::autograd::decode);
   m.impl("linear_cross_entropy", &pyseq::autograd::linear_cross_entropy);
+  m.impl("generate", &pyseq::autograd::generate);
 }
 
 TORCH_LIBRARY_IMPL(pyseq, AutocastCPU, m) {
@@ -97,6 +106,7 @@ TORCH_LIBRARY_IMPL(pyseq, AutocastCPU, m) {
   m.impl("decode", pyseq::AutocastCpu<&pyseq::decode>::of("pyseq::decode"));
   m.impl("linear_cross_entropy",
          pyseq::AutocastCpu<&pyseq::linear_cross_entropy>::of("pyseq::linear_cross_entropy"));
+  m.impl("generate", pyseq::AutocastCpu<&pyseq::generate>::of("pyseq::generate"));
 }
 
 namespace {

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
-from torch.library import register_fake
+from torch.library import get_ctx, register_fake
 from torch.utils._pytree import tree_leaves
 
 from .types import GATES
@@ -314,6 +315,42 @@ def _linear_cross_entropy_forward(
         hidden.new_empty(hidden.shape if needs_hidden else 0),
         weight.new_empty(weight.shape if needs_weight else 0),
         weight.new_empty(weight.shape[0] if needs_bias else 0),
+    )
+
+
+@_fake("pyseq::generate")
+def _generate(
+    embedding: Tensor,
+    layers: list[Tensor],
+    keys: Tensor | None,
+    memory: Tensor | None,
+    combine: Tensor | None,
+    output_weight: Tensor,
+    output_bias: Tensor | None,
+    weight_query: Tensor | None,
+    weight_v: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    feed: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    score: str,
+    input_feeding: bool,
+    max_length: int,
+    beam_size: int,
+    length_penalty: float,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    batch = h_0.shape[1]
+    longest = get_ctx().new_dynamic_size()
+    kept = need_weights and memory is not None
+    return (
+        embedding.new_empty((batch, longest), dtype=torch.int64),
+        embedding.new_empty(batch, dtype=torch.int64),
+        embedding.new_empty(batch),
+        embedding.new_empty(
+            (batch, longest, memory.shape[0]) if kept and memory is not None else 0
+        ),
     )
 
 

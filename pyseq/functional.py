@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused operators: scan, attend, decode and the loss of an output layer.
+"""The fused operators: scan, attend, decode, generate and the loss of an output layer.
 
 Each is one call into C++ forward and one backward, whatever the number of steps. Options
 are checked here, tensors in C++. ``pyseq.reference`` has the same signatures in plain
@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from . import _library as _library  # loads _C, which registers torch.ops.pyseq
 from . import reference
 from ._checks import autocasts, check_like, check_shape, check_tensor
+from .errors import SearchError
 from .types import (
     GATES,
     SCORES,
@@ -24,6 +25,7 @@ from .types import (
     CellName,
     DecoderOutput,
     DecoderState,
+    GenerateOutput,
     LayerWeights,
     ScanOutput,
     ScoreName,
@@ -262,6 +264,104 @@ def decode(
         weights if need_weights else None,
         DecoderState((h_n, c_n) if cell == "lstm" else h_n, output[-1]),
     )
+
+
+def generate(
+    embedding: Tensor,
+    layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
+    state: tuple[State, Tensor | None],
+    output_weight: Tensor,
+    output_bias: Tensor | None = None,
+    keys: Tensor | None = None,
+    memory: Tensor | None = None,
+    combine: Tensor | None = None,
+    *,
+    max_length: int,
+    beam_size: int = 1,
+    length_penalty: float = 0.0,
+    cell: CellName = "lstm",
+    score: ScoreName | None = "dot",
+    weight: Tensor | None = None,
+    weight_query: Tensor | None = None,
+    weight_v: Tensor | None = None,
+    lengths: Tensor | None = None,
+    input_feeding: bool = True,
+    need_weights: bool = False,
+) -> GenerateOutput:
+    """Search for the likeliest sequence of each row with an attention decoder.
+
+    At every step the decoder of :func:`decode` reads the embedding of the last token, first
+    that of ``<start>``, and ``p(token) = softmax(W_o out_t + b)``. What beam search makes of
+    it is said at :func:`pyseq.search.beam`; with one hypothesis and no length penalty it is
+    greedy search. There is no gradient.
+
+    Args:
+        embedding: (V, E), float32 or float64, of the tokens; 0 is ``<pad>``, 1 ``<start>``,
+            2 ``<stop>``.
+        layers: as in :func:`decode`, with I equal to E; if score is None, stacked cells
+            whose top state is the output, without combination and feeding.
+        state: ``(hidden, feed)`` before the first token: h (L, B, H) or for LSTM the pair
+            (h, c), and (B, H) or None for zero.
+        output_weight: (V, H), ``W_o``.
+        output_bias: (V,). Default: zero.
+        keys, memory, combine: as in :func:`decode`; None exactly if score is None.
+        max_length: the most tokens to emit, ``<stop>`` included.
+        beam_size: unfinished hypotheses to follow in each row.
+        length_penalty: the exponent, at least 0; 0 compares plain log-probabilities.
+        cell, weight, weight_query, weight_v, lengths, input_feeding: as in :func:`decode`.
+        score: as in :func:`decode`, or None for no attention.
+        need_weights: also return the attention weights.
+
+    Returns:
+        ``tokens`` (B, T) without ``<start>`` and ``<stop>``, ``lengths`` (B,), ``scores``
+        (B,), log P without the length penalty, and ``weights`` (B, T, S) or None.
+
+    Raises:
+        ValueError: an option is unknown or out of its range, a weight does not go with the
+            score, or the state or a layer has the wrong form.
+        RuntimeError: a tensor has the wrong shape, dtype or device.
+        SearchError: the logits are not finite; a RuntimeError.
+        TypeError: what must be a tensor is none.
+
+    Reference:
+        As :func:`decode`; Wu et al. 2016, arXiv 1609.08144, eq. 14 (length penalty).
+    """
+    _check_option("cell", cell, tuple(GATES))
+    if score is not None:
+        _check_score(score, weight, weight_query, weight_v)
+    if weight is not None and keys is not None:
+        check_shape("output_weight", output_weight, "(V, H)", (-1, -1))
+        keys = _general_keys(keys, weight, output_weight.shape[1], lengths)
+    parts, feed = decoder_parts(cell, state)
+    if not parts:
+        raise ValueError("state must hold the hidden state before the first token, got None")
+    h_0, c_0 = _h_and_c(parts)
+    tokens, sizes, scores, weights = torch.ops.pyseq.generate(
+        embedding,
+        _flatten(layers),
+        keys,
+        memory,
+        combine,
+        output_weight,
+        output_bias,
+        weight_query,
+        weight_v,
+        h_0,
+        c_0,
+        feed,
+        _beside("lengths", lengths, embedding),
+        cell,
+        "none" if score is None else _core(score),
+        input_feeding,
+        max_length,
+        beam_size,
+        length_penalty,
+        need_weights,
+    )
+    if scores.isnan().any():
+        raise SearchError("the model's logits must be finite, got NaN or infinity")
+    kept = need_weights and score is not None
+    return GenerateOutput(tokens, sizes, scores, weights if kept else None)
 
 
 def linear_cross_entropy(

@@ -847,7 +847,7 @@ class AttentionDecoder(torch.nn.Module):
             self.combine.reset_parameters()
         self._reset_layers()
 
-    def _layers(self) -> list[LayerWeights]:
+    def layer_weights(self) -> list[LayerWeights]:
         """The weights of each layer as they are now."""
         return [
             LayerWeights(*(getattr(self, name) for name in self._layer_names(layer)))
@@ -936,7 +936,7 @@ class AttentionDecoder(torch.nn.Module):
     def _forward_plain(self, x: Tensor, parts: tuple[Tensor, ...]) -> DecoderOutput:
         output, parts = _scan_layers(
             x,
-            [(*layer, None) for layer in self._layers()],
+            [(*layer, None) for layer in self.layer_weights()],
             parts,
             cell=self.cell,
             dropout=self.dropout if self.training else 0.0,
@@ -961,7 +961,7 @@ class AttentionDecoder(torch.nn.Module):
             masks = apply_dropout(x.new_ones(shape), self.dropout)
         return functional.decode(
             x,
-            self._layers(),
+            self.layer_weights(),
             self.score.project(memory, lengths) if keys is None else keys,
             memory,
             self.combine.weight,

@@ -7,18 +7,23 @@ these functions in values and gradients. Written to be read, not to be fast.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
+from . import search
+from .search import EncodedSource, Step
 from .types import (
     GATES,
+    PAD,
     AttendOutput,
     CellName,
     DecoderOutput,
     DecoderState,
+    GenerateOutput,
     LayerWeights,
     ScanOutput,
     ScoreName,
@@ -143,6 +148,25 @@ def attend(
     return AttendOutput(context, weights if need_weights else None)
 
 
+def _stack_step(
+    cell: CellName,
+    layers: Sequence[LayerWeights],
+    below: Tensor,
+    h: list[Tensor],
+    c: list[Tensor],
+    dropout_masks: Tensor | None = None,
+) -> None:
+    """One step of stacked cells: ``h`` and ``c`` hold each layer's state before and after."""
+    for k, layer in enumerate(layers):
+        x_gates = linear(below, layer.w_ih, layer.b_ih)
+        r_gates = linear(h[k], layer.w_hh, layer.b_hh)
+        h[k], new_c = cell_step(cell, x_gates, r_gates, h[k], c[k])
+        c[k] = c[k] if new_c is None else new_c
+        below = h[k]
+        if dropout_masks is not None and k + 1 < len(layers):
+            below = below * dropout_masks[k]
+
+
 def decode(
     x: Tensor,
     layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
@@ -177,14 +201,8 @@ def decode(
     for t, below in enumerate(x.unbind(0)):
         if input_feeding:
             below = torch.cat([below, feed], -1)
-        for k, layer in enumerate(weights_of):
-            x_gates = linear(below, layer.w_ih, layer.b_ih)
-            r_gates = linear(h[k], layer.w_hh, layer.b_hh)
-            h[k], new_c = cell_step(cell, x_gates, r_gates, h[k], c[k])
-            c[k] = c[k] if new_c is None else new_c
-            below = h[k]
-            if dropout_masks is not None and k + 1 < len(weights_of):
-                below = below * dropout_masks[k, t]
+        masks = None if dropout_masks is None else dropout_masks[:, t]
+        _stack_step(cell, weights_of, below, h, c, masks)
         context, weights = attend(
             h[-1].unsqueeze(0),
             keys,
@@ -227,3 +245,116 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
+
+
+class _Steps(NamedTuple):
+    """What the searches see of :func:`generate`: a model that is encoded already."""
+
+    encoded: EncodedSource
+    state: DecoderState
+    advance: Callable[[Tensor, EncodedSource, DecoderState], Step]
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        return iter(())
+
+    def encode_source(self, source: Tensor, lengths: Tensor) -> tuple[EncodedSource, DecoderState]:
+        return self.encoded, self.state
+
+    def step(
+        self, tokens: Tensor, encoded: EncodedSource, state: DecoderState, *, need_weights: bool
+    ) -> Step:
+        return self.advance(tokens, encoded, state)
+
+
+def generate(
+    embedding: Tensor,
+    layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
+    state: tuple[State, Tensor | None],
+    output_weight: Tensor,
+    output_bias: Tensor | None = None,
+    keys: Tensor | None = None,
+    memory: Tensor | None = None,
+    combine: Tensor | None = None,
+    *,
+    max_length: int,
+    beam_size: int = 1,
+    length_penalty: float = 0.0,
+    cell: CellName = "lstm",
+    score: ScoreName | None = "dot",
+    weight: Tensor | None = None,
+    weight_query: Tensor | None = None,
+    weight_v: Tensor | None = None,
+    lengths: Tensor | None = None,
+    input_feeding: bool = True,
+    need_weights: bool = False,
+) -> GenerateOutput:
+    """Greedy or beam search, step by step; see :func:`pyseq.functional.generate`."""
+    weights_of = [LayerWeights(*layer) for layer in layers]
+    parts, feed = decoder_parts(cell, state)
+    batch, size = parts[0].shape[1:]
+    if score == "general":
+        assert weight is not None
+        assert keys is not None
+        keys, score = linear(without_padding(keys, lengths), weight), "dot"
+    if memory is not None and lengths is None:
+        lengths = torch.full((batch,), memory.shape[0], device=memory.device)
+
+    def advance(tokens: Tensor, encoded: EncodedSource, before: DecoderState) -> Step:
+        x = embedding[tokens]
+        weights: Tensor | None = None
+        if score is None:
+            h_0, c_0 = (*decoder_parts(cell, before)[0], before.feed.unsqueeze(0))[:2]
+            h, c = list(h_0.unbind(0)), list(c_0.expand_as(h_0).unbind(0))
+            _stack_step(cell, weights_of, x, h, c)
+            output, h_n = h[-1], torch.stack(h)
+            after = DecoderState((h_n, torch.stack(c)) if cell == "lstm" else h_n, output)
+        else:
+            assert encoded.keys is not None
+            assert encoded.memory is not None
+            assert combine is not None
+            decoded = decode(
+                x.unsqueeze(0),
+                weights_of,
+                encoded.keys,
+                encoded.memory,
+                combine,
+                cell=cell,
+                score=score,
+                weight_query=weight_query,
+                weight_v=weight_v,
+                state=before,
+                lengths=encoded.lengths,
+                input_feeding=input_feeding,
+                need_weights=need_weights,
+            )
+            output, after = decoded.output[0], decoded.state
+            weights = None if decoded.weights is None else decoded.weights[0]
+        log_probs = torch.log_softmax(linear(output, output_weight, output_bias), -1)
+        return Step(log_probs, weights, after)
+
+    first = parts[0].new_zeros(batch, size) if feed is None else feed
+    model = _Steps(EncodedSource(memory, keys, lengths), DecoderState(state[0], first), advance)
+    source_lengths = torch.zeros(batch, dtype=torch.int64) if lengths is None else lengths
+    source = source_lengths.new_zeros(batch, 0)  # which is encoded already
+    if beam_size == 1 and length_penalty == 0:
+        found = search.greedy(model, source, source_lengths, max_length=max_length)
+    else:
+        found = search.beam(
+            model,
+            source,
+            source_lengths,
+            max_length=max_length,
+            beam_size=beam_size,
+            length_penalty=length_penalty,
+        )
+    sizes = [len(hypothesis.tokens) for hypothesis in found]
+    tokens = torch.full((batch, max(sizes, default=0)), PAD)
+    kept = None
+    if need_weights and memory is not None:
+        kept = memory.new_zeros(*tokens.shape, memory.shape[0])
+    for row, hypothesis in enumerate(found):
+        tokens[row, : sizes[row]] = torch.tensor(hypothesis.tokens, dtype=torch.int64)
+        if kept is not None and hypothesis.weights is not None:
+            kept[row, : sizes[row], : source_lengths[row]] = hypothesis.weights
+    scores = embedding.new_tensor([hypothesis.score for hypothesis in found])
+    return GenerateOutput(tokens, torch.tensor(sizes, dtype=torch.int64), scores, kept)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search for target sequences: greedy, sampling and beam search, for a batch of sources.
 
-Called by ``Seq2Seq.generate``. Works on anything that has ``encode_source`` and ``step``;
-each step is one call for all hypotheses of all rows that are not finished.
+Called by ``Seq2Seq.generate``. Works on anything that has ``encode_source`` and ``step``,
+which is called once a step for all hypotheses of all rows that are not finished; greedy and
+beam search of a model that offers a :class:`FusedSearch` are one operator instead.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from .errors import SearchError
-from .types import PAD, START, STOP, DecoderState
+from .types import PAD, START, STOP, DecoderState, GenerateOutput
 
 __all__ = [
     "EncodedSource",
+    "FusedSearch",
     "Hypothesis",
     "SearchModel",
     "Step",
@@ -68,8 +70,29 @@ class Step(NamedTuple):
     state: DecoderState
 
 
+class FusedSearch(Protocol):
+    """Greedy and beam search in one operator, as :func:`pyseq.functional.generate` does it."""
+
+    def __call__(
+        self,
+        encoded: EncodedSource,
+        state: DecoderState,
+        *,
+        max_length: int,
+        beam_size: int,
+        length_penalty: float,
+        need_weights: bool,
+    ) -> GenerateOutput:
+        """The best sequence of each row of what ``encode_source`` gave."""
+
+
 class SearchModel(Protocol):
-    """What the searches need of a model, such as :class:`pyseq.seq2seq.Seq2Seq`."""
+    """What the searches need of a model, such as :class:`pyseq.seq2seq.Seq2Seq`.
+
+    One that also has a method ``fused_search``, without arguments, may return there a
+    :class:`FusedSearch` that does the same as the searches here do with its ``step``, or
+    None where it cannot.
+    """
 
     def modules(self) -> Iterator[torch.nn.Module]:
         """All modules of the model; they are in eval mode during a search."""
@@ -108,11 +131,23 @@ def greedy(
         SearchError: the model's logits are not finite; a RuntimeError.
     """
     _check_max_length(max_length)
+    fused = _fused_search(model)
+    if fused is not None:
+        return _search_fused(
+            model,
+            fused,
+            source,
+            source_lengths,
+            max_length=max_length,
+            beam_size=1,
+            length_penalty=0.0,
+            need_weights=need_weights,
+        )
     return _follow(
         model,
         source,
         source_lengths,
-        lambda log_probs: log_probs.argmax(1),
+        lambda log_probs: log_probs[:, STOP:].argmax(1) + STOP,
         max_length=max_length,
         need_weights=need_weights,
     )
@@ -213,6 +248,18 @@ def beam(
         raise ValueError(f"beam_size must be at least 1, got {beam_size!r}")
     if not 0 <= length_penalty < math.inf:
         raise ValueError(f"length_penalty must be a number of at least 0, got {length_penalty!r}")
+    fused = _fused_search(model)
+    if fused is not None:
+        return _search_fused(
+            model,
+            fused,
+            source,
+            source_lengths,
+            max_length=max_length,
+            beam_size=beam_size,
+            length_penalty=length_penalty,
+            need_weights=need_weights,
+        )
     batch = source.shape[0]
     if batch == 0:
         return []
@@ -264,6 +311,45 @@ def beam(
                 encoded = encoded.select(first.expand(-1, new_width).flatten())
             rows, tokens, scores = rows[kept], tokens[kept], scores[kept]
         return _hypotheses(trace, best.scores, best.lengths, best.slots, source_lengths)
+
+
+def _fused_search(model: SearchModel) -> FusedSearch | None:
+    find: Callable[[], FusedSearch | None] | None = getattr(model, "fused_search", None)
+    return None if find is None else find()
+
+
+def _search_fused(
+    model: SearchModel,
+    fused: FusedSearch,
+    source: Tensor,
+    source_lengths: Tensor,
+    *,
+    max_length: int,
+    beam_size: int,
+    length_penalty: float,
+    need_weights: bool,
+) -> list[Hypothesis]:
+    """One hypothesis per row, by a search in one operator."""
+    if source.shape[0] == 0:
+        return []
+    with _search_mode(model):
+        encoded, state = model.encode_source(source, source_lengths)
+        found = fused(
+            encoded,
+            state,
+            max_length=max_length,
+            beam_size=beam_size,
+            length_penalty=length_penalty,
+            need_weights=need_weights,
+        )
+    columns = (found.tokens, found.lengths, found.scores, source_lengths)
+    hypotheses = []
+    for row, (tokens, length, score, source_length) in enumerate(
+        zip(*(column.tolist() for column in columns), strict=True)
+    ):
+        cut = None if found.weights is None else found.weights[row, :length, :source_length]
+        hypotheses.append(Hypothesis(tokens[:length], score, cut))
+    return hypotheses
 
 
 def _follow(

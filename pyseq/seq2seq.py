@@ -15,9 +15,9 @@ from torch import Tensor
 from . import functional, search
 from ._checks import check_positive, check_shape
 from ._dropout import apply_dropout
-from .nn import GRU, LSTM, RNN, AttentionDecoder, cell_name
-from .search import EncodedSource, Hypothesis, Step
-from .types import PAD, UNK, CellName, DecoderOutput, DecoderState, State
+from .nn import GRU, LSTM, RNN, AttentionDecoder, Score, cell_name
+from .search import EncodedSource, FusedSearch, Hypothesis, Step
+from .types import PAD, UNK, CellName, DecoderOutput, DecoderState, GenerateOutput, State
 
 __all__ = ["Decoder", "Encoder", "Seq2Seq"]
 
@@ -53,6 +53,17 @@ def _recurrent(
         dropout=dropout,
         bidirectional=bidirectional,
     )
+
+
+def _is_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
+    """Whether calling the module is its class's ``forward`` and nothing else."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_fusable(weight: Tensor) -> bool:
+    """Whether the operators can read it: other classes of tensors may compute otherwise."""
+    floating = weight.dtype in (torch.float32, torch.float64)
+    return weight.is_cpu and floating and type(weight) is torch.nn.Parameter
 
 
 class Encoder(torch.nn.Module):
@@ -253,6 +264,62 @@ class Decoder(torch.nn.Module):
             x, memory, lengths=lengths, state=state, need_weights=need_weights, keys=keys
         )
         return apply_dropout(decoded.output, self.dropout, self.training), decoded
+
+    def generate(
+        self,
+        encoded: EncodedSource,
+        state: DecoderState,
+        *,
+        max_length: int,
+        beam_size: int,
+        length_penalty: float,
+        need_weights: bool,
+    ) -> GenerateOutput:
+        """Greedy or beam search in one operator, for a decoder that :meth:`is_fused`.
+
+        Args, Returns, Raises: see :func:`pyseq.functional.generate`.
+        """
+        score, combine = self.rnn.score, self.rnn.combine
+        return functional.generate(
+            self.embedding.weight,
+            self.rnn.layer_weights(),
+            state,
+            self.output.weight,
+            self.output.bias,
+            encoded.keys,
+            encoded.memory,
+            None if combine is None else combine.weight,
+            max_length=max_length,
+            beam_size=beam_size,
+            length_penalty=length_penalty,
+            cell=self.rnn.cell,
+            score=None if score is None else score.fused,
+            weight_query=None if score is None else score.weight_query,
+            weight_v=None if score is None else score.weight_v,
+            lengths=encoded.lengths,
+            input_feeding=self.rnn.input_feeding,
+            need_weights=need_weights,
+        )
+
+    def is_fused(self) -> bool:
+        """Whether a step of ``forward`` in eval mode is what :meth:`generate` computes.
+
+        Not on another device or in another dtype than the operator's; and not if a module
+        has hooks, is parametrised or was replaced by one of another class.
+        """
+        expected = (
+            (self, Decoder),
+            (self.embedding, torch.nn.Embedding),
+            (self.rnn, AttentionDecoder),
+            (self.rnn.score, Score),
+            (self.rnn.combine, torch.nn.Linear),
+            (self.output, torch.nn.Linear),
+        )
+        return (
+            all(module is None or _is_plain(module, kind) for module, kind in expected)
+            and self.embedding.max_norm is None  # looking up would change the weights
+            and all(_is_fusable(weight) for weight in self.parameters())
+        )
 
 
 class Seq2Seq(torch.nn.Module):
@@ -488,3 +555,12 @@ class Seq2Seq(torch.nn.Module):
         )
         weights = None if decoded.weights is None else decoded.weights[0]
         return Step(torch.log_softmax(logits[:, 0], -1), weights, decoded.state)
+
+    def fused_search(self) -> FusedSearch | None:
+        """The searches of :mod:`pyseq.search` in one operator; see its ``SearchModel``.
+
+        None if :meth:`step` does more than the operator: in a subclass that has its own, or
+        with a decoder that is not :meth:`Decoder.is_fused`.
+        """
+        fused = type(self).step is Seq2Seq.step and self.decoder.is_fused()
+        return self.decoder.generate if fused else None

@@ -103,5 +103,14 @@ class DecoderOutput(NamedTuple):
     state: DecoderState
 
 
+class GenerateOutput(NamedTuple):
+    """What ``generate`` returns: the best sequence of each row."""
+
+    tokens: Tensor  # (B, T) int64, T the longest, ``<pad>`` after the last token of a row
+    lengths: Tensor  # (B,) int64, tokens of each row, ``<stop>`` not counted
+    scores: Tensor  # (B,), log P in nats, that of ``<stop>`` included where it was reached
+    weights: Tensor | None  # (B, T, S), attention, zero at padding on either side
+
+
 #: Ids of the symbols that every vocabulary begins with: <pad>, <start>, <stop>, <unk>.
 PAD, START, STOP, UNK = range(4)

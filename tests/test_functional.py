@@ -967,8 +967,8 @@ def test_every_operator_is_checked() -> None:
         if name.startswith("pyseq::")
     }
     seen = {op.name() for case in FULL for calls in checked_calls(case) for op, _ in calls}
-    # The activations have a file of tests of their own.
-    assert seen | {"pyseq::sigmoid", "pyseq::tanh"} == registered
+    # The search and the activations have files of tests of their own.
+    assert seen | {"pyseq::generate", "pyseq::sigmoid", "pyseq::tanh"} == registered
 
 
 @pytest.mark.parametrize("case", by_id(FULL))

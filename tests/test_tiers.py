@@ -13,6 +13,8 @@ import sys
 
 import pytest
 import torch
+from generate_cases import GenerateCase
+from generate_cases import check as check_generate
 from operator_cases import DTYPES, AttendCase, Case, DecodeCase, ScanCase, expected_of, run
 from operator_cases import LinearCrossEntropyCase as LossCase
 from operator_cases import small_cases as small
@@ -75,6 +77,9 @@ def check_this_process() -> None:
             assert_close(actual.gradients, expected.gradients)
         except AssertionError as error:
             raise AssertionError(f"{call.op} {case.id}: {error}") from None
+    for dtype in DTYPES:
+        check_generate(GenerateCase(sizes=(7, 2, 16, 65, 65, 33, 300), dtype=dtype))
+        check_generate(GenerateCase(sizes=(5, 3, 4, 8, 9, 17, 131), beam_size=4, dtype=dtype))
     print(functional._library._C.cpu_tier())
 
 

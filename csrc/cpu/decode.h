@@ -72,16 +72,19 @@ struct DecoderScratch {
 template <class T>
 struct DecoderStep {
   int64_t t;              // counts steps in what is kept of every one
+  bool backwards;         // in which order to take the panels; see `product`
   int64_t before, after;  // in elements: where the states lie in those of a layer
   const T* fed;           // (B, H), the output before; null without feeding
   T* output;              // (B, H), which may be the memory of `fed`
   T* attn;                // (B, S)
+  // (B): the row of keys, memory and lengths that each row attends to; null: its own.
+  const int32_t* source_rows;
 };
 
 template <class T>
-Plan plan_decode(const Decode<T>& args, int gates, int barriers) {
+StepCost decoder_cost(const Decode<T>& args, int gates, int barriers) {
   const int64_t H = args.hidden;
-  int64_t weights = H * (args.memory_size + H);
+  int64_t weights = args.combine == nullptr ? 0 : H * (args.memory_size + H);
   for (int64_t l = 0; l < args.layer_count; ++l) {
     weights += gates * H * H * (args.layers[l].w_in == nullptr ? 1 : 2);
   }
@@ -89,9 +92,12 @@ Plan plan_decode(const Decode<T>& args, int gates, int barriers) {
   // tanh costs about as much as 16 multiply-adds.
   const int64_t row_work =
       args.source * (args.key_size * (args.additive ? 16 : 1) + args.memory_size);
-  return plan_steps(
-      {args.batch, weights, row_work, weights * static_cast<int64_t>(sizeof(T)), barriers},
-      args.threads);
+  return {args.batch, weights, row_work, weights * static_cast<int64_t>(sizeof(T)), barriers};
+}
+
+template <class T>
+Plan plan_decode(const Decode<T>& args, int gates, int barriers) {
+  return plan_steps(decoder_cost(args, gates, barriers), args.threads);
 }
 
 // The stacked cells of one step, for the rows and units of this thread. Returns the state of
@@ -117,7 +123,7 @@ const T* step_cells(const Decode<T>& args, const DecoderWeights<T>& weights,
     const bool masked = layer.mask != nullptr && l + 1 < L;
     T* const masked_output = scratch.below + (l & 1) * B * H;
     product<T, G, Cell::kPre>(
-        segments, segment_count, at.rows.begin, at.rows.end, units.begin, units.end, t % 2 != 0,
+        segments, segment_count, at.rows.begin, at.rows.end, units.begin, units.end, step.backwards,
         [&](int64_t row, int64_t panel, const T* sums) {
           const int lanes = lanes_inside<T>(H, panel);
           const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
@@ -163,7 +169,7 @@ void step_attention(const Decode<T>& args, const DecoderWeights<T>& weights,
     T* const projected = args.query + slot * B * A;
     const Segment<T> segment = plain_segment(top, weights.w_query);
     product<T, 1, 1>(&segment, 1, at.rows.begin, at.rows.end, key_part.begin, key_part.end,
-                     step.t % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
+                     step.backwards, [&](int64_t row, int64_t panel, const T* sums) {
                        store(projected + row * A + panel * kLanes<T>, load(sums),
                              lanes_inside<T>(A, panel));
                      });
@@ -171,19 +177,24 @@ void step_attention(const Decode<T>& args, const DecoderWeights<T>& weights,
     query = projected;
   }
 
+  const auto source_row = [&](int64_t row) {
+    return step.source_rows == nullptr ? row : step.source_rows[row];
+  };
   // Scores are shared out by position, the context by component; between the two every
   // member takes the whole softmax, which costs less than to wait once more.
   const auto score_row = [&](int64_t row) {
-    const Range part = at.part(valid_positions<T>(args.lengths, row, S));
-    scores<T, Score, 1>(query + row * A, 0, args.keys + (row * S + part.begin) * A, part.size(), A,
+    const int64_t from = source_row(row);
+    const Range part = at.part(valid_positions<T>(args.lengths, from, S));
+    scores<T, Score, 1>(query + row * A, 0, args.keys + (from * S + part.begin) * A, part.size(), A,
                         args.v, scratch.scores + row * S + part.begin, 0);
   };
   T* const context = args.context + slot * B * M;
   const auto attend_row = [&](int64_t row) {
-    const int64_t valid = valid_positions<T>(args.lengths, row, S);
+    const int64_t from = source_row(row);
+    const int64_t valid = valid_positions<T>(args.lengths, from, S);
     softmax(scratch.scores + row * S, valid, own_attn);
     for (int64_t s = valid; s < S; ++s) own_attn[s] = 0;
-    weighted_sum<T, 1>(own_attn, 0, args.memory + row * S * M, valid, M, memory_part,
+    weighted_sum<T, 1>(own_attn, 0, args.memory + from * S * M, valid, M, memory_part,
                        context + row * M, 0);
     const Range part = at.part(S);
     T* const attn = step.attn + row * S;
@@ -203,7 +214,7 @@ void step_attention(const Decode<T>& args, const DecoderWeights<T>& weights,
 
   const Segment<T> combined[2] = {plain_segment(context, weights.combine_context),
                                   plain_segment(top, weights.combine_hidden)};
-  product<T, 1, 1>(combined, 2, at.rows.begin, at.rows.end, units.begin, units.end, step.t % 2 != 0,
+  product<T, 1, 1>(combined, 2, at.rows.begin, at.rows.end, units.begin, units.end, step.backwards,
                    [&](int64_t row, int64_t panel, const T* sums) {
                      store(step.output + row * H + panel * kLanes<T>, Math<T>::tanh(load(sums)),
                            lanes_inside<T>(H, panel));
@@ -236,11 +247,13 @@ void decode_forward_cell(const Decode<T>& args) {
       T* const output = args.output + t * B * H;
       const T* const fed = t == 0 ? args.feed : output - B * H;
       const DecoderStep<T> step{t,
+                                t % 2 != 0,
                                 slot_before(t, args.steps, false, args.save) * B * H,
                                 slot_after(t, args.steps, false, args.save) * B * H,
                                 args.feeding ? fed : nullptr,
                                 output,
-                                args.attn + t * args.attn_step};
+                                args.attn + t * args.attn_step,
+                                nullptr};
       const T* const top = step_cells<T, Cell>(args, weights, scratch, step, at);
       step_attention<T, Score>(args, weights, scratch, step, at, thread, top);
     }

@@ -9,6 +9,7 @@
 #include "loss.h"
 #include "peak.h"
 #include "scan.h"
+#include "search.h"
 
 namespace pyseq::cpu::PYSEQ_TIER {
 
@@ -40,6 +41,7 @@ constexpr Kernels<T> table() {
           decode_forward<T>,
           decode_backward<T>,
           linear_cross_entropy<T>,
+          generate<T>,
           sigmoid<T>,
           tanh<T>,
           multiply_add_rate<T>,

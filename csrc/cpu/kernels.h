@@ -155,6 +155,50 @@ struct DecodeBackward {
   T* d_feed;          // (B, H)
 };
 
+// One step of a search: hypotheses, each of which goes on from one of the step before. Each
+// step is a block from malloc, so that memory grows with the search, not with its limit.
+template <class T>
+struct GenerateStep {
+  GenerateStep* before;
+  int32_t* tokens;   // (count), emitted in this step
+  int32_t* parents;  // (count), which of the hypotheses of the step before they continue
+  T* attn;           // (count of the step before, S) or null
+};
+
+// The best hypothesis of a row, without <stop>.
+template <class T>
+struct GenerateResult {
+  T score;                      // log P
+  int64_t length;               // tokens
+  const GenerateStep<T>* last;  // that of the last token
+  int32_t slot;                 // which of its hypotheses
+};
+
+enum class GenerateStatus { kDone, kNotFinite, kOutOfMemory };
+
+// V tokens, E features of a token's embedding.
+template <class T>
+struct Generate {
+  // Weights, sizes, keys and memory; its batch is the most hypotheses that there can be,
+  // rows * beam_size. Without attention `combine` is null.
+  Decode<T> decoder;
+  int64_t rows, vocab, embedding_size, max_length, beam_size;
+  double length_penalty;
+  bool need_weights;
+  const T* h_0;        // (L, rows, H)
+  const T* c_0;        // (L, rows, H) or null
+  const T* feed;       // (rows, H)
+  const T* embedding;  // (V, E)
+  const T* w_x;        // (G*H, E) with rows w_x_stride apart
+  int64_t w_x_stride;
+  const T* w_output;           // (V, H)
+  const T* output_bias;        // (V) or null
+  GenerateResult<T>* results;  // (rows)
+  // Out, null before: a list of all steps, for the caller to free. The step before the first
+  // one of a result is not null but another result's: its length says where it begins.
+  GenerateStep<T>** trace;
+};
+
 // c (m, n) = a (m, k) b (k, n) + bias, or c += a b. a and b may have any strides.
 template <class T>
 struct Gemm {
@@ -203,6 +247,7 @@ struct Kernels {
   void (*decode_forward)(const Decode<T>&);
   void (*decode_backward)(const DecodeBackward<T>&);
   void (*linear_cross_entropy)(const LinearCrossEntropy<T>&);
+  GenerateStatus (*generate)(const Generate<T>&);
   void (*sigmoid)(const T* from, T* to, int64_t count);
   void (*tanh)(const T* from, T* to, int64_t count);
   double (*multiply_add_rate)(int threads, int64_t rounds);

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the operators of recurrent layers share: cells by name, biases as the kernels want
+// them, and the checks of layers and memory.
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <string>
+
+#include "arguments.h"
+#include "check.h"
+#include "cpu/kernels.h"
+#include "ops.h"
+
+namespace pyseq {
+
+using cpu::CellKind;
+
+struct CellShape {
+  CellKind kind;
+  int64_t gates;
+  bool has_cell;   // a c beside h
+  bool has_apart;  // the recurrent part of the last gate stays apart
+};
+
+inline CellShape cell_shape(std::string_view name) {
+  if (name == "lstm") return {CellKind::kLstm, 4, true, false};
+  if (name == "gru") return {CellKind::kGru, 3, false, true};
+  if (name == "rnn_tanh") return {CellKind::kRnnTanh, 1, false, false};
+  if (name == "rnn_relu") return {CellKind::kRnnRelu, 1, false, false};
+  TORCH_CHECK_VALUE(false, "cell must be one of rnn_tanh, rnn_relu, gru, lstm, got ", name);
+}
+
+inline bool is_additive(std::string_view score) {
+  TORCH_CHECK_VALUE(score == "dot" || score == "concat", "score must be dot or concat, got ",
+                    score);
+  return score == "concat";
+}
+
+// (S, B, D) as contiguous (B, S, D): a row's positions side by side, whatever the batch.
+inline Tensor rows_first(const Tensor& tensor) { return tensor.transpose(0, 1).contiguous(); }
+
+// Both biases as the kernels want them: `sum` for the sums that input and recurrent part
+// share, `apart` for the recurrent part that stays apart (the GRU's candidate).
+struct Bias {
+  OptionalTensor sum;
+  OptionalTensor apart;
+};
+
+inline Bias fold_bias(const OptionalTensor& b_ih, const OptionalTensor& b_hh, const CellShape& cell,
+                      int64_t hidden) {
+  if (!b_hh.has_value()) return {contiguous(b_ih), std::nullopt};
+  if (!cell.has_apart) {
+    return {b_ih.has_value() ? *b_ih + *b_hh : b_hh->contiguous(), std::nullopt};
+  }
+  const int64_t shared = (cell.gates - 1) * hidden;
+  Tensor sum = b_ih.has_value() ? b_ih->clone() : at::zeros_like(*b_hh);
+  sum.slice(0, 0, shared).add_(b_hh->slice(0, 0, shared));
+  return {sum, b_hh->slice(0, shared).contiguous()};
+}
+
+inline void check_memory(const Tensor& keys, const Tensor& memory, const OptionalTensor& weight_v,
+                         int64_t batch, bool additive, const Tensor& like, const char* like_name) {
+  check_dim(keys, "keys", 3, "(S, B, A)");
+  check_dim(memory, "memory", 3, "(S, B, M)");
+  const int64_t source = memory.size(0);
+  check_tensor(keys, "keys", "(S, B, A)", {source, batch, keys.size(2)}, like, like_name);
+  check_tensor(memory, "memory", "(S, B, M)", {source, batch, memory.size(2)}, like, like_name);
+  TORCH_CHECK_VALUE(weight_v.has_value() == additive,
+                    "weight_v must be given for score concat and no other");
+  check_tensor(weight_v, "weight_v", "(A,)", {keys.size(2)}, like, like_name);
+}
+
+constexpr size_t kPerLayer = 4;  // w_ih, w_hh, b_ih, b_hh
+
+// The weights of stacked cells for `input` features, and with `fed` for the last output beside
+// them. Returns the number of layers.
+inline int64_t check_layers(at::TensorList layers, const CellShape& cell, int64_t input, bool fed,
+                            int64_t hidden, const Tensor& like, const char* like_name) {
+  TORCH_CHECK(!layers.empty() && layers.size() % kPerLayer == 0,
+              "layers must hold w_ih, w_hh, b_ih, b_hh of each layer, got ", layers.size(),
+              " tensors");
+  const int64_t count = static_cast<int64_t>(layers.size() / kPerLayer);
+  TORCH_CHECK(count <= cpu::kMaxLayers, "layers must be at most ", cpu::kMaxLayers, ", got ",
+              count);
+  const int64_t rows = cell.gates * hidden;
+  for (int64_t l = 0; l < count; ++l) {
+    const auto name = [&](const char* weight) {
+      return std::string(weight) + " of layer " + std::to_string(l);
+    };
+    const Tensor* weights = &layers[l * kPerLayer];
+    const int64_t columns = l > 0 ? hidden : input + (fed ? hidden : 0);
+    const char* letters = l > 0 ? "(G*H, H)" : (fed ? "(G*H, I + H)" : "(G*H, I)");
+    check_tensor(weights[0], name("w_ih").c_str(), letters, {rows, columns}, like, like_name);
+    check_tensor(weights[1], name("w_hh").c_str(), "(G*H, H)", {rows, hidden}, like, like_name);
+    check_tensor(weights[2], name("b_ih").c_str(), "(G*H,)", {rows}, like, like_name);
+    check_tensor(weights[3], name("b_hh").c_str(), "(G*H,)", {rows}, like, like_name);
+  }
+  return count;
+}
+
+}  // namespace pyseq

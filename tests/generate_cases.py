@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of ``generate`` by name, and their comparison with the search step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from operator_cases import make_lengths, map_leaves
+from torch import Tensor
+
+from pyseq import functional, reference
+from pyseq.types import GATES, CellName, GenerateOutput, ScoreName
+
+#: Largest difference of scores and attention weights: both carry the errors of all steps.
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class GenerateCase:
+    """One call of ``generate``; ``sizes`` are S, B, E, H, A, M and V."""
+
+    cell: CellName = "lstm"
+    score: ScoreName | None = "general"
+    sizes: tuple[int, ...] = (4, 3, 5, 7, 6, 8, 9)
+    dtype: torch.dtype = torch.float64
+    layers: int = 1
+    input_feeding: bool = True
+    lengths: str | None = "ragged"
+    bias: bool = True
+    feed: bool = True
+    project_query: bool = True
+    sharpness: float = 1.5
+    max_length: int = 8
+    beam_size: int = 1
+    length_penalty: float = 0.0
+
+    @property
+    def id(self) -> str:
+        letters = zip("SBEHAMV", self.sizes, strict=True)
+        return "-".join(
+            (
+                self.cell,
+                str(self.score),
+                str(self.dtype).removeprefix("torch."),
+                *(f"{letter}{size}" for letter, size in letters),
+                f"L{self.layers}",
+                "fed" if self.input_feeding else "unfed",
+                f"lengths_{self.lengths}",
+                f"max{self.max_length}",
+                f"beam{self.beam_size}",
+                f"penalty{self.length_penalty:g}",
+            )
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Tensors and options that depend on nothing but the case."""
+        torch.manual_seed(0)
+        source, batch, features, hidden, size, width, vocab = self.sizes
+
+        def random(*shape: int) -> Tensor:
+            """A weight, or a bias, that keeps the magnitude of what it multiplies."""
+            # Drawn in one precision, so that cases differ in nothing else.
+            values = torch.randn(shape, dtype=torch.float64) / max(shape[-1], 1) ** 0.5
+            return values.to(self.dtype)
+
+        rows, attends = GATES[self.cell] * hidden, self.score is not None
+        projected = self.score == "general" or (self.score == "concat" and self.project_query)
+        size = size if projected else hidden
+        fed = hidden if attends and self.input_feeding else 0
+        layers = []
+        for layer in range(self.layers):
+            columns = hidden if layer else features + fed
+            biases = (random(rows), random(rows)) if self.bias else (None, None)
+            w_ih, w_hh = random(rows, columns), random(rows, hidden)
+            layers.append((w_ih * self.sharpness, w_hh * self.sharpness, *biases))
+        h = random(self.layers, batch, hidden)
+        state = (h, random(self.layers, batch, hidden)) if self.cell == "lstm" else h
+        arguments: dict[str, Any] = {
+            "embedding": random(vocab, features) * features**0.5 * self.sharpness,
+            "layers": layers,
+            "state": (state, random(batch, hidden) if self.feed else None),
+            "output_weight": random(vocab, hidden) * 4,
+            "output_bias": random(vocab) if self.bias else None,
+            "cell": self.cell,
+            "score": self.score,
+            "input_feeding": bool(fed),
+            "max_length": self.max_length,
+            "beam_size": self.beam_size,
+            "length_penalty": self.length_penalty,
+            "need_weights": attends,
+        }
+        if attends:
+            arguments["keys"] = random(source, batch, size) * 3
+            arguments["memory"] = random(source, batch, width) * 3
+            arguments["combine"] = random(hidden, width + hidden)
+            arguments["lengths"] = make_lengths(self.lengths, source, batch)
+        if self.score == "general":
+            arguments["weight"] = random(hidden, size)
+        if self.score == "concat":
+            arguments["weight_v"] = random(size) * 4
+            arguments["weight_query"] = random(size, hidden) if self.project_query else None
+        return arguments
+
+
+def check(case: GenerateCase) -> GenerateOutput:
+    """Compare the operator with the reference in float64; returns what it found."""
+    arguments = case.arguments()
+    found = functional.generate(**arguments)
+    exact = map_leaves(lambda _, t: t.double() if t.is_floating_point() else t, arguments)
+    expected = reference.generate(**exact)
+    assert found.scores.dtype == case.dtype
+    assert torch.equal(found.lengths, expected.lengths)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert (found.scores.double() - expected.scores).abs().le(TOLERANCES[case.dtype]).all()
+    assert (found.weights is None) == (expected.weights is None)
+    if found.weights is not None and expected.weights is not None:
+        difference = (found.weights.double() - expected.weights).abs()
+        assert difference.le(TOLERANCES[case.dtype]).all()
+    return found
