@@ -43,9 +43,9 @@ of the median. A ratio above 1 means that pyseq is faster; where it is slower, t
 - `reference` is `pyseq.reference`: the operators in plain torch.
 - `GFLOP/s` counts the multiply-adds of matrix products only, two operations each.
 - `of floor` is the time below which this machine cannot get, as a part of what pyseq takes: the
-  larger of the time for the arithmetic at the measured peak and that for reading what each of
-  the dependent steps has to read again (weights; keys and memory) at the measured bandwidth of
-  the nearest cache that holds it. An `r` says that reading is the larger.
+  larger of the time for the arithmetic, at the peak that was measured in the same rounds, and that
+  for reading what each of the dependent steps has to read again (weights; keys and memory), at the
+  measured bandwidth of the nearest cache that holds it. An `r` says that reading is the larger.
 - `saved` is what forward keeps for backward, in MB.
 """
 
@@ -120,7 +120,7 @@ def section_table(measurements: Sequence[Measurement]) -> str:
             *(_milliseconds(m, name) for name in names),
             *(_ratio(m, name) for name in names[1:]),
             f"{m.rate / 1e9:.1f}",
-            f"{m.efficiency:.0%}{' ' if m.peak_share == 1 else 'r'}",
+            f"{m.efficiency:.0%}{'r' if m.bound_by_reading else ' '}",
             *(f"{m.saved[n] / 1e6:.2f}" if n in m.saved else "" for n in savers),
         )
         for m in measurements
@@ -177,6 +177,18 @@ def text(runs: Sequence[Run], facts: Mapping[str, str | int], command: str) -> s
     )
 
 
+def _numbers(measurement: Measurement) -> dict[str, object]:
+    fields = asdict(measurement)
+    del fields["times"], fields["peaks"]
+    return {
+        **fields,
+        "peak": measurement.peak,
+        "rounds": {name: len(values) for name, values in measurement.times.items()},
+        "medians": measurement.medians,
+        "spreads": measurement.spreads,
+    }
+
+
 def write(runs: Sequence[Run], facts: Mapping[str, str | int], command: str, folder: Path) -> None:
     """Write benchmarks.md, benchmarks.json and speed.svg."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +198,7 @@ def write(runs: Sequence[Run], facts: Mapping[str, str | int], command: str, fol
         "command": command,
         "unit": "seconds per call",
         "machines": [asdict(machine) for machine, _ in runs],
-        "measurements": [asdict(m) for _, measurements in runs for m in measurements],
+        "measurements": [_numbers(m) for _, measurements in runs for m in measurements],
     }
     (folder / "benchmarks.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     draw(runs[0][1], facts, folder / "speed.svg")

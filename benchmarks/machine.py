@@ -59,7 +59,7 @@ class Machine:
 
 def measure_machine(threads: int) -> Machine:
     """Measure the peak, and the bandwidth of each level, with half of it read."""
-    peak = max(_C.multiply_add_rate(threads=threads, rounds=ROUNDS) for _ in range(ATTEMPTS))
+    peak = max(measure_peak(threads) for _ in range(ATTEMPTS))
     levels = []
     for name, usual in _USUAL_SIZES.items():
         size = _cache_size(name) or usual
@@ -70,6 +70,11 @@ def measure_machine(threads: int) -> Machine:
         )
         levels.append(Level(name, size, read, bandwidth))
     return Machine(threads, peak, tuple(levels))
+
+
+def measure_peak(threads: int) -> float:
+    """Floating-point operations per second at this moment."""
+    return _C.multiply_add_rate(threads=threads, rounds=ROUNDS)
 
 
 def _cache_size(level: str) -> int | None:

@@ -6,37 +6,38 @@ So a machine that slows down slows all of them.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
 import math
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .floors import Mode
-from .machine import Machine
+from .machine import Machine, measure_peak
 from .workloads import Implementation, ImplementationName, Results, Workload
 
 #: Largest difference from the reference, relative to the largest magnitude in the tensor
 #: but at least to 1. Weight gradients are float32 sums of some thousand terms on both sides.
 TOLERANCE = 1e-4
-#: A timed turn repeats short calls until it takes this long, in seconds: the clock and the call
-#: around it then weigh less than a thousandth.
-SHORTEST = 1e-3
-#: Before its turn an implementation sleeps so long, in seconds, and then makes a call that is not
-#: timed: the threads of the one before must have stopped spinning (GNU's OpenMP goes on for some
-#: milliseconds after a loop), and its own be awake and its weights in cache, as in a loop of
-#: calls. A call longer than LONG needs no such care.
+#: A turn of an implementation, in seconds: it sleeps, since the threads of the one before must
+#: have stopped spinning (GNU's OpenMP goes on for some milliseconds after a loop); it makes calls
+#: that are not timed, since its own threads must be awake and spread over the cores (with less
+#: than this ONNX Runtime's took up to 3 times as long) and its weights in cache; and then calls
+#: that are. One call that takes LONG needs no such care.
 PAUSE = 5e-3
-LONG = 0.1
+WARMING = 10e-3
+TIMED = 10e-3
+LONG = 0.3
 #: Every implementation runs at least so often, however long it takes.
 FEWEST_ROUNDS = 5
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Measurement:
     """What came out of one workload with a number of threads."""
 
@@ -46,12 +47,10 @@ class Measurement:
     mode: Mode
     threads: int
     tokens: int  # per call
-    operations: int  # per call; see floors.py
-    floor: float  # seconds per call below which this machine cannot get
-    peak_share: float  # of that floor, in [0, 1], what the arithmetic needs
-    rounds: int
-    medians: dict[ImplementationName, float]  # seconds per call
-    spreads: dict[ImplementationName, float]  # half the distance between the quartiles, seconds
+    operations: int  # floating-point, per call; see floors.py
+    reading: float  # seconds that a call reads at least; see floors.py
+    peaks: list[float]  # operations per second of the machine, in each round
+    times: dict[ImplementationName, list[float]]  # seconds per call, in each round
     saved: dict[ImplementationName, int]  # bytes kept for backward; training only
 
     @property
@@ -59,10 +58,25 @@ class Measurement:
         """As that of the workload."""
         return f"{self.op}-{self.mode}-{self.kind}-{self.shape}"
 
+    @functools.cached_property
+    def medians(self) -> dict[ImplementationName, float]:
+        """Seconds per call."""
+        return {name: statistics.median(values) for name, values in self.times.items()}
+
+    @functools.cached_property
+    def spreads(self) -> dict[ImplementationName, float]:
+        """Half the distance between the quartiles, in seconds."""
+        return {name: _spread(values) for name, values in self.times.items()}
+
     @property
     def rivals(self) -> list[ImplementationName]:
         """The other implementations."""
-        return [name for name in self.medians if name != "pyseq"]
+        return [name for name in self.times if name != "pyseq"]
+
+    def with_more(self, other: Measurement) -> Measurement:
+        """The same with the rounds of another time."""
+        times = {name: values + other.times.get(name, []) for name, values in self.times.items()}
+        return dataclasses.replace(self, times=times, peaks=self.peaks + other.peaks)
 
     def ratio(self, rival: ImplementationName) -> float:
         """How many times faster pyseq is than ``rival``."""
@@ -73,10 +87,20 @@ class Measurement:
         """Floating-point operations per second of pyseq."""
         return self.operations / self.medians["pyseq"]
 
+    @functools.cached_property
+    def peak(self) -> float:
+        """Floating-point operations per second of the machine, by the median of the rounds."""
+        return statistics.median(self.peaks)
+
+    @property
+    def bound_by_reading(self) -> bool:
+        """Whether reading takes longer than the arithmetic, both as fast as the machine can."""
+        return self.reading > self.operations / self.peak
+
     @property
     def efficiency(self) -> float:
         """The floor over the time of pyseq: 1 is all that the machine can do."""
-        return self.floor / self.medians["pyseq"]
+        return max(self.reading, self.operations / self.peak) / self.medians["pyseq"]
 
 
 def measure(
@@ -91,7 +115,7 @@ def measure(
 
     Args:
         workload: what to measure.
-        machine: its limits with the number of threads that torch is set to.
+        machine: how fast it reads, with the number of threads that torch is set to.
         seconds: how long to go on, all implementations together, after warming up.
         rounds: how often each runs at least.
         leave_out: implementations that are not timed.
@@ -106,9 +130,7 @@ def measure(
     for name, run in running.items():
         result, saved[name] = with_saved_bytes(run)
         check(result, expected, name)
-    times = _take_turns(running, seconds, rounds)
-    arithmetic = workload.cost.operations / machine.peak
-    floor = workload.cost.floor(machine)
+    times, peaks = _take_turns(running, machine.threads, seconds, rounds)
     return Measurement(
         op=workload.op,
         kind=workload.kind,
@@ -117,11 +139,9 @@ def measure(
         threads=machine.threads,
         tokens=workload.tokens,
         operations=workload.cost.operations,
-        floor=floor,
-        peak_share=arithmetic / floor,
-        rounds=min(map(len, times.values())),
-        medians={name: statistics.median(values) for name, values in times.items()},
-        spreads={name: _spread(values) for name, values in times.items()},
+        reading=workload.cost.reading(machine),
+        peaks=peaks,
+        times=times,
         saved=saved if workload.mode == "training" else {},
     )
 
@@ -165,29 +185,29 @@ def with_saved_bytes(run: Implementation) -> tuple[Results, int]:
 
 
 def _take_turns(
-    running: Mapping[ImplementationName, Implementation], seconds: float, rounds: int
-) -> dict[ImplementationName, list[float]]:
-    """Seconds per call of each implementation in each round."""
+    running: Mapping[ImplementationName, Implementation], threads: int, seconds: float, rounds: int
+) -> tuple[dict[ImplementationName, list[float]], list[float]]:
+    """Seconds per call of each implementation, and the peak of the machine, in each round."""
     times: dict[ImplementationName, list[float]] = {name: [] for name in running}
+    peaks = []
     gc.collect()
     gc.disable()
     try:
-        repeats = {}
-        for name, run in running.items():
-            once = _seconds(run, 1)
-            repeats[name] = math.ceil(SHORTEST / max(once, 1e-7))
-            if once > LONG:
-                times[name].append(once)  # as good as any: a round the less
+        once = {name: _seconds(run, 1) for name, run in running.items()}
+        for name, seconds_once in once.items():
+            if seconds_once > LONG:
+                times[name].append(seconds_once)  # as good as any: a round the less
         end = time.perf_counter() + seconds
         while min(map(len, times.values())) < rounds or time.perf_counter() < end:
+            peaks.append(measure_peak(threads))
             for name, run in running.items():
-                if not times[name] or times[name][-1] < LONG:
+                if once[name] < LONG:
                     time.sleep(PAUSE)
-                    run()
-                times[name].append(_seconds(run, repeats[name]))
+                    _seconds(run, math.ceil(WARMING / once[name]))
+                times[name].append(_seconds(run, math.ceil(TIMED / once[name])))
     finally:
         gc.enable()
-    return times
+    return times, peaks
 
 
 def _seconds(run: Implementation, repeats: int) -> float:

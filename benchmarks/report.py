@@ -8,11 +8,13 @@ how to look at one group while working on it.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +47,11 @@ def _options() -> argparse.ArgumentParser:
         "--seconds", type=float, default=1.0, help="for each workload, at least (default: 1)"
     )
     parser.add_argument(
+        "--passes",
+        type=int,
+        help="how often to go through all of it, in the same time (default: 2, and 1 for a part)",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a tenth of the time, at least 3 rounds"
     )
     parser.add_argument(
@@ -74,26 +81,32 @@ def _line(measurement: Measurement) -> str:
 
 
 def _measure_all(
-    chosen: list[Workload], machine: Machine, options: argparse.Namespace
+    chosen: Sequence[Workload], machine: Machine, options: argparse.Namespace, passes: int
 ) -> list[Measurement]:
+    """Go through all workloads so many times: some states of a machine last for minutes."""
     print(f"\n{document.machine_line(machine)}")
-    leave_out: list[ImplementationName] = list(options.without)
+    leave_out: set[ImplementationName] = set(options.without)
     if not onnx_rival.installed():
-        leave_out.append("onnx")
-    measurements = []
-    for workload in chosen:
-        skipped = list(leave_out)
-        if "compiled" not in skipped and machine.threads < (os.cpu_count() or 1):
-            skipped.append("compiled")  # compiled code is for one number of threads
-        measurement = measure(
-            workload,
-            machine,
-            seconds=options.seconds / (10 if options.quick else 1),
-            rounds=3 if options.quick else FEWEST_ROUNDS,
-            leave_out=skipped,
-        )
-        print(_line(measurement), flush=True)
-        measurements.append(measurement)
+        leave_out.add("onnx")
+    if machine.threads < (os.cpu_count() or 1):
+        leave_out.add("compiled")  # it would be compiled anew for each number of threads
+    found: dict[str, Measurement] = {}
+    for number in range(passes):
+        if number > 0:
+            leave_out.add("compiled")
+        for workload in chosen:
+            measurement = measure(
+                workload,
+                machine,
+                seconds=options.seconds / passes / (10 if options.quick else 1),
+                rounds=3 if options.quick else max(2, math.ceil(FEWEST_ROUNDS / passes)),
+                leave_out=leave_out,
+            )
+            print(_line(measurement), flush=True)
+            if workload.name in found:
+                measurement = found[workload.name].with_more(measurement)
+            found[workload.name] = measurement
+    measurements = list(found.values())
     print(f"\n{document.target_table(outcomes(measurements, TARGETS))}")
     return measurements
 
@@ -115,6 +128,10 @@ def main() -> None:
         parser.error(f"--threads must be numbers separated by commas, got {options.threads!r}")
     if min(counts) < 1:
         parser.error(f"--threads must be at least 1, got {options.threads!r}")
+    part = options.quick or options.only or options.without
+    passes = (1 if part else 2) if options.passes is None else options.passes
+    if passes < 1:
+        parser.error(f"--passes must be at least 1, got {passes}")
 
     facts = environment()
     if float(facts["load"]) > 1:
@@ -124,9 +141,8 @@ def main() -> None:
     for threads in counts:
         torch.set_num_threads(threads)
         machine = measure_machine(threads)
-        runs.append((machine, _measure_all(chosen, machine, options)))
+        runs.append((machine, _measure_all(chosen, machine, options, passes)))
     facts["duration"] = f"{(time.perf_counter() - begin) / 60:.0f} minutes"
-    part = options.quick or options.only or options.without
     folder = options.output or (None if part else DOCS)
     if folder is None:
         print("\nNothing was written: a part of a run goes nowhere without --output.")

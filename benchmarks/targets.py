@@ -89,8 +89,8 @@ def _efficiency(mode: str, lowest: float) -> Target:
 
     def figure(measurement: Measurement) -> float | None:
         large = measurement.shape in ("B64-H256-T50", "B64-H512-T50")
-        share = measurement.efficiency * measurement.peak_share
-        return share if large and _is(measurement, "scan", mode, "lstm") else None
+        chosen = large and _is(measurement, "scan", mode, "lstm")
+        return measurement.rate / measurement.peak if chosen else None
 
     return Target(f"scan {mode} lstm B64 H256, H512", "measured peak", figure, lowest=lowest)
 

@@ -18,7 +18,7 @@ from benchmarks import document, floors, layers, models, onnx_rival
 from benchmarks.machine import Level, Machine, environment, measure_machine
 from benchmarks.measure import Measurement, check, measure, with_saved_bytes
 from benchmarks.targets import TARGETS, Target, outcomes
-from benchmarks.workloads import Workload, cases
+from benchmarks.workloads import ImplementationName, Workload, cases
 
 WORKLOADS = {workload.name: workload for workload in (*layers.workloads(), *models.workloads())}
 
@@ -29,9 +29,9 @@ MACHINE = Machine(
 
 
 def measured(workload: Workload, **rivals: float) -> Measurement:
-    """One microsecond for pyseq, so many for each rival, by default two; no spread."""
-    medians = {name: rivals.get(name, 2.0) * 1e-6 for name in workload.implementations}
-    medians["pyseq"] = 1e-6
+    """One microsecond for pyseq, so many for each rival, by default two."""
+    times = {name: [rivals.get(name, 2.0) * 1e-6] * 2 for name in workload.implementations}
+    times["pyseq"] = [1e-6] * 2
     return Measurement(
         op=workload.op,
         kind=workload.kind,
@@ -40,12 +40,10 @@ def measured(workload: Workload, **rivals: float) -> Measurement:
         threads=2,
         tokens=workload.tokens,
         operations=1000,
-        floor=5e-7,
-        peak_share=1.0,
-        rounds=5,
-        medians=medians,
-        spreads=dict.fromkeys(medians, 0.0),
-        saved=dict.fromkeys(medians, 8) if workload.mode == "training" else {},
+        reading=2e-7,
+        peaks=[2e9, 2e9],
+        times=times,
+        saved=dict.fromkeys(times, 8) if workload.mode == "training" else {},
     )
 
 
@@ -67,7 +65,7 @@ def test_implementations_agree_and_are_timed(name: str) -> None:
     leave_out = ["compiled", *([] if onnx_rival.installed() else ["onnx"])]
     result = measure(WORKLOADS[name], MACHINE, seconds=0, rounds=2, leave_out=leave_out)
     assert result.name == name
-    assert result.rounds == 2
+    assert {len(values) for values in result.times.values()} == {2}
     assert result.rivals == [n for n in WORKLOADS[name].implementations[1:] if n not in leave_out]
     assert all(0 < seconds < 60 for seconds in result.medians.values())
     if result.mode == "training":
@@ -114,12 +112,21 @@ def test_operations_of_ragged_rows_leave_padding_out() -> None:
     assert ragged.tokens < full.tokens
 
 
-def test_floor_is_the_larger_of_arithmetic_and_reading() -> None:
-    assert floors.product(10, 20, 50).floor(MACHINE) == pytest.approx(2e-6)
+def test_reading_is_as_fast_as_the_cache_that_holds_it() -> None:
+    assert floors.product(10, 20, 50).reading(MACHINE) == 0
     # Two threads have 2 times 100 bytes of L1 and 2 times 1000 of L2.
     for size, bandwidth in ((200, 8e9), (201, 4e9), (2000, 4e9), (2001, 2e9), (10**6, 2e9)):
         cost = floors.Cost(10, (floors.Loop(3, size),))
-        assert cost.floor(MACHINE) == pytest.approx(3 * size / bandwidth)
+        assert cost.reading(MACHINE) == pytest.approx(3 * size / bandwidth)
+
+
+def test_efficiency_is_of_the_larger_of_arithmetic_and_reading() -> None:
+    computing = measured(WORKLOADS["scan-inference-rnn-B1-H64-T50"])
+    assert computing.efficiency == pytest.approx(0.5)  # 1000 operations at 2 a nanosecond
+    assert not computing.bound_by_reading
+    reading = dataclasses.replace(computing, reading=8e-7)
+    assert reading.efficiency == pytest.approx(0.8)
+    assert reading.bound_by_reading
 
 
 def test_training_computes_thrice_and_reads_twice() -> None:
@@ -169,6 +176,17 @@ def test_saved_bytes_count_each_memory_once_and_no_leaf() -> None:
     assert with_saved_bytes(lambda: {"y": (leaf * leaf).detach()})[1] == 0
 
 
+def test_rounds_of_several_passes_are_joined() -> None:
+    first = measured(WORKLOADS["scan-inference-rnn-B1-H64-T50"], onnx=4.0)
+    times: dict[ImplementationName, list[float]] = {"pyseq": [3e-6] * 3, "torch": [2e-6]}
+    joined = first.with_more(dataclasses.replace(first, times=times, peaks=[5e9] * 3))
+    assert joined.peak == 5e9
+    assert joined.medians["pyseq"] == 3e-6
+    assert joined.times["onnx"] == first.times["onnx"]
+    assert joined.ratio("torch") == pytest.approx(2 / 3)
+    assert first.medians["pyseq"] == 1e-6
+
+
 def test_every_target_has_cells() -> None:
     found = outcomes([measured(workload) for workload in WORKLOADS.values()], TARGETS)
     assert [outcome.target for outcome in found] == list(TARGETS)
@@ -197,10 +215,10 @@ def test_outcome_is_the_geometric_mean_and_the_lowest_cell(
     workload = WORKLOADS["scan-inference-rnn-B1-H64-T50"]
     base = measured(workload)
     cells = [
-        dataclasses.replace(base, shape=shape, medians={"pyseq": 1.0, "torch": value})
+        dataclasses.replace(base, shape=shape, times={"pyseq": [1.0], "torch": [value]})
         for shape, value in (("a", 8.0), ("b", 2.0))
     ]
-    missing = dataclasses.replace(base, medians={"pyseq": 1.0})
+    missing = dataclasses.replace(base, times={"pyseq": [1.0]})
     (outcome,) = outcomes([*cells, missing], [target])
     assert (outcome.cells, outcome.lowest, outcome.worst) == (2, 2.0, "rnn b")
     assert outcome.mean == pytest.approx(4.0)
