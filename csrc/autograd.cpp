@@ -278,6 +278,35 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
   }
 };
 
+struct Linear : Function<Linear> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
+                        const OptionalTensor& bias) {
+    context->save_for_backward({x, weight});
+    context->saved_data["needs"] = std::vector<bool>{x.requires_grad(), weight.requires_grad(),
+                                                     bias.has_value() && bias->requires_grad()};
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = find_operator<&pyseq::linear>("pyseq::linear");
+    return op.call(x, weight, bias);
+  }
+
+  // By the operator itself, so that it can be differentiated any number of times.
+  static variable_list backward(AutogradContext* context, variable_list d) {
+    const variable_list saved = context->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1];
+    const c10::List<bool> needs = context->saved_data["needs"].toBoolList();
+    static const auto op = find_operator<&pyseq::linear>("pyseq::linear");
+    variable_list result(3);
+    const auto rows = [](const Tensor& t) {
+      return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2);
+    };
+    const Tensor d_rows = rows(d[0]).t();
+    if (needs[0]) result[0] = op.call(d[0], weight.t(), std::nullopt);
+    if (needs[1]) result[1] = op.call(d_rows, rows(x).t(), std::nullopt);
+    if (needs[2]) result[2] = d_rows.sum(1);
+    return result;
+  }
+};
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
@@ -358,6 +387,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
   return op.call(embedding, layers, keys, memory, combine, output_weight, output_bias, weight_query,
                  weight_v, h_0, c_0, feed, lengths, cell, score, input_feeding, max_length,
                  beam_size, length_penalty, need_weights);
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const OptionalTensor x_(x), weight_(weight);
+  if (!needs_grad("linear", {&x_, &weight_, &bias})) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = find_operator<&pyseq::linear>("pyseq::linear");
+    return op.call(x, weight, bias);
+  }
+  return Linear::apply(x, weight, bias);
 }
 
 }  // namespace pyseq::autograd

@@ -38,4 +38,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     std::string_view score, bool input_feeding, int64_t max_length, int64_t beam_size,
     double length_penalty, bool need_weights);
 
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
+
 }  // namespace pyseq::autograd

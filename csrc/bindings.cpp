@@ -72,6 +72,7 @@ TORCH_LIBRARY(pyseq, m) {
       "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
       "int ignore_index, float label_smoothing, bool needs_hidden, bool needs_weight, "
       "bool needs_bias) -> (Tensor loss, Tensor d_hidden, Tensor d_weight, Tensor d_bias)");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("sigmoid(Tensor x) -> Tensor");
   m.def("tanh(Tensor x) -> Tensor");
 }
@@ -88,6 +89,7 @@ TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
   m.impl("linear_cross_entropy", &pyseq::linear_cross_entropy);
   m.impl("linear_cross_entropy_forward", &pyseq::linear_cross_entropy_forward);
   m.impl("generate", &pyseq::generate);
+  m.impl("linear", &pyseq::linear);
   m.impl("sigmoid", &pyseq::sigmoid);
   m.impl("tanh", &pyseq::tanh);
 }
@@ -98,12 +100,14 @@ TORCH_LIBRARY_IMPL(pyseq, Autograd, m) {
   m.impl("decode", &pyseq::autograd::decode);
   m.impl("linear_cross_entropy", &pyseq::autograd::linear_cross_entropy);
   m.impl("generate", &pyseq::autograd::generate);
+  m.impl("linear", &pyseq::autograd::linear);
 }
 
 TORCH_LIBRARY_IMPL(pyseq, AutocastCPU, m) {
   m.impl("scan", pyseq::AutocastCpu<&pyseq::scan>::of("pyseq::scan"));
   m.impl("attend", pyseq::AutocastCpu<&pyseq::attend>::of("pyseq::attend"));
   m.impl("decode", pyseq::AutocastCpu<&pyseq::decode>::of("pyseq::decode"));
+  m.impl("linear", pyseq::AutocastCpu<&pyseq::linear>::of("pyseq::linear"));
   m.impl("linear_cross_entropy",
          pyseq::AutocastCpu<&pyseq::linear_cross_entropy>::of("pyseq::linear_cross_entropy"));
   m.impl("generate", pyseq::AutocastCpu<&pyseq::generate>::of("pyseq::generate"));

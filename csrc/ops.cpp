@@ -729,6 +729,20 @@ DecodeGradients decode_backward(
           d_feed};
 }
 
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  check_floating(x, "x");
+  TORCH_CHECK(x.dim() > 0, "x must be (..., I), got a tensor without dimensions");
+  check_dim(weight, "weight", 2, "(O, I)");
+  const int64_t inputs = x.size(-1), outputs = weight.size(0);
+  check_tensor(weight, "weight", "(O, I)", {outputs, inputs}, x, "x");
+  check_tensor(bias, "bias", "(O,)", {outputs}, x, "x");
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.pop_back();
+  const Tensor rows = x.reshape({c10::multiply_integers(sizes), inputs});
+  sizes.push_back(outputs);
+  return matrix_product(rows, weight.t(), contiguous(bias)).view(sizes);
+}
+
 namespace {
 
 Tensor map_activation(const Tensor& x_in, bool is_tanh) {

@@ -90,6 +90,9 @@ DecodeGradients decode_backward(
     std::string_view score, bool input_feeding, bool needs_x);
 
 // The activations of the CPU tier in use, for the tests of their accuracy.
+// x W^T + bias for x (..., I).
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
+
 Tensor sigmoid(const Tensor& x);
 Tensor tanh(const Tensor& x);
 

@@ -354,6 +354,11 @@ def _generate(
     )
 
 
+@_fake("pyseq::linear")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 @_fake("pyseq::sigmoid")
 @_fake("pyseq::tanh")
 def _activation(x: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from . import _library as _library  # loads _C, which registers torch.ops.pyseq
 from . import reference
@@ -364,6 +363,37 @@ def generate(
     return GenerateOutput(tokens, sizes, scores, weights if kept else None)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, with the products that the recurrent loops are made of.
+
+    On some processors these are twice as fast as those of torch's library. In float32 and
+    float64 on the CPU it is one operator, which can be differentiated any number of times;
+    for other dtypes and devices it is :func:`torch.nn.functional.linear`.
+
+    Args:
+        x: (..., I).
+        weight: (O, I).
+        bias: (O,). Default: zero.
+
+    Returns:
+        (..., O).
+
+    Raises:
+        RuntimeError: a tensor has the wrong shape, dtype or device.
+    """
+    check_tensor("x", x)
+    if not _fused(x):
+        return reference.linear(x, weight, bias)
+    product: Tensor = torch.ops.pyseq.linear(x, weight, bias)
+    return product
+
+
+def _fused(x: Tensor) -> bool:
+    """Whether there are kernels for the dtype and device of ``x``."""
+    known = x.dtype in (torch.float32, torch.float64) or autocasts(x.device)
+    return x.device.type in ("cpu", "meta") and known
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -407,9 +437,7 @@ def linear_cross_entropy(
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing!r}")
     check_tensor("hidden", hidden)
-    device, dtype = hidden.device, hidden.dtype
-    fused = dtype in (torch.float32, torch.float64) or autocasts(device)
-    if device.type not in ("cpu", "meta") or not fused:
+    if not _fused(hidden):
         return reference.linear_cross_entropy(
             hidden,
             weight,

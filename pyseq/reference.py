@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
+from torch.nn.functional import linear as linear
 
 from . import search
 from .search import EncodedSource, Step

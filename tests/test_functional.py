@@ -252,6 +252,64 @@ def test_huge_scores_stay_finite(op: str, dtype: torch.dtype) -> None:
     assert_close(run(functional, call).outputs, expected_of(call).outputs)
 
 
+# The linear map
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(5,), (1, 1), (7, 5), (3, 4, 5), (2, 3, 2, 17), (0, 5), (4, 0), (40, 100)],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+def test_linear_is_that_of_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    weight = torch.randn(9, shape[-1], dtype=dtype, requires_grad=True)
+    bias = torch.randn(9, dtype=dtype, requires_grad=True)
+    inputs = [x, weight, bias]
+    actual, expected = functional.linear(*inputs), reference.linear(*inputs)
+    d_y = torch.randn_like(expected)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, inputs, d_y), torch.autograd.grad(expected, inputs, d_y)
+    )
+    torch.testing.assert_close(
+        functional.linear(x, weight).detach(), reference.linear(x, weight).detach()
+    )
+
+
+def test_linear_takes_any_strides() -> None:
+    x, weight = torch.randn(6, 3, 4).permute(2, 1, 0), torch.randn(6, 10).t()[::2]
+    torch.testing.assert_close(functional.linear(x, weight), reference.linear(x, weight))
+
+
+def test_linear_can_be_differentiated_twice() -> None:
+    torch.manual_seed(0)
+    inputs = [
+        torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((3, 2, 4), (5, 4))
+    ]
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(functional.linear, (*inputs, bias))
+    assert torch.autograd.gradgradcheck(functional.linear, (*inputs, bias))
+
+
+def test_linear_passes_opcheck() -> None:
+    inputs = [torch.randn(size, requires_grad=True) for size in ((3, 2, 4), (5, 4), (5,))]
+    torch.library.opcheck(torch.ops.pyseq.linear, tuple(inputs))
+
+
+def test_linear_says_what_was_wrong() -> None:
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match=r"weight must be \(O, I\) = \(5, 3\), got \(5, 4\)"):
+        functional.linear(x[:, :3], weight)
+    with pytest.raises(RuntimeError, match="bias"):
+        functional.linear(x, weight, torch.randn(4))
+    with pytest.raises(RuntimeError, match="weight"):
+        functional.linear(x, weight.double())
+    with pytest.raises(RuntimeError, match="without dimensions"):
+        functional.linear(torch.tensor(1.0), weight)
+
+
 # The loss
 
 
