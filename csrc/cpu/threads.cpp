@@ -3,6 +3,7 @@
 
 #include <omp.h>
 #include <sched.h>
+#include <time.h>
 
 #include <algorithm>
 #include <new>
@@ -14,6 +15,27 @@ namespace {
 // About 20 µs of pause instructions: longer than any phase whose members are balanced, far
 // shorter than a scheduler's time slice.
 constexpr int kSpins = 2000;
+
+// A wait this long is no imbalance: the thread waited for does not run, and will not before
+// the scheduler's time slice of some milliseconds is over.
+constexpr int64_t kLongWait = 500'000;  // nanoseconds
+
+int64_t nanoseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
+}
+
+// Set by whoever waited long at a barrier, in whichever call: a hint, not an account.
+int waited_long = 0;
+
+// Where the cores are taken by other work, one thread is faster than several that wait for one
+// another, a time slice at every barrier, and gives the same bits. After a call that waited, its
+// caller works alone for kAlone times as long as that call took, so that trying again costs
+// little, but not for longer than kLongest nanoseconds.
+constexpr int64_t kAlone = 20;
+constexpr int64_t kLongest = 5'000'000'000;
+thread_local int64_t alone_until = 0;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -32,13 +54,13 @@ void Barrier::wait(int members) {
     __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
     return;
   }
-  for (int spin = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation; ++spin) {
-    if (spin < kSpins) {
-      pause();
-    } else {
-      sched_yield();
-    }
+  for (int spin = 0; spin < kSpins; ++spin) {
+    if (__atomic_load_n(&generation_, __ATOMIC_ACQUIRE) != generation) return;
+    pause();
   }
+  const int64_t begin = nanoseconds();
+  while (__atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation) sched_yield();
+  if (nanoseconds() - begin > kLongWait) __atomic_store_n(&waited_long, 1, __ATOMIC_RELAXED);
 }
 
 Range share(int64_t count, int index, int members) {
@@ -85,6 +107,13 @@ void run_parallel(int threads, void (*body)(void* context, int thread, int threa
     body(context, 0, 1);
     return;
   }
+  const int64_t begin = nanoseconds();
+  if (begin < alone_until) {
+    body(context, 0, 1);
+    return;
+  }
+  __atomic_store_n(&waited_long, 0, __ATOMIC_RELAXED);
+  int64_t end = begin;  // of this thread's own share
   // Without num_threads(): a count that changes from call to call makes the runtime take
   // its pool apart. Threads that are not needed leave at once.
 #pragma omp parallel
@@ -92,6 +121,13 @@ void run_parallel(int threads, void (*body)(void* context, int thread, int threa
     const int present = std::min(omp_get_num_threads(), threads);
     const int thread = omp_get_thread_num();
     if (thread < present) body(context, thread, present);
+    if (thread == 0) end = nanoseconds();
+  }
+  const int64_t now = nanoseconds();
+  // The shares are alike: who comes in so much later has not been running.
+  const bool late = now - end > std::max(kLongWait, (end - begin) / 2);
+  if (late || __atomic_load_n(&waited_long, __ATOMIC_RELAXED) != 0) {
+    alone_until = now + std::min(kAlone * (now - begin), kLongest);
   }
 }
 

@@ -61,8 +61,9 @@ constexpr int kMaxTeams = 256;
 Plan plan_steps(const StepCost& cost, int threads);
 
 // Runs body(context, thread, threads) on up to `threads` threads; the count passed is what
-// the runtime really gave. With one thread no parallel region is entered, so that a forked
-// child, whose runtime is gone, does not hang.
+// the runtime really gave, or one while the cores turn out to be taken by other work. With one
+// thread no parallel region is entered, so that a forked child, whose runtime is gone, does not
+// hang.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
 
 // Barriers of one call: one for all threads, and one for each team of several members.
