@@ -47,6 +47,9 @@ of the median. A ratio above 1 means that pyseq is faster; where it is slower, t
   for reading what each of the dependent steps has to read again (weights; keys and memory), at the
   measured bandwidth of the nearest cache that holds it. An `r` says that reading is the larger.
 - `saved` is what forward keeps for backward, in MB.
+
+In the tables of targets, means are geometric ones over the cells, and `at the floor` is what the
+mean would be if pyseq took no longer than the floor: a target above that is out of reach here.
 """
 
 
@@ -91,6 +94,7 @@ def target_table(reached: Sequence[Outcome]) -> str:
             str(outcome.cells),
             f"{outcome.mean:.2f}",
             bound(outcome.target.mean),
+            bound(outcome.possible),
             f"{outcome.lowest:.2f}",
             bound(outcome.target.lowest),
             outcome.worst,
@@ -98,7 +102,17 @@ def target_table(reached: Sequence[Outcome]) -> str:
         )
         for outcome in reached
     ]
-    header = ("what, against", "cells", "mean", "target", "lowest", "target", "lowest cell", "")
+    header = (
+        "what, against",
+        "cells",
+        "mean",
+        "target",
+        "at the floor",
+        "lowest",
+        "target",
+        "lowest cell",
+        "",
+    )
     return table(header, rows)
 
 

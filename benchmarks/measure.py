@@ -37,7 +37,7 @@ LONG = 0.3
 FEWEST_ROUNDS = 5
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Measurement:
     """What came out of one workload with a number of threads."""
 

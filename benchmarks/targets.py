@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 
 from .measure import Measurement
 from .workloads import ImplementationName
@@ -21,6 +21,7 @@ class Target:
     figure: Callable[[Measurement], float | None]
     mean: float | None = None
     lowest: float | None = None
+    of_times: bool = False  # whether the figure grows as the time of pyseq falls
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Outcome:
     mean: float
     lowest: float
     worst: str  # the shape of the lowest cell
+    possible: float | None  # the mean if pyseq took no longer than the floor of each cell
 
     @property
     def reached(self) -> bool:
@@ -43,11 +45,21 @@ def outcomes(measurements: Sequence[Measurement], targets: Sequence[Target]) -> 
     """Of those targets that a run, with one number of threads, has cells for."""
     found = []
     for target in targets:
-        figures = [(target.figure(m), f"{m.kind} {m.shape}") for m in measurements]
-        cells = [(figure, shape) for figure, shape in figures if figure is not None]
+        figures = {m: target.figure(m) for m in measurements}
+        cells = {m: figure for m, figure in figures.items() if figure is not None}
         if cells:
-            mean = statistics.geometric_mean(figure for figure, _ in cells)
-            found.append(Outcome(target, len(cells), mean, *min(cells)))
+            worst = min(cells, key=cells.__getitem__)
+            at_floor = [figure / m.efficiency for m, figure in cells.items()]
+            found.append(
+                Outcome(
+                    target,
+                    cells=len(cells),
+                    mean=geometric_mean(cells.values()),
+                    lowest=cells[worst],
+                    worst=f"{worst.kind} {worst.shape}",
+                    possible=geometric_mean(at_floor) if target.of_times else None,
+                )
+            )
     return found
 
 
@@ -71,7 +83,8 @@ def _ratio(
         return measurement.ratio(rival) if measured and shape in measurement.shape else None
 
     title = " ".join(part for part in (op, mode, kind, shape.strip("-")) if part)
-    return Target(title, _RIVALS.get((op, rival), _RIVALS["", rival]), figure, mean, lowest)
+    name = _RIVALS.get((op, rival), _RIVALS["", rival])
+    return Target(title, name, figure, mean, lowest, of_times=True)
 
 
 #: What a rival is called beside an operator.
@@ -92,7 +105,8 @@ def _efficiency(mode: str, lowest: float) -> Target:
         chosen = large and _is(measurement, "scan", mode, "lstm")
         return measurement.rate / measurement.peak if chosen else None
 
-    return Target(f"scan {mode} lstm B64 H256, H512", "measured peak", figure, lowest=lowest)
+    title = f"scan {mode} lstm B64 H256, H512"
+    return Target(title, "measured peak", figure, lowest=lowest, of_times=True)
 
 
 def _memory(op: str, rival: ImplementationName, lowest: float) -> Target:

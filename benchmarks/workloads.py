@@ -59,8 +59,13 @@ class Workload:
 
 
 def cases(workloads: Iterable[Workload]) -> list[tuple[Workload, ImplementationName]]:
-    """Each implementation of each workload, as a case of its own."""
-    return [(workload, name) for workload in workloads for name in workload.implementations]
+    """Each implementation of each workload but the compiled ones, as a case of its own."""
+    return [
+        (workload, name)
+        for workload in workloads
+        for name in workload.implementations
+        if name != "compiled"
+    ]
 
 
 def differentiated(

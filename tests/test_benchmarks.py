@@ -75,8 +75,9 @@ def test_implementations_agree_and_are_timed(name: str) -> None:
 def test_names_are_unique() -> None:
     listed = [workload.name for workload in (*layers.workloads(), *models.workloads())]
     assert len(set(listed)) == len(listed)
-    first = listed[0]
-    assert [case[1] for case in cases([WORKLOADS[first]])] == list(WORKLOADS[first].implementations)
+    compiled = WORKLOADS["scan-training-gru-B16-H256-T50"]
+    assert "compiled" in compiled.implementations
+    assert cases([compiled]) == [(compiled, name) for name in ("pyseq", "torch", "reference")]
 
 
 def flops(run: Callable[[], object]) -> int:
@@ -223,6 +224,10 @@ def test_outcome_is_the_geometric_mean_and_the_lowest_cell(
     assert (outcome.cells, outcome.lowest, outcome.worst) == (2, 2.0, "rnn b")
     assert outcome.mean == pytest.approx(4.0)
     assert outcome.reached is reached
+    assert outcome.possible is None
+    (outcome,) = outcomes(cells, [dataclasses.replace(target, of_times=True)])
+    # 1000 operations at 2 a nanosecond, and pyseq took a second.
+    assert outcome.possible == pytest.approx(4.0 / 5e-7)
 
 
 def test_document_marks_and_lists_what_is_slower(tmp_path: Path) -> None:
