@@ -128,6 +128,58 @@ struct Scan : Function<Scan> {
   }
 };
 
+struct ScanKeeping : Function<ScanKeeping> {
+  static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& w_ih,
+                               const Tensor& w_hh, const OptionalTensor& b_ih,
+                               const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                               const OptionalTensor& h_0, const OptionalTensor& c_0,
+                               const OptionalTensor& lengths, const OptionalTensor& resets,
+                               std::string cell, bool reverse, int64_t keep_every) {
+    const bool needs_x = x.requires_grad();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = find_operator<&scan_kept_forward>("pyseq::scan_kept_forward");
+    const auto [y, h_n, c_n, h_kept, c_kept] = op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0,
+                                                       lengths, resets, cell, reverse, keep_every);
+    // The last two only to say which gradients there are.
+    context->save_for_backward({x, w_ih, w_hh, or_undefined(b_ih), or_undefined(b_hh),
+                                or_undefined(w_hr), or_undefined(lengths), or_undefined(resets),
+                                h_kept, c_kept, or_undefined(h_0), or_undefined(c_0)});
+    auto& options = context->saved_data;
+    options["cell"] = cell;
+    options["reverse"] = reverse;
+    options["keep_every"] = keep_every;
+    options["needs_x"] = needs_x;
+    context->set_materialize_grads(false);
+    if (cell != "lstm") context->mark_non_differentiable({c_n});
+    return {y, h_n, c_n};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list d) {
+    const variable_list saved = context->get_saved_variables();
+    auto& options = context->saved_data;
+    const bool is_lstm = options["cell"].toStringView() == "lstm";
+    variable_list result(13);
+    {
+      const at::NoGradGuard constant;
+      static const auto op = find_operator<&scan_kept_backward>("pyseq::scan_kept_backward");
+      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0] = op.call(
+          given(d[0]), given(d[1]), is_lstm ? given(d[2]) : std::nullopt, saved[0], saved[1],
+          saved[2], given(saved[3]), given(saved[4]), given(saved[5]), given(saved[6]),
+          given(saved[7]), saved[8], saved[9], options["cell"].toStringView(),
+          options["reverse"].toBool(), options["keep_every"].toInt(), options["needs_x"].toBool());
+      result[0] = if_given(options["needs_x"].toBool(), d_x);
+      result[1] = d_w_ih;
+      result[2] = d_w_hh;
+      result[3] = if_given(saved[3].defined(), d_b_ih);
+      result[4] = if_given(saved[4].defined(), d_b_hh);
+      result[5] = if_given(saved[5].defined(), d_w_hr);
+      result[6] = if_given(saved[10].defined(), d_h_0);
+      result[7] = if_given(saved[11].defined(), d_c_0);
+    }
+    return gradients("scan", std::move(result), d, saved);
+  }
+};
+
 struct Attend : Function<Attend> {
   static variable_list forward(AutogradContext* context, const Tensor& query, const Tensor& keys,
                                const Tensor& memory, const OptionalTensor& weight_v,
@@ -314,15 +366,20 @@ std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, con
                                         const OptionalTensor& w_hr, const OptionalTensor& h_0,
                                         const OptionalTensor& c_0, const OptionalTensor& lengths,
                                         const OptionalTensor& resets, std::string_view cell,
-                                        bool reverse) {
+                                        bool reverse, int64_t keep_every) {
   const OptionalTensor x_(x), w_ih_(w_ih), w_hh_(w_hh);
   if (!needs_grad("scan", {&x_, &w_ih_, &w_hh_, &b_ih, &b_hh, &w_hr, &h_0, &c_0})) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::scan>("pyseq::scan");
-    return op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse);
+    return op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
+                   keep_every);
   }
-  const variable_list result = Scan::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths,
-                                           resets, std::string(cell), reverse);
+  const std::string name(cell);
+  const variable_list result =
+      keep_every == 1
+          ? Scan::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, name, reverse)
+          : ScanKeeping::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, name,
+                               reverse, keep_every);
   return {result[0], result[1], result[2]};
 }
 

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, con
                                         const OptionalTensor& w_hr, const OptionalTensor& h_0,
                                         const OptionalTensor& c_0, const OptionalTensor& lengths,
                                         const OptionalTensor& resets, std::string_view cell,
-                                        bool reverse);
+                                        bool reverse, int64_t keep_every);
 
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
                                   const OptionalTensor& weight_v, const OptionalTensor& lengths,

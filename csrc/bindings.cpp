@@ -18,8 +18,19 @@
 TORCH_LIBRARY(pyseq, m) {
   m.def(
       "scan(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
-      "Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, bool reverse) -> "
-      "(Tensor y, Tensor h_n, Tensor c_n)");
+      "Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, bool reverse, "
+      "int keep_every=1) -> (Tensor y, Tensor h_n, Tensor c_n)");
+  m.def(
+      "scan_kept_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "Tensor? w_hr, Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, "
+      "bool reverse, int keep_every) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor h_kept, "
+      "Tensor c_kept)");
+  m.def(
+      "scan_kept_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor w_ih, "
+      "Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? lengths, Tensor? resets, "
+      "Tensor h_kept, Tensor c_kept, str cell, bool reverse, int keep_every, bool needs_x) -> "
+      "(Tensor d_x, Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_w_hr, "
+      "Tensor d_h_0, Tensor d_c_0)");
   m.def(
       "scan_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor? w_hr, Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, "
@@ -81,6 +92,8 @@ TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
   m.impl("scan", &pyseq::scan);
   m.impl("scan_forward", &pyseq::scan_forward);
   m.impl("scan_backward", &pyseq::scan_backward);
+  m.impl("scan_kept_forward", &pyseq::scan_kept_forward);
+  m.impl("scan_kept_backward", &pyseq::scan_kept_backward);
   m.impl("attend", &pyseq::attend);
   m.impl("attend_backward", &pyseq::attend_backward);
   m.impl("decode", &pyseq::decode);

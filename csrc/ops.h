@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, con
                                         const OptionalTensor& w_hr, const OptionalTensor& h_0,
                                         const OptionalTensor& c_0, const OptionalTensor& lengths,
                                         const OptionalTensor& resets, std::string_view cell,
-                                        bool reverse);
+                                        bool reverse, int64_t keep_every);
 
 // (y, h_n, c_n) and, for backward, (gates, apart, states, cells, inner); see kernels.h.
 using ScanSaved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -43,6 +43,25 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
                             const Tensor& gates, const Tensor& apart, const Tensor& states,
                             const Tensor& cells, const Tensor& inner, std::string_view cell,
                             bool reverse, bool needs_x);
+
+// The same for long sequences: of the steps only every `keep_every`-th state is kept, and
+// backward runs each stretch between two of them forward once more.
+// (y, h_n, c_n, h_kept, c_kept): the states before each stretch, in the order of processing.
+using ScanKept = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+                           const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                           const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                           const OptionalTensor& c_0, const OptionalTensor& lengths,
+                           const OptionalTensor& resets, std::string_view cell, bool reverse,
+                           int64_t keep_every);
+
+ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
+                                 const OptionalTensor& d_c_n, const Tensor& x, const Tensor& w_ih,
+                                 const Tensor& w_hh, const OptionalTensor& b_ih,
+                                 const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                                 const OptionalTensor& lengths, const OptionalTensor& resets,
+                                 const Tensor& h_kept, const Tensor& c_kept, std::string_view cell,
+                                 bool reverse, int64_t keep_every, bool needs_x);
 
 // (context, attn)
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,

@@ -16,6 +16,7 @@ def scan(
     resets: Tensor | None,
     cell: str,
     reverse: bool,
+    keep_every: int,
     /,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.ops.pyseq.scan``: y, h_n, c_n."""

@@ -70,6 +70,7 @@ def _scan(
     resets: Tensor | None,
     cell: str,
     reverse: bool,
+    keep_every: int = 1,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
     hidden, size = w_hh.shape[0] // GATES[cell], w_hh.shape[1]
@@ -128,6 +129,12 @@ def _scan_backward(
     reverse: bool,
     needs_x: bool,
 ) -> tuple[Tensor, ...]:
+    return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x)
+
+
+def _scan_gradients(
+    x: Tensor, w_ih: Tensor, w_hh: Tensor, w_hr: Tensor | None, cell: str, needs_x: bool
+) -> tuple[Tensor, ...]:
     batch = x.shape[1]
     rows, size = w_hh.shape
     return (
@@ -140,6 +147,55 @@ def _scan_backward(
         x.new_empty(batch, size),
         x.new_empty(_cell_size(cell, batch, rows // GATES[cell])),
     )
+
+
+@_fake("pyseq::scan_kept_forward")
+def _scan_kept_forward(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+    reverse: bool,
+    keep_every: int,
+) -> tuple[Tensor, ...]:
+    steps, batch, _ = x.shape
+    rows, size = w_hh.shape
+    kept = (steps + keep_every - 1) // keep_every
+    return (
+        *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse),
+        x.new_empty(kept, batch, size),
+        x.new_empty((kept, batch, rows // GATES[cell]) if cell == "lstm" else 0),
+    )
+
+
+@_fake("pyseq::scan_kept_backward")
+def _scan_kept_backward(
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    h_kept: Tensor,
+    c_kept: Tensor,
+    cell: str,
+    reverse: bool,
+    keep_every: int,
+    needs_x: bool,
+) -> tuple[Tensor, ...]:
+    return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x)
 
 
 @_fake("pyseq::attend")

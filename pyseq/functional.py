@@ -66,6 +66,7 @@ def scan(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
+    keep_every: int = 1,
 ) -> ScanOutput:
     """Run one recurrent layer over a sequence, in one direction.
 
@@ -86,21 +87,27 @@ def scan(
         resets: (T, B) bool; where true, the row's state is set to zero before that step,
             in values and in gradients.
         reverse: run from the last step (of each row, ``lengths[b] - 1``) to the first.
+        keep_every: k above 1 keeps for backward, besides x, the state at every k-th step
+            only, instead of gates and states of all; backward runs each stretch of k steps
+            forward once more. For long sequences, whose memory binds.
 
     Returns:
         ``output`` (T, B, P), and ``state`` after the last valid step, shaped as given.
 
     Raises:
-        ValueError: an option is unknown, or the state has the wrong form.
+        ValueError: an option is unknown or out of its range, or the state has the wrong form.
         RuntimeError: a tensor has the wrong shape, dtype or device.
         TypeError: what must be a tensor is none.
 
     Reference:
         Elman 1990; Cho et al. 2014, arXiv 1406.1078 (GRU; here the reset gate applies
         after the recurrent product, as in cuDNN); Hochreiter & Schmidhuber 1997 and Gers
-        et al. 2000 (LSTM); Sak et al. 2014, arXiv 1402.1128, eq. 7 (projection).
+        et al. 2000 (LSTM); Sak et al. 2014, arXiv 1402.1128, eq. 7 (projection); Chen et al.
+        2016, arXiv 1604.06174 (keeping some states).
     """
     _check_option("cell", cell, tuple(GATES))
+    if keep_every < 1:
+        raise ValueError(f"keep_every must be at least 1, got {keep_every!r}")
     h_0, c_0 = _h_and_c(state_parts(cell, state))
     output, h_n, c_n = torch.ops.pyseq.scan(
         x,
@@ -115,6 +122,7 @@ def scan(
         _beside("resets", resets, x),
         cell,
         reverse,
+        keep_every,
     )
     return ScanOutput(output, (h_n, c_n) if cell == "lstm" else h_n)
 

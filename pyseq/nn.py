@@ -87,6 +87,7 @@ def _scan_layers(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     dropout: float = 0.0,
+    keep_every: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Stacked layers, one scan for each layer and direction.
 
@@ -94,7 +95,7 @@ def _scan_layers(
         x: (T, B, I).
         weights: those of each layer, and in it of each direction.
         parts: the initial state, ``()`` for zero, else h (L*D, B, P) and for LSTM c.
-        cell, lengths, resets: as in ``functional.scan``.
+        cell, lengths, resets, keep_every: as in ``functional.scan``.
         directions: D, 1 or 2.
         dropout: probability of zeroing an output of a layer that is not the last one.
 
@@ -116,6 +117,7 @@ def _scan_layers(
                 lengths=lengths,
                 resets=resets,
                 reverse=direction == 1,
+                keep_every=keep_every,
             )
             outputs.append(output)
             states.append(state_parts(cell, last))
@@ -131,6 +133,10 @@ class _Recurrent(torch.nn.RNNBase):
     """
 
     weight_ih_l0: Tensor
+
+    #: k above 1 keeps only every k-th state for backward; see ``functional.scan``. May be set
+    #: at any time.
+    keep_every: int = 1
 
     def _init_flat_weights(self) -> None:
         """Keep no list of the weights, as RNNBase does for cuDNN: reading them by name is
@@ -200,6 +206,7 @@ class _Recurrent(torch.nn.RNNBase):
             lengths=lengths,
             resets=resets,
             dropout=self.dropout if self.training else 0.0,
+            keep_every=self.keep_every,
         )
 
     def forward(

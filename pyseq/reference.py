@@ -82,8 +82,12 @@ def scan(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
+    keep_every: int = 1,
 ) -> ScanOutput:
-    """One recurrent layer in one direction; see :func:`pyseq.functional.scan`."""
+    """One recurrent layer in one direction; see :func:`pyseq.functional.scan`.
+
+    ``keep_every`` changes what is kept in memory, which here is everything, and no result.
+    """
     steps, batch, _ = x.shape
     x = without_padding(x, lengths)
     parts = state_parts(cell, state)

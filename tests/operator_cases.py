@@ -258,6 +258,7 @@ class ScanCase:
     reverse: bool = False
     state: bool = True
     bias: str = "both"
+    keep_every: int = 1
 
     @property
     def id(self) -> str:
@@ -273,6 +274,7 @@ class ScanCase:
             self.reverse and "reverse",
             not self.state and "nostate",
             self.bias != "both" and f"bias_{self.bias}",
+            self.keep_every > 1 and f"keep{self.keep_every}",
         )
 
     def call(self) -> Call:
@@ -297,7 +299,8 @@ class ScanCase:
             tensors["lengths"] = make_lengths(self.lengths, steps, batch)
         if self.resets:
             tensors["resets"] = make_resets(self.resets, steps, batch)
-        return Call("scan", tensors, {"cell": self.cell, "reverse": self.reverse})
+        options = {"cell": self.cell, "reverse": self.reverse, "keep_every": self.keep_every}
+        return Call("scan", tensors, options)
 
 
 @dataclass(frozen=True)
@@ -581,6 +584,7 @@ def scan_cases() -> list[ScanCase]:
             "reverse": (False, True),
             "state": (True, False),
             "bias": ("both", "none", "ih"),
+            "keep_every": (1, 2, 100),
         }
     )
     cases = []
@@ -648,6 +652,9 @@ def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
         for cell in CELLS
         for reverse in (False, True)
     ]
+    scans.append(
+        ScanCase(lengths="holes", resets="random", reverse=True, keep_every=2, dtype=dtype)
+    )
     base = ScanCase(projection=3, lengths="ragged", dtype=dtype)
     attends = [
         AttendCase(score=score, lengths="holes", need_weights=True, dtype=dtype)

@@ -252,6 +252,39 @@ def test_huge_scores_stay_finite(op: str, dtype: torch.dtype) -> None:
     assert_close(run(functional, call).outputs, expected_of(call).outputs)
 
 
+# Keeping few states
+
+
+def saved_bytes(call: Call) -> int:
+    """Of the tensors kept for backward, each memory once, without those that were given."""
+    call = tracked(call)
+    own = {tensor.untyped_storage().data_ptr() for _, tensor in leaves(call.inputs)}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs_of(functional, call)
+    return sum(size for memory, size in sizes.items() if memory not in own)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_tenth_state_is_a_tenth_of_the_memory_at_most(cell: Any) -> None:
+    case = ScanCase(cell=cell, sizes=(100, 4, 8, 16))
+    every, tenth = saved_bytes(case.call()), saved_bytes(replace(case, keep_every=10).call())
+    assert 0 < tenth <= every / 10
+
+
+@pytest.mark.parametrize("keep_every", [0, -1])
+def test_keep_every_is_checked(keep_every: int) -> None:
+    call = ScanCase().call()
+    with pytest.raises(ValueError, match=f"keep_every must be at least 1, got {keep_every}"):
+        functional.scan(**call.inputs, keep_every=keep_every)
+
+
 # The linear map
 
 
@@ -1001,7 +1034,10 @@ def checked_calls(case: Case) -> tuple[list[Any], list[Any]]:
 @pytest.mark.parametrize("case", by_id(FULL))
 def test_opcheck(case: Case) -> None:
     public, kernels = checked_calls(case)
-    assert [op.name() for op, _ in public] == [f"pyseq::{op_of(case)}"]
+    # Keys and queries may be projected before.
+    *before, name = [op.name() for op, _ in public]
+    assert name == f"pyseq::{op_of(case)}"
+    assert set(before) <= {"pyseq::linear"}
     for op, args in public:
         torch.library.opcheck(
             op,

@@ -791,3 +791,17 @@ def test_modules_compile_into_one_graph(make: Callable[..., torch.nn.Module]) ->
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     actual = compiled(x, *extra, lengths=lengths)[0]
     assert_close({"y": actual}, {"y": module(x, *extra, lengths=lengths)[0]})
+
+
+def test_keep_every_changes_memory_and_no_result() -> None:
+    torch.manual_seed(0)
+    layer = nn.LSTM(5, 6, num_layers=2, bidirectional=True)
+    x, lengths = torch.randn(9, 3, 5), torch.tensor([9, 4, 7])
+    inputs = list(layer.parameters())
+    output = layer(x, lengths=lengths)[0]
+    expected = torch.autograd.grad(output.square().sum(), inputs)
+    layer.keep_every = 4
+    again = copy.deepcopy(layer)(x, lengths=lengths)[0]
+    torch.testing.assert_close(again, output)
+    kept = torch.autograd.grad(layer(x, lengths=lengths)[0].square().sum(), inputs)
+    torch.testing.assert_close(kept, expected)
