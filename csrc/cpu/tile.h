@@ -133,9 +133,7 @@ template <class T, int G, int MR, int NP>
   }
 }
 
-// Sums of the lanes of Count vectors, that of vector i in lane i: halves are added while they
-// are transposed, in an order that depends on nothing. With fewer vectors than lanes the rest
-// are partial sums, which `gathered` ends.
+// Adds halves of two vectors while it transposes blocks of Size lanes.
 template <class T, int Size>
 PYSEQ_FORCE_INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
   VecInt<T> kept, moved;
@@ -148,6 +146,8 @@ PYSEQ_FORCE_INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
   return __builtin_shuffle(a, b, kept) + __builtin_shuffle(a, b, moved);
 }
 
+// Sums of the lanes of as many vectors as there are lanes, that of vector i in lane i, in an
+// order that depends on nothing.
 template <class T, int Count, int Size = 1>
 PYSEQ_FORCE_INLINE Vec<T> fold_all(const Vec<T>* vectors) {
   if constexpr (Count == 1) {
@@ -160,88 +160,80 @@ PYSEQ_FORCE_INLINE Vec<T> fold_all(const Vec<T>* vectors) {
   }
 }
 
-// Units whose dot products are summed side by side: as many as leave registers for two rows.
-template <class T>
-constexpr int kDotUnits =
-    kLanes<T> < (kAccumulators < 24 ? 4 : 8) ? kLanes<T> : (kAccumulators < 24 ? 4 : 8);
+// The same sums from weights that lie in rows and are not packed, as dot products along k: two
+// units at a time, since the hardware fetches few streams fastest, and two neighbouring vectors
+// of each side by side. More rows than kDotRows do not fit the registers.
+constexpr int kDotRows = kAccumulators / 4;
 
-// Dot products of Rows rows with kDotUnits units, partly summed: row m in out[m].
+// A panel's dot products with Rows rows, those of row m in parts[m] as a vector for each unit.
 template <class T, int Rows>
-PYSEQ_FORCE_INLINE void dots(const T* a, int64_t a_stride, const T* const* units, int64_t k_count,
-                             Vec<T>* out) {
+[[gnu::noinline]] void dot_panel(const T* a, int64_t a_stride, const T* from, int64_t stride,
+                                 int last, int64_t k_count, Vec<T> (*parts)[kLanes<T>]) {
   using V = Vec<T>;
-  constexpr int kUnits = kDotUnits<T>;
-  V sum[Rows][kUnits] = {};
-  for (int64_t k = 0; k < k_count; k += kLanes<T>) {
-    const int inside = lanes_inside<T>(k_count, k / kLanes<T>);
-    V row[Rows];
-#pragma GCC unroll 2
-    for (int m = 0; m < Rows; ++m) row[m] = load(a + m * a_stride + k, inside);
+  constexpr int N = kLanes<T>;
+  for (int unit = 0; unit < N; unit += 2) {
+    // Units past the last are the last again; nobody reads their sums.
+    const T* const first = from + smaller(unit, last) * stride;
+    const T* const second = from + smaller(unit + 1, last) * stride;
+    V sum[Rows][2][2] = {};
+    const auto add = [&](int64_t k, int side, int inside) __attribute__((always_inline)) {
+      const V w_first = load(first + k, inside), w_second = load(second + k, inside);
 #pragma GCC unroll 8
-    for (int u = 0; u < kUnits; ++u) {
-      const V value = load(units[u] + k, inside);
-#pragma GCC unroll 2
-      for (int m = 0; m < Rows; ++m) sum[m][u] += row[m] * value;
-    }
-  }
-#pragma GCC unroll 2
-  for (int m = 0; m < Rows; ++m) out[m] = fold_all<T, kUnits>(sum[m]);
-}
-
-// Joins the groups of a panel, each folded down to kDotUnits different lanes.
-template <class T, int Size = kDotUnits<T>>
-PYSEQ_FORCE_INLINE Vec<T> gathered(const Vec<T>* groups) {
-  if constexpr (Size == kLanes<T>) {
-    return groups[0];
-  } else {
-    constexpr int kHalf = kLanes<T> / Size / 2;
-    Vec<T> half[kHalf];
-#pragma GCC unroll 4
-    for (int i = 0; i < kHalf; ++i) half[i] = fold<T, Size>(groups[2 * i], groups[2 * i + 1]);
-    return gathered<T, Size * 2>(half);
-  }
-}
-
-// The same sums from weights that lie in rows and are not packed, as dot products along k.
-template <class T, int G, int Rows>
-PYSEQ_FORCE_INLINE void multiply_some_rows(const Segment<T>& segment, int64_t row, int64_t panel,
-                                           T* sums, int pre, bool accumulate) {
-  constexpr int kGroups = kLanes<T> / kDotUnits<T>;
-  const Weights<T>& weights = segment.weights;
-  const int last = lanes_inside<T>(weights.units, panel) - 1;
-  const T* const a = segment.a + row * segment.a_stride;
-  for (int g = 0; g < G; ++g) {
-    const T* const from = weights.source + (g * weights.units + panel * kLanes<T>)*weights.stride;
-    Vec<T> part[Rows][kGroups];
-    for (int group = 0; group < kGroups; ++group) {
-      // Units past the last are the last again; nobody reads their sums.
-      const T* units[kDotUnits<T>];
-      for (int u = 0; u < kDotUnits<T>; ++u) {
-        units[u] = from + smaller(group * kDotUnits<T> + u, last) * weights.stride;
+      for (int m = 0; m < Rows; ++m) {
+        const V value = load(a + m * a_stride + k, inside);
+        sum[m][0][side] += value * w_first;
+        sum[m][1][side] += value * w_second;
       }
-      Vec<T> sum[Rows];
-      dots<T, Rows>(a, segment.a_stride, units, weights.k_count, sum);
-      for (int m = 0; m < Rows; ++m) part[m][group] = sum[m];
+    };
+    int64_t k = 0;
+    for (; k + 2 * N <= k_count; k += 2 * N) {
+      add(k, 0, N);
+      add(k + N, 1, N);
     }
+    for (; k < k_count; k += N) add(k, 0, lanes_inside<T>(k_count, k / N));
+#pragma GCC unroll 8
     for (int m = 0; m < Rows; ++m) {
-      T* const to = sums + (m * pre + segment.slot[g]) * kLanes<T>;
-      const Vec<T> sum = gathered<T>(part[m]);
-      store(to, accumulate ? load(to) + sum : sum);
+      parts[m][unit] = sum[m][0][0] + sum[m][0][1];
+      parts[m][unit + 1] = sum[m][1][0] + sum[m][1][1];
     }
   }
 }
 
-template <class T, int G>
-[[gnu::noinline]] void multiply_rows(const Segment<T>& segment, int64_t row, int height,
-                                     int64_t panel, T* sums, int pre, bool accumulate) {
-  int m = 0;
-  for (; m + 2 <= height; m += 2) {
-    multiply_some_rows<T, G, 2>(segment, row + m, panel, sums + m * pre * kLanes<T>, pre,
-                                accumulate);
+template <class T>
+using DotPanel = void (*)(const T*, int64_t, const T*, int64_t, int, int64_t,
+                          Vec<T> (*)[kLanes<T>]);
+
+template <class T, int Rows = kDotRows>
+PYSEQ_FORCE_INLINE DotPanel<T> pick_dot_panel(int rows) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return pick_dot_panel<T, Rows - 1>(rows);
   }
-  if (m < height) {
-    multiply_some_rows<T, G, 1>(segment, row + m, panel, sums + m * pre * kLanes<T>, pre,
-                                accumulate);
+  return dot_panel<T, Rows>;
+}
+
+// For `width` panels; a gate's rows of all of them lie side by side, so gates come first.
+template <class T, int G>
+void multiply_rows(const Segment<T>& segment, int64_t row, int height, int64_t first_panel,
+                   int width, T* sums, int pre, bool accumulate) {
+  constexpr int N = kLanes<T>;
+  const Weights<T>& weights = segment.weights;
+  for (int g = 0; g < G; ++g) {
+    for (int p = 0; p < width; ++p) {
+      const int64_t panel = first_panel + p;
+      const int last = lanes_inside<T>(weights.units, panel) - 1;
+      const T* const from = weights.source + (g * weights.units + panel * N) * weights.stride;
+      for (int m = 0; m < height;) {
+        const int rows = static_cast<int>(smaller(height - m, kDotRows));
+        Vec<T> parts[kDotRows][N];
+        pick_dot_panel<T>(rows)(segment.a + (row + m) * segment.a_stride, segment.a_stride, from,
+                                weights.stride, last, weights.k_count, parts);
+        for (int i = 0; i < rows; ++i, ++m) {
+          T* const to = sums + ((p * height + m) * pre + segment.slot[g]) * N;
+          const Vec<T> sum = fold_all<T, N>(parts[i]);
+          store(to, accumulate ? load(to) + sum : sum);
+        }
+      }
+    }
   }
 }
 
@@ -318,10 +310,7 @@ PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, i
         const Segment<T>& segment = segments[s];
         const bool accumulate = Pre > G || s > 0;
         if (segment.weights.packed == nullptr) {
-          for (int p = 0; p < width; ++p) {
-            detail::multiply_rows<T, G>(segment, row, height, panel + p,
-                                        sums + p * height * Pre * kLanes<T>, Pre, accumulate);
-          }
+          detail::multiply_rows<T, G>(segment, row, height, panel, width, sums, Pre, accumulate);
           continue;
         }
         multiply(segment.a + row * segment.a_stride, segment.a_stride, 1,
