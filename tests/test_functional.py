@@ -60,6 +60,7 @@ def op_of(case: Case) -> str:
 SEQUENCES: tuple[ScanCase | AttendCase | DecodeCase, ...] = (
     ScanCase(projection=4, lengths="holes", resets="random"),
     ScanCase(cell="gru", lengths="ragged", reverse=True),
+    ScanCase(lengths="ragged", resets="random", keep_every=2),
     AttendCase(score="general", lengths="holes", need_weights=True),
     AttendCase(score="concat", lengths="ragged", need_weights=True),
     DecodeCase(score="concat", layers=2, lengths="holes", dropout=True, need_weights=True),
