@@ -11,6 +11,7 @@
 #include <string>
 
 #include "dispatcher.h"
+#include "layers.h"
 #include "loss.h"
 #include "search.h"
 
@@ -374,6 +375,7 @@ std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, con
     return op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
                    keep_every);
   }
+  check_differentiable(w_hh);
   const std::string name(cell);
   const variable_list result =
       keep_every == 1

@@ -13,6 +13,7 @@
 #include "dispatcher.h"
 #include "loss.h"
 #include "ops.h"
+#include "quantized.h"
 #include "search.h"
 
 TORCH_LIBRARY(pyseq, m) {
@@ -162,6 +163,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_cross_entropy",
         Bound<&pyseq::linear_cross_entropy>::to("pyseq::linear_cross_entropy"), without_gil,
         "torch.ops.pyseq.linear_cross_entropy");
+  m.def("quantize_weight", &pyseq::quantize_weight, pybind11::arg("weight"), pybind11::kw_only(),
+        pybind11::arg("gates"), pybind11::arg("columns"), pybind11::arg("kind"), without_gil,
+        "A matrix as quantized weights in uint8.");
+  m.def("quantized_values", &pyseq::quantized_values, without_gil,
+        "The numbers and scales of quantized weights.");
   m.def("build_info", &pyseq::build_info, "What the extension was built with and for.");
   m.def("compiled_tiers", &pyseq::cpu::compiled_tiers, "The CPU tiers compiled in.");
   m.def("cpu_tier", [] { return pyseq::cpu::tier().name; }, "The CPU tier in use.");

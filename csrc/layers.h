@@ -12,6 +12,7 @@
 #include "check.h"
 #include "cpu/kernels.h"
 #include "ops.h"
+#include "quantized.h"
 
 namespace pyseq {
 
@@ -72,6 +73,33 @@ inline void check_memory(const Tensor& keys, const Tensor& memory, const Optiona
   check_tensor(weight_v, "weight_v", "(A,)", {keys.size(2)}, like, like_name);
 }
 
+// Quantized weights have no values of the type that is computed in.
+template <class T>
+const T* values(const Tensor& weight) {
+  return is_quantized(weight) ? nullptr : weight.const_data_ptr<T>();
+}
+template <class T>
+const T* values(const OptionalTensor& weight) {
+  return weight.has_value() ? values<T>(*weight) : nullptr;
+}
+inline const QuantizedWeights* quantized(const OptionalTensor& weight, size_t run = 0) {
+  return weight.has_value() ? quantized_run(*weight, run) : nullptr;
+}
+
+inline void check_differentiable(const Tensor& weight) {
+  TORCH_CHECK(!is_quantized(weight),
+              "quantized weights are for inference and give no gradients, got a tensor that "
+              "requires one: call under torch.no_grad()");
+}
+
+// All weights of a layer are of one kind.
+inline void check_same_kind(const Tensor& weight, const char* name, const Tensor& like,
+                            const char* like_name) {
+  TORCH_CHECK(is_quantized(weight) == is_quantized(like), name, " must be ",
+              is_quantized(like) ? "quantized like " : "floating-point like ", like_name, ", got ",
+              weight.scalar_type());
+}
+
 constexpr size_t kPerLayer = 4;  // w_ih, w_hh, b_ih, b_hh
 
 // The weights of stacked cells for `input` features, and with `fed` for the last output beside
@@ -90,10 +118,15 @@ inline int64_t check_layers(at::TensorList layers, const CellShape& cell, int64_
       return std::string(weight) + " of layer " + std::to_string(l);
     };
     const Tensor* weights = &layers[l * kPerLayer];
-    const int64_t columns = l > 0 ? hidden : input + (fed ? hidden : 0);
     const char* letters = l > 0 ? "(G*H, H)" : (fed ? "(G*H, I + H)" : "(G*H, I)");
-    check_tensor(weights[0], name("w_ih").c_str(), letters, {rows, columns}, like, like_name);
-    check_tensor(weights[1], name("w_hh").c_str(), "(G*H, H)", {rows, hidden}, like, like_name);
+    std::vector<int64_t> runs{l > 0 ? hidden : input};
+    if (l == 0 && fed) runs.push_back(hidden);
+    check_weight(weights[0], name("w_ih").c_str(), letters, rows, cell.gates, runs, like,
+                 like_name);
+    check_weight(weights[1], name("w_hh").c_str(), "(G*H, H)", rows, cell.gates, {hidden}, like,
+                 like_name);
+    check_same_kind(weights[0], name("w_ih").c_str(), layers[1], "w_hh of layer 0");
+    check_same_kind(weights[1], name("w_hh").c_str(), layers[1], "w_hh of layer 0");
     check_tensor(weights[2], name("b_ih").c_str(), "(G*H,)", {rows}, like, like_name);
     check_tensor(weights[3], name("b_hh").c_str(), "(G*H,)", {rows}, like, like_name);
   }

@@ -54,9 +54,13 @@ Tensor matrix_product(const Tensor& a, const Tensor& b, const OptionalTensor& bi
   return c;
 }
 
-// x W^T + bias for all steps at once: (T, B, I) to a fresh (T, B, G*H).
+// x W^T + bias for all steps at once: (T, B, I) to a fresh (T, B, G*H). x takes the first I
+// columns of W.
 Tensor project_input(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  return matrix_product(flat(x), weight.t(), bias).view({x.size(0), x.size(1), weight.size(0)});
+  const Tensor product = is_quantized(weight)
+                             ? quantized_product(flat(x), weight, /*index=*/0, bias)
+                             : matrix_product(flat(x), weight.slice(1, 0, x.size(2)).t(), bias);
+  return product.view({x.size(0), x.size(1), weight.size(0)});
 }
 
 // x with zeros at padded steps. Their gates have zero gradients, but zero times whatever
@@ -95,17 +99,22 @@ ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   TORCH_CHECK(w_hh.size(0) > 0 && w_hh.size(0) % cell.gates == 0, "w_hh must be (G*H, P) with ",
               cell.gates, "*H rows for ", name, ", got ", shape_text(w_hh.sizes()));
   const int64_t hidden = w_hh.size(0) / cell.gates;
-  TORCH_CHECK_VALUE(!w_hr.has_value() || name == "lstm", "w_hr goes with cell lstm, got ", name);
-  if (w_hr.has_value()) check_dim(*w_hr, "w_hr", 2, "(P, H)");
-  const int64_t state_size = w_hr.has_value() ? w_hr->size(0) : hidden;
+  const bool projects = w_hr.has_value();
+  TORCH_CHECK_VALUE(!projects || name == "lstm", "w_hr goes with cell lstm, got ", name);
+  if (projects) check_dim(*w_hr, "w_hr", 2, "(P, H)");
+  const int64_t state_size = projects ? w_hr->size(0) : hidden;
   TORCH_CHECK(state_size > 0, "w_hr must be (P, H) with P at least 1, got ",
               shape_text(w_hr.value_or(w_hh).sizes()));
   const int64_t rows = cell.gates * hidden;
-  check_tensor(w_hh, "w_hh", "(G*H, P)", {rows, state_size}, x, "x");
-  check_tensor(w_ih, "w_ih", "(G*H, I)", {rows, input}, x, "x");
+  check_weight(w_hh, "w_hh", "(G*H, P)", rows, cell.gates, {state_size}, x, "x");
+  check_weight(w_ih, "w_ih", "(G*H, I)", rows, cell.gates, {input}, x, "x");
+  check_same_kind(w_ih, "w_ih", w_hh, "w_hh");
   check_tensor(b_ih, "b_ih", "(G*H,)", {rows}, x, "x");
   check_tensor(b_hh, "b_hh", "(G*H,)", {rows}, x, "x");
-  check_tensor(w_hr, "w_hr", "(P, H)", {state_size, hidden}, x, "x");
+  if (projects) {
+    check_weight(*w_hr, "w_hr", "(P, H)", state_size, 1, {hidden}, x, "x");
+    check_same_kind(*w_hr, "w_hr", w_hh, "w_hh");
+  }
   check_tensor(h_0, "h_0", "(B, P)", {batch, state_size}, x, "x");
   check_tensor(c_0, "c_0", "(B, H)", {batch, hidden}, x, "x");
   if (resets.has_value()) {
@@ -115,7 +124,7 @@ ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                 "resets must be (T, B) = ", shape_text({steps, batch}), ", got ",
                 shape_text(resets->sizes()));
   }
-  return {cell, steps, batch, input, hidden, state_size, w_hr.has_value()};
+  return {cell, steps, batch, input, hidden, state_size, projects};
 }
 
 // The buffer of states with its first slot filled, cleared where the first step resets.
@@ -145,7 +154,8 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const Tensor w_hh_rows = w_hh.contiguous();
   const Bias bias = fold_bias(b_ih, b_hh, cell, H);
 
-  const bool reads_input = B >= cpu::kRowsToReadInput;
+  if (save) check_differentiable(w_hh);
+  const bool reads_input = B >= cpu::kRowsToReadInput && !is_quantized(w_hh);
   const Tensor x_rows = x.contiguous(), w_ih_rows = w_ih.contiguous();
   const Tensor gates = !reads_input ? project_input(x, w_ih, bias.sum)
                        : save       ? at::empty({T_, B, cell.gates * H}, x.options())
@@ -179,8 +189,10 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
         .x = x_rows.const_data_ptr<scalar_t>(),
         .w_ih = reads_input ? w_ih_rows.const_data_ptr<scalar_t>() : nullptr,
         .bias = data<scalar_t>(bias.sum),
-        .w_hh = w_hh_rows.const_data_ptr<scalar_t>(),
-        .w_hr = data<scalar_t>(w_hr),
+        .w_hh = values<scalar_t>(w_hh_rows),
+        .w_hr = values<scalar_t>(w_hr),
+        .quantized_hh = quantized(w_hh_rows),
+        .quantized_hr = quantized(w_hr),
         .apart_bias = data<scalar_t>(bias.apart),
         .lengths = data<int64_t>(lengths),
         .resets = data<bool>(resets),
@@ -539,13 +551,16 @@ DecodeShape check_decode(const Tensor& x, at::TensorList layers, const Tensor& k
                 memory_size = memory.size(2);
   TORCH_CHECK(hidden > 0, "combine must be (H, M + H) with H at least 1, got ",
               shape_text(combine.sizes()));
-  check_tensor(combine, "combine", "(H, M + H)", {hidden, memory_size + hidden}, x, "x");
+  check_weight(combine, "combine", "(H, M + H)", hidden, 1, {memory_size, hidden}, x, "x");
 
   const int64_t count = check_layers(layers, cell, input, input_feeding, hidden, x, "x");
+  check_same_kind(combine, "combine", layers[1], "w_hh");
   TORCH_CHECK_VALUE(!weight_query.has_value() || additive,
                     "weight_query goes with score concat, got ", score);
-  check_tensor(weight_query, "weight_query", "(A, H)", {key_size, hidden}, x, "x");
-  if (!weight_query.has_value()) {
+  if (weight_query.has_value()) {
+    check_weight(*weight_query, "weight_query", "(A, H)", key_size, 1, {hidden}, x, "x");
+    check_same_kind(*weight_query, "weight_query", layers[1], "w_hh");
+  } else {
     check_tensor(keys, "keys", "(S, B, H)", {source, batch, hidden}, x, "x");
   }
   check_tensor(h_0, "h_0", "(L, B, H)", {count, batch, hidden}, x, "x");
@@ -599,10 +614,15 @@ std::vector<cpu::DecoderLayer<T>> decoder_layers(const DecodeShape& shape, const
     const int64_t columns = all.w_ih[l].size(1);
     if (l > 0 || input_feeding) {
       // Of the first layer's columns [x; fed] the loop needs only the second part.
-      layer.w_in = all.w_ih[l].const_data_ptr<T>() + (columns - shape.hidden);
-      layer.w_in_stride = columns;
+      if (is_quantized(all.w_ih[l])) {
+        layer.quantized_in = quantized_run(all.w_ih[l], l > 0 ? 0 : 1);
+      } else {
+        layer.w_in = all.w_ih[l].const_data_ptr<T>() + (columns - shape.hidden);
+        layer.w_in_stride = columns;
+      }
     }
-    layer.w_hh = all.w_hh[l].const_data_ptr<T>();
+    layer.w_hh = values<T>(all.w_hh[l]);
+    layer.quantized_hh = quantized_run(all.w_hh[l]);
     layer.bias = data<T>(all.bias[l].sum);
     layer.apart_bias = data<T>(all.bias[l].apart);
     layer.gates =
@@ -638,8 +658,11 @@ cpu::Decode<T> decode_arguments(const DecodeShape& shape, const DecodeTensors& a
       .feed = all.feed.const_data_ptr<T>(),
       .keys = all.keys.const_data_ptr<T>(),
       .memory = all.memory.const_data_ptr<T>(),
-      .combine = all.combine.const_data_ptr<T>(),
-      .w_query = data<T>(all.weight_query),
+      .combine = values<T>(all.combine),
+      .w_query = values<T>(all.weight_query),
+      .quantized_context = quantized(all.combine, 0),
+      .quantized_hidden = quantized(all.combine, 1),
+      .quantized_query = quantized(all.weight_query),
       .v = data<T>(all.weight_v),
       .lengths = data<int64_t>(all.lengths),
       .attn_step = all.attn.size(0) == 1 ? 0 : shape.batch * shape.source,
@@ -661,11 +684,12 @@ DecodeSaved run_decode(const Tensor& x, at::TensorList layers_in, const Tensor& 
       check_decode(x, layers_in, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
                    dropout_masks, cell_name, score, input_feeding);
   const auto& [cell, additive, T_, B, I, H, L, S, A, M] = shape;
+  if (save) check_differentiable(combine);
   const auto options = x.options();
   DecodeTensors all = decode_inputs(shape, x, layers_in, keys, memory, combine, weight_query,
                                     weight_v, feed, lengths, dropout_masks);
   const int64_t rows = cell.gates * H, slots = save ? T_ + 1 : 2, kept = save ? T_ : 1;
-  all.gates_first = project_input(x, all.w_ih[0].slice(1, 0, I), all.bias[0].sum);
+  all.gates_first = project_input(x, all.w_ih[0], all.bias[0].sum);
   all.gates_above = at::empty({L - 1, kept, B, rows}, options);
   all.apart = save && cell.has_apart ? at::empty({L, T_, B, H}, options) : nothing(x);
   const auto stack = [&](const OptionalTensor& initial) {

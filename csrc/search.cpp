@@ -62,11 +62,15 @@ GenerateShape check_generate(const Tensor& embedding, at::TensorList layers,
               "keys, memory and combine must be given for score ", score);
   check_memory(*keys, *memory, weight_v, batch, additive, embedding, like);
   const int64_t source = memory->size(0), key_size = keys->size(2), memory_size = memory->size(2);
-  check_tensor(combine, "combine", "(H, M + H)", {hidden, memory_size + hidden}, embedding, like);
+  check_weight(*combine, "combine", "(H, M + H)", hidden, 1, {memory_size, hidden}, embedding,
+               like);
+  check_same_kind(*combine, "combine", layers[1], "w_hh");
   TORCH_CHECK_VALUE(!weight_query.has_value() || additive,
                     "weight_query goes with score concat, got ", score);
-  check_tensor(weight_query, "weight_query", "(A, H)", {key_size, hidden}, embedding, like);
-  if (!weight_query.has_value()) {
+  if (weight_query.has_value()) {
+    check_weight(*weight_query, "weight_query", "(A, H)", key_size, 1, {hidden}, embedding, like);
+    check_same_kind(*weight_query, "weight_query", layers[1], "w_hh");
+  } else {
     check_tensor(keys, "keys", "(S, B, H)", {source, batch, hidden}, embedding, like);
   }
   return {cell,   true,     additive,   batch, hidden, count, vocab, embedding.size(1),
@@ -151,10 +155,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     for (int64_t l = 0; l < L; ++l) {
       const Tensor &w_ih = weights[2 * l], &w_hh = weights[2 * l + 1];
       if (l > 0 || input_feeding) {
-        layers[l].w_in = w_ih.const_data_ptr<scalar_t>() + (w_ih.size(1) - H);
-        layers[l].w_in_stride = w_ih.size(1);
+        if (is_quantized(w_ih)) {
+          layers[l].quantized_in = quantized_run(w_ih, l > 0 ? 0 : 1);
+        } else {
+          layers[l].w_in = w_ih.const_data_ptr<scalar_t>() + (w_ih.size(1) - H);
+          layers[l].w_in_stride = w_ih.size(1);
+        }
       }
-      layers[l].w_hh = w_hh.const_data_ptr<scalar_t>();
+      layers[l].w_hh = values<scalar_t>(w_hh);
+      layers[l].quantized_hh = quantized_run(w_hh);
       layers[l].bias = data<scalar_t>(biases[l].sum);
       layers[l].apart_bias = data<scalar_t>(biases[l].apart);
     }
@@ -174,8 +183,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     decoder.layers = layers.data();
     decoder.keys = data<scalar_t>(keys);
     decoder.memory = data<scalar_t>(memory);
-    decoder.combine = data<scalar_t>(combine);
-    decoder.w_query = data<scalar_t>(weight_query);
+    decoder.combine = values<scalar_t>(combine);
+    decoder.w_query = values<scalar_t>(weight_query);
+    decoder.quantized_context = quantized(combine, 0);
+    decoder.quantized_hidden = quantized(combine, 1);
+    decoder.quantized_query = quantized(weight_query);
     decoder.v = data<scalar_t>(weight_v);
     decoder.lengths = data<int64_t>(lengths);
     const cpu::GenerateStatus status = cpu::kernels<scalar_t>().generate({
@@ -191,8 +203,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
         .c_0 = c_0.const_data_ptr<scalar_t>(),
         .feed = feed.const_data_ptr<scalar_t>(),
         .embedding = embedding.const_data_ptr<scalar_t>(),
-        .w_x = weights[0].const_data_ptr<scalar_t>(),
+        .w_x = values<scalar_t>(weights[0]),
         .w_x_stride = weights[0].size(1),
+        .quantized_x = quantized_run(weights[0]),
         .w_output = output_weight.const_data_ptr<scalar_t>(),
         .output_bias = data<scalar_t>(output_bias),
         .results = found.data(),

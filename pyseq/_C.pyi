@@ -64,6 +64,12 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``torch.ops.pyseq.linear_cross_entropy``: the loss."""
 
+def quantize_weight(weight: Tensor, *, gates: int, columns: list[int], kind: str) -> Tensor:
+    """A matrix as quantized weights in uint8; see ``pyseq._packed.pack``."""
+
+def quantized_values(weight: Tensor, /) -> list[tuple[Tensor, Tensor]]:
+    """The numbers and scales of each run of quantized weights."""
+
 def build_info() -> dict[str, str]:
     """What the extension was built with and for: torch, compiler, flags, cuda."""
 

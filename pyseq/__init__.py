@@ -6,6 +6,7 @@ from . import _library as _library  # isort: split
 
 from . import functional, nn, reference
 from .checkpoint import load, save
+from .quantized import quantize
 from .search import Hypothesis
 from .seq2seq import Seq2Seq
 from .text import Vocab
@@ -23,6 +24,7 @@ __all__ = [
     "functional",
     "load",
     "nn",
+    "quantize",
     "reference",
     "save",
     "train",

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._packed import is_quantized
 from .errors import CheckpointError, require
 from .seq2seq import Seq2Seq
 from .text import Vocab
@@ -86,12 +87,18 @@ def save(
         training: what a training run needs to go on.
 
     Raises:
-        ValueError: a vocabulary has another size than the model.
+        ValueError: a vocabulary has another size than the model, or this is quantized.
         OSError: the folder cannot be written; what it held is untouched.
         MissingExtraError: safetensors is not installed.
     """
     options = model.config
-    files: dict[str, bytes] = {WEIGHTS: _tensor_bytes(model.state_dict())}
+    weights = model.state_dict()
+    if any(map(is_quantized, weights.values())):
+        raise ValueError(
+            "a quantized model cannot be saved, since its weights fit one instruction set: "
+            "save the model that it was made from, and quantize what is loaded"
+        )
+    files: dict[str, bytes] = {WEIGHTS: _tensor_bytes(weights)}
     for side, name, vocab in (
         ("source", SOURCE_VOCAB, source_vocab),
         ("target", TARGET_VOCAB, target_vocab),

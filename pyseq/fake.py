@@ -73,7 +73,9 @@ def _scan(
     keep_every: int = 1,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
-    hidden, size = w_hh.shape[0] // GATES[cell], w_hh.shape[1]
+    # Quantized weights have the rows of the matrix, but other columns.
+    hidden = w_hh.shape[0] // GATES[cell]
+    size = hidden if w_hr is None else w_hr.shape[0]
     return (
         x.new_empty(steps, batch, size),
         x.new_empty(batch, size),

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import _library as _library  # loads _C, which registers torch.ops.pyseq
 from . import reference
 from ._checks import autocasts, check_like, check_shape, check_tensor
+from ._packed import computing_dtype
 from .errors import SearchError
 from .types import (
     GATES,
@@ -519,7 +520,7 @@ def _flatten(layers: Sequence[LayerWeights | tuple[Tensor | None, ...]]) -> list
         w_ih, w_hh, b_ih, b_hh = LayerWeights(*layer)  # type: ignore[arg-type]  # None: see below
         check_tensor(f"w_ih of layers[{number}]", w_ih)
         check_tensor(f"w_hh of layers[{number}]", w_hh)
-        zero = w_ih.new_zeros(w_ih.shape[:1])
+        zero = w_ih.new_zeros(w_ih.shape[:1], dtype=computing_dtype(w_ih))
         flat += [w_ih, w_hh, zero if b_ih is None else b_ih, zero if b_hh is None else b_hh]
     if not flat:
         raise ValueError("layers must hold at least one layer, got none")

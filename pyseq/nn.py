@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from . import functional
 from ._checks import autocasts, check_like, check_positive, check_shape, check_tensor
 from ._dropout import apply_dropout
+from ._packed import computing_dtype, is_quantized
 from .types import (
     GATES,
     SCORES,
@@ -68,13 +69,17 @@ def _join_parts(parts: tuple[Tensor, ...]) -> State:
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
-def _check_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
-    if tensor.dtype != weight.dtype and not autocasts(tensor.device):
+def _check_input(name: str, tensor: Tensor, weight: Tensor, training: bool) -> None:
+    """Raise unless a module with this weight can compute with ``tensor``, in this mode."""
+    dtype = computing_dtype(weight)
+    if tensor.dtype != dtype and not autocasts(tensor.device):
         raise ValueError(
-            f"{name} dtype ({tensor.dtype}) does not match weight dtype ({weight.dtype}); "
-            f"convert it with {name}.to({weight.dtype}) or the module with "
+            f"{name} dtype ({tensor.dtype}) does not match weight dtype ({dtype}); "
+            f"convert it with {name}.to({dtype}) or the module with "
             f"module.to({tensor.dtype})"
         )
+    if training and is_quantized(weight):
+        raise RuntimeError("a quantized module is for inference: call eval() on it, got train()")
 
 
 def _scan_layers(
@@ -154,7 +159,7 @@ class _Recurrent(torch.nn.RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise unless ``input`` has this module's dtype, dimensions and input size."""
-        _check_dtype("input", input, self.weight_ih_l0)
+        _check_input("input", input, self.weight_ih_l0, self.training)
         expected_dim = 3 if batch_sizes is None else 2
         if input.dim() != expected_dim:
             raise RuntimeError(f"input must have {expected_dim} dimensions, got {input.dim()}")
@@ -175,6 +180,19 @@ class _Recurrent(torch.nn.RNNBase):
             expected = (count, batch, self.hidden_size)
             self.check_hidden_size(parts[1], expected, "Expected hidden[1] size {}, got {}")
 
+    def _suffixes(self) -> list[str]:
+        """How the names of the weights of each layer and direction end."""
+        return [
+            suffix
+            for layer in range(self.num_layers)
+            for suffix in (f"l{layer}", f"l{layer}_reverse")[: 2 if self.bidirectional else 1]
+        ]
+
+    def weight_names(self) -> list[str]:
+        """The names of all matrices."""
+        kinds = ("weight_ih", "weight_hh", *(("weight_hr",) if self.proj_size else ()))
+        return [f"{kind}_{suffix}" for suffix in self._suffixes() for kind in kinds]
+
     def _weights(self) -> list[_ScanWeights]:
         """The weights of each layer and direction as they are now."""
         return [
@@ -185,8 +203,7 @@ class _Recurrent(torch.nn.RNNBase):
                 getattr(self, f"bias_hh_{suffix}", None),
                 getattr(self, f"weight_hr_{suffix}", None),
             )
-            for layer in range(self.num_layers)
-            for suffix in (f"l{layer}", f"l{layer}_reverse")[: 2 if self.bidirectional else 1]
+            for suffix in self._suffixes()
         ]
 
     def _scan(
@@ -452,11 +469,15 @@ class LSTM(_Recurrent):
 class _Cell(torch.nn.RNNCellBase):
     """What the cells share: one step is a scan with T = 1."""
 
+    def weight_names(self) -> list[str]:
+        """The names of all matrices."""
+        return ["weight_ih", "weight_hh"]
+
     def _step(self, cell: CellName, input: Tensor, hx: State | None) -> State:
         name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        _check_dtype("input", input, self.weight_ih)
+        _check_input("input", input, self.weight_ih, self.training)
         if input.size(-1) != self.input_size:
             raise RuntimeError(
                 f"{name}: Expected input.size(-1) to be {self.input_size}, got {input.size(-1)}"
@@ -923,7 +944,7 @@ class AttentionDecoder(torch.nn.Module):
         if self.batch_first and x.dim() == 3:
             x = x.transpose(0, 1)
         check_shape("x", x, "(T, B, I)", (-1, -1, self.input_size))
-        _check_dtype("x", x, self.weight_ih_l0)
+        _check_input("x", x, self.weight_ih_l0, self.training)
         parts, feed = self._check_state(state, x.shape[1])
         if self.score is None:
             result = self._forward_plain(x, parts)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.nn.functional import linear as linear
 
 from . import search
+from ._packed import is_quantized, unpack
 from .search import EncodedSource, Step
 from .types import (
     GATES,
@@ -41,6 +41,28 @@ def without_padding(rows: Tensor, lengths: Tensor | None) -> Tensor:
         return rows
     steps = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
     return rows.masked_fill((steps >= lengths.to(rows.device)).unsqueeze(2), 0)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, where the weight may be quantized.
+
+    Of int8 weights ``scale_r q_rk`` with k in runs of columns, each run is multiplied with
+    ``unit * round(x / unit)``, where ``unit`` is the largest magnitude of x in that run over
+    127: ``y_r = sum_runs unit * scale_r * sum_k q_rk round(x_k / unit)``.
+    """
+    if not is_quantized(weight):
+        return torch.nn.functional.linear(x, weight, bias)
+    runs = unpack(weight)
+    y = x.new_zeros(*x.shape[:-1], weight.shape[0])
+    for part, run in zip(x.split([run.values.shape[1] for run in runs], -1), runs, strict=True):
+        values = run.values.to(x.dtype)
+        if run.scales is None:
+            y = y + part @ values.t()
+            continue
+        unit = part.abs().amax(-1, keepdim=True) / 127
+        whole = torch.where(unit > 0, torch.round(part / unit), 0 * unit)
+        y = y + unit * run.scales.to(x.dtype) * (whole @ values.t())
+    return y if bias is None else y + bias
 
 
 def cell_step(
@@ -91,10 +113,11 @@ def scan(
     steps, batch, _ = x.shape
     x = without_padding(x, lengths)
     parts = state_parts(cell, state)
-    h = parts[0] if parts else x.new_zeros(batch, w_hh.shape[1])
+    hidden = w_hh.shape[0] // GATES[cell]
+    h = parts[0] if parts else x.new_zeros(batch, hidden if w_hr is None else w_hr.shape[0])
     c: Tensor | None = None
     if cell == "lstm":
-        c = parts[1] if parts else x.new_zeros(batch, w_hh.shape[0] // GATES[cell])
+        c = parts[1] if parts else x.new_zeros(batch, hidden)
 
     outputs: list[Tensor] = [h] * steps
     for t in reversed(range(steps)) if reverse else range(steps):

@@ -88,7 +88,8 @@ def test_an_interrupted_demo_names_the_command_that_goes_on(
     run = Trainer.run
 
     def interrupted(trainer: Trainer) -> object:
-        trainer.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        encoder = trainer.model.encoder
+        encoder.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
         return run(trainer)
 
     monkeypatch.setattr(Trainer, "run", interrupted)

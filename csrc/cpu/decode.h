@@ -19,23 +19,22 @@ struct DecoderWeights {
 
   static DecoderWeights take(const Decode<T>& args, int gates, bool packs, Pieces<T>& pieces) {
     const int64_t H = args.hidden, M = args.memory_size;
-    const auto weights = [&](const T* source, int64_t stride, int64_t units, int gate_count,
-                             int64_t k_count) {
-      Weights<T> taken{source, stride, units, gate_count, k_count, nullptr};
+    const auto weights = [&](const T* source, const QuantizedWeights* quantized, int64_t stride,
+                             int64_t units, int gate_count, int64_t k_count) {
+      Weights<T> taken{source, stride, units, gate_count, k_count, nullptr, quantized};
       if (packs && source != nullptr) taken.packed = pieces.take(taken.packed_size());
       return taken;
     };
     DecoderWeights all{};
     for (int64_t l = 0; l < args.layer_count; ++l) {
       const DecoderLayer<T>& layer = args.layers[l];
-      all.w_in[l] = weights(layer.w_in, layer.w_in_stride, H, gates, H);
-      all.w_hh[l] = weights(layer.w_hh, H, H, gates, H);
+      all.w_in[l] = weights(layer.w_in, layer.quantized_in, layer.w_in_stride, H, gates, H);
+      all.w_hh[l] = weights(layer.w_hh, layer.quantized_hh, H, H, gates, H);
     }
-    if (args.combine != nullptr) {
-      all.combine_context = weights(args.combine, M + H, H, 1, M);
-      all.combine_hidden = weights(args.combine + M, M + H, H, 1, H);
-    }
-    all.w_query = weights(args.w_query, H, args.key_size, 1, H);
+    const T* const from_hidden = args.combine == nullptr ? nullptr : args.combine + M;
+    all.combine_context = weights(args.combine, args.quantized_context, M + H, H, 1, M);
+    all.combine_hidden = weights(from_hidden, args.quantized_hidden, M + H, H, 1, H);
+    all.w_query = weights(args.w_query, args.quantized_query, H, args.key_size, 1, H);
     return all;
   }
 
@@ -84,15 +83,17 @@ struct DecoderStep {
 template <class T>
 StepCost decoder_cost(const Decode<T>& args, int gates, int barriers) {
   const int64_t H = args.hidden;
-  int64_t weights = args.combine == nullptr ? 0 : H * (args.memory_size + H);
+  int64_t weights = args.attends() ? H * (args.memory_size + H) : 0;
   for (int64_t l = 0; l < args.layer_count; ++l) {
-    weights += gates * H * H * (args.layers[l].w_in == nullptr ? 1 : 2);
+    weights += gates * H * H * (args.layers[l].reads_below() ? 2 : 1);
   }
-  if (args.w_query != nullptr) weights += args.key_size * H;
+  if (args.projects_query()) weights += args.key_size * H;
   // tanh costs about as much as 16 multiply-adds.
   const int64_t row_work =
       args.source * (args.key_size * (args.additive ? 16 : 1) + args.memory_size);
-  return {args.batch, weights, row_work, weights * static_cast<int64_t>(sizeof(T)), barriers};
+  return quantized_cost(
+      args.layers[0].quantized_hh,
+      {args.batch, weights, row_work, weights * static_cast<int64_t>(sizeof(T)), barriers});
 }
 
 template <class T>
@@ -114,7 +115,7 @@ const T* step_cells(const Decode<T>& args, const DecoderWeights<T>& weights,
     const DecoderLayer<T>& layer = args.layers[l];
     Segment<T> segments[2];
     int segment_count = 0;
-    if (layer.w_in != nullptr) {
+    if (layer.reads_below()) {
       segments[segment_count++] = input_segment(below, weights.w_in[l]);
     }
     segments[segment_count++] =
@@ -164,7 +165,7 @@ void step_attention(const Decode<T>& args, const DecoderWeights<T>& weights,
   T* const own_attn = scratch.own + thread * scratch.own_size;
 
   const T* query = top;
-  if (args.w_query != nullptr) {
+  if (args.projects_query()) {
     const Range key_part = at.part(vectors<T>(A));
     T* const projected = args.query + slot * B * A;
     const Segment<T> segment = plain_segment(top, weights.w_query);
@@ -226,7 +227,7 @@ template <class T, class Cell, class Score>
 void decode_forward_cell(const Decode<T>& args) {
   constexpr int G = Cell::kGates;
   const int64_t B = args.batch, H = args.hidden, L = args.layer_count;
-  const Plan plan = plan_decode(args, G, static_cast<int>(L) + 3 + (args.w_query ? 1 : 0));
+  const Plan plan = plan_decode(args, G, static_cast<int>(L) + 3 + (args.projects_query() ? 1 : 0));
   const bool packs = repays_packing(args.steps, B);
 
   Pieces<T> count(nullptr);

@@ -60,6 +60,15 @@ const Tier& tier() {
   return chosen;
 }
 
+bool has_int8_dots() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return std::getenv("ATEN_CPU_CAPABILITY") == nullptr && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 const char* compiled_tiers() {
 #define PYSEQ_NAME(name) "," #name
   static const char* const names = PYSEQ_TIERS(PYSEQ_NAME) + 1;

@@ -6,6 +6,7 @@
 #include "attend.h"
 #include "decode.h"
 #include "gemm.h"
+#include "linear.h"
 #include "loss.h"
 #include "peak.h"
 #include "scan.h"
@@ -54,6 +55,10 @@ constexpr Kernels<T> table() {
 #define PYSEQ_STRING(name) PYSEQ_STRING_(name)
 
 extern const Tier kTier;
-const Tier kTier = {PYSEQ_STRING(PYSEQ_TIER), table<float>(), table<double>()};
+const Tier kTier = {
+    PYSEQ_STRING(PYSEQ_TIER),
+    table<float>(),
+    table<double>(),
+    {quantized_shape, quantized_bytes, pack_quantized, unpack_quantized, quantized_linear}};
 
 }  // namespace pyseq::cpu::PYSEQ_TIER

@@ -11,6 +11,20 @@ namespace pyseq::cpu {
 
 enum class CellKind { kRnnTanh, kRnnRelu, kGru, kLstm };
 
+// Weights of 8 or 16 bits, packed for the tier in use: this, and the panels behind it. They are
+// rows (gate, unit) of k. See quantized.h.
+enum class QuantizedKind : int32_t { kBfloat16, kInt8 };
+
+struct alignas(64) QuantizedWeights {
+  static constexpr int64_t kMagic = 0x7165735f31;
+  int64_t magic;
+  QuantizedKind kind;
+  int32_t lanes;  // units of a panel
+  int32_t group;  // neighbouring k of one unit that lie side by side
+  int32_t gates;
+  int64_t units, k_count;
+};
+
 // Letters as everywhere: T steps, B batch, H hidden, P state size (H, or the projection's),
 // G gates, S source positions, A key size, M memory size, L layers.
 //
@@ -29,11 +43,14 @@ struct ScanForward {
   int64_t steps, batch, input, hidden, state_size;
   bool reverse, save;
   int threads;
-  const T* x;              // (T, B, I)
-  const T* w_ih;           // (G*H, I), or null: the product lies in `gates`, biases added
-  const T* bias;           // (G*H) or null; only with w_ih
-  const T* w_hh;           // (G*H, P)
-  const T* w_hr;           // (P, H) or null
+  const T* x;     // (T, B, I)
+  const T* w_ih;  // (G*H, I), or null: the product lies in `gates`, biases added
+  const T* bias;  // (G*H) or null; only with w_ih
+  const T* w_hh;  // (G*H, P)
+  const T* w_hr;  // (P, H) or null
+  // In place of the last two, float32 and without `save` or w_ih only.
+  const QuantizedWeights* quantized_hh;
+  const QuantizedWeights* quantized_hr;
   const T* apart_bias;     // (H) or null: added to the sum that stays apart (GRU)
   const int64_t* lengths;  // (B) or null
   const bool* resets;      // (T, B) or null
@@ -113,11 +130,16 @@ struct DecoderLayer {
   T* states;            // (slots, B, H)
   T* cells;             // (slots, B, H) or null
   const T* mask;        // (T, B, H) or null: what its output is multiplied with going up
+  // In place of w_in and w_hh, float32 and without `save` only.
+  const QuantizedWeights* quantized_in;
+  const QuantizedWeights* quantized_hh;
   // Backward only.
   T* d_x_gates;  // (T, B, G*H)
   T* d_r_gates;  // (T, B, G*H)
   T* d_h;        // (B, H): in of the last state, out of the first
   T* d_c;        // (B, H) or null
+
+  bool reads_below() const { return w_in != nullptr || quantized_in != nullptr; }
 };
 
 template <class T>
@@ -132,13 +154,20 @@ struct Decode {
   const T* memory;   // (B, S, M)
   const T* combine;  // (H, M + H)
   const T* w_query;  // (A, H) or null: the query is the top state itself
-  const T* v;        // (A), additive only
+  // In place of the columns of `combine`, and of w_query.
+  const QuantizedWeights* quantized_context;
+  const QuantizedWeights* quantized_hidden;
+  const QuantizedWeights* quantized_query;
+  const T* v;  // (A), additive only
   const int64_t* lengths;
   int64_t attn_step;  // B*S, or 0 when no step's weights are kept
   T* attn;            // (T or 1, B, S)
   T* query;           // with w_query: (T or 1, B, A)
   T* context;         // (T or 1, B, M)
   T* output;          // (T, B, H)
+
+  bool attends() const { return combine != nullptr || quantized_context != nullptr; }
+  bool projects_query() const { return w_query != nullptr || quantized_query != nullptr; }
 };
 
 template <class T>
@@ -191,9 +220,10 @@ struct Generate {
   const T* embedding;  // (V, E)
   const T* w_x;        // (G*H, E) with rows w_x_stride apart
   int64_t w_x_stride;
-  const T* w_output;           // (V, H)
-  const T* output_bias;        // (V) or null
-  GenerateResult<T>* results;  // (rows)
+  const QuantizedWeights* quantized_x;  // in its place
+  const T* w_output;                    // (V, H)
+  const T* output_bias;                 // (V) or null
+  GenerateResult<T>* results;           // (rows)
   // Out, null before: a list of all steps, for the caller to free. The step before the first
   // one of a result is not null but another result's: its length says where it begins.
   GenerateStep<T>** trace;
@@ -254,14 +284,38 @@ struct Kernels {
   double (*read_rate)(int threads, int64_t bytes, int64_t passes);
 };
 
+// rows (m, k) times the weights, of 1, 3 or 4 gates, plus bias.
+struct QuantizedLinear {
+  int64_t m;
+  int threads;
+  const float* rows;  // (m, k)
+  const QuantizedWeights* weights;
+  const float* bias;  // (G*units) or null
+  float* out;         // (m, G*units)
+};
+
+struct QuantizedKernels {
+  // The shape that weights are packed in, and how many bytes that takes.
+  QuantizedWeights (*shape)(QuantizedKind kind, int64_t units, int64_t gates, int64_t k_count);
+  int64_t (*bytes)(const QuantizedWeights& shape);
+  void (*pack)(const QuantizedWeights& shape, const float* weight, void* packed);
+  void (*unpack)(const QuantizedWeights& weights, void* values, float* scales);
+  void (*linear)(const QuantizedLinear&);
+};
+
 struct Tier {
   const char* name;
   Kernels<float> float32;
   Kernels<double> float64;
+  QuantizedKernels quantized;
 };
 
 // The best tier that the machine has, and ATEN_CPU_CAPABILITY allows; chosen once.
 const Tier& tier();
+
+// Whether the machine has AVX-512's dot products of 8 bits and may use them. To ask for the
+// capability "avx512" is to ask for that and no more.
+bool has_int8_dots();
 
 // The names of the tiers compiled in, best first, separated by commas.
 const char* compiled_tiers();

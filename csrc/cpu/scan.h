@@ -34,7 +34,7 @@ template <class T, class Cell>
 void scan_forward_cell(const ScanForward<T>& args) {
   constexpr int G = Cell::kGates;
   const int64_t B = args.batch, H = args.hidden, P = args.state_size;
-  const bool projects = args.w_hr != nullptr;
+  const bool projects = args.w_hr != nullptr || args.quantized_hr != nullptr;
   const int64_t unit_panels = vectors<T>(H), state_panels = vectors<T>(P);
   const Steps steps{args.steps, B, args.reverse, args.lengths, args.resets};
 
@@ -42,11 +42,13 @@ void scan_forward_cell(const ScanForward<T>& args) {
   const int64_t I = reads_input ? args.input : 0;
   const int64_t weights = G * H * (I + P) + (projects ? P * H : 0);
   const Plan plan = plan_steps(
-      {B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1}, args.threads);
+      quantized_cost(args.quantized_hh,
+                     {B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1}),
+      args.threads);
   Weights<T> w_ih{args.w_ih, I, H, G, I, nullptr};
-  Weights<T> w_hh{args.w_hh, P, H, G, P, nullptr};
-  Weights<T> w_hr{args.w_hr, H, P, 1, H, nullptr};
-  const bool packs = repays_packing(args.steps, B);
+  Weights<T> w_hh{args.w_hh, P, H, G, P, nullptr, args.quantized_hh};
+  Weights<T> w_hr{args.w_hr, H, P, 1, H, nullptr, args.quantized_hr};
+  const bool packs = args.quantized_hh == nullptr && repays_packing(args.steps, B);
   const int64_t w_ih_size = packs && reads_input ? w_ih.packed_size() : 0;
   const int64_t w_hh_size = packs ? w_hh.packed_size() : 0;
   const int64_t w_hr_size = packs && projects ? w_hr.packed_size() : 0;

@@ -105,13 +105,15 @@ struct GenerateMemory {
     const int64_t N = decoder.batch, H = decoder.hidden, E = args.embedding_size, V = args.vocab;
     const bool packs = N > 1 && repays_packing(args.max_length, N);
     const auto packed = [&](Weights<T> weights) {
-      if (packs) weights.packed = pieces.take(weights.packed_size());
+      if (packs && weights.quantized == nullptr) {
+        weights.packed = pieces.take(weights.packed_size());
+      }
       return weights;
     };
     GenerateMemory memory{};
     memory.weights = DecoderWeights<T>::take(decoder, gates, packs, pieces);
     memory.scratch = DecoderScratch<T>::take(decoder, plan.threads, pieces);
-    memory.w_x = packed({args.w_x, args.w_x_stride, H, gates, E, nullptr});
+    memory.w_x = packed({args.w_x, args.w_x_stride, H, gates, E, nullptr, args.quantized_x});
     memory.w_output = packed({args.w_output, H, V, 1, H, nullptr});
     for (int64_t l = 0; l < decoder.layer_count; ++l) {
       memory.states[l] = pieces.take(2 * N * H);
@@ -327,7 +329,7 @@ class Searcher {
                               memory_.attn,
                               now_.rows - begin_};
     const T* const top = parts_.cells(decoder_, memory_.weights, memory_.scratch, step, at_);
-    if (decoder_.combine == nullptr) return top;
+    if (!decoder_.attends()) return top;
     parts_.attention(decoder_, memory_.weights, memory_.scratch, step, at_, thread_, top);
     return memory_.output;
   }

@@ -48,6 +48,16 @@ class Pieces {
   int64_t used_ = 0;
 };
 
+// The cost of steps whose weights are quantized: so much less of them is read, and of 8 bits
+// multiplied.
+inline StepCost quantized_cost(const QuantizedWeights* quantized, StepCost cost) {
+  if (quantized == nullptr) return cost;
+  const int shorter = quantized->kind == QuantizedKind::kInt8 ? 4 : 2;
+  cost.weight_bytes /= shorter;
+  if (shorter == 4) cost.weights /= shorter;
+  return cost;
+}
+
 // The product of states, gate by gate.
 template <class Cell, class T>
 PYSEQ_FORCE_INLINE Segment<T> recurrent_segment(const T* a, const Weights<T>& weights) {

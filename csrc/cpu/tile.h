@@ -4,6 +4,7 @@
 // that the caller passes then turns its sums into a cell step or an activation.
 #pragma once
 
+#include "quantized.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -22,6 +23,7 @@ struct Weights {
   int gates;
   int64_t k_count;
   T* packed;  // null: used where they lie, which only untransposed weights can be
+  const QuantizedWeights* quantized = nullptr;  // in place of all that, float32 only
 
   int64_t panel_size() const { return k_count * gates * kLanes<T>; }
   int64_t packed_size() const { return vectors<T>(units) * panel_size(); }
@@ -270,6 +272,38 @@ PYSEQ_FORCE_INLINE Multiply<T> pick(int rows, int panels) {
   return pick_panels<T, G, MR>(panels);
 }
 
+// The segments of a product whose weights are quantized.
+template <class T>
+struct QuantizedInputs {
+  QuantizedInputs(const Segment<T>*, int, int64_t, int64_t) {}
+
+  template <int G>
+  void multiply(int, int64_t, int64_t, int, T*, int, int, bool) const {}
+};
+
+template <>
+struct QuantizedInputs<float> {
+  const Segment<float>* segments;
+  QuantizedInput inputs[2];
+
+  QuantizedInputs(const Segment<float>* segments, int count, int64_t row, int64_t rows)
+      : segments(segments) {
+    for (int s = 0; s < count; ++s) {
+      const Segment<float>& segment = segments[s];
+      if (segment.weights.quantized == nullptr) continue;
+      inputs[s].prepare(*segment.weights.quantized, segment.a + row * segment.a_stride,
+                        segment.a_stride, rows);
+    }
+  }
+
+  template <int G>
+  void multiply(int s, int64_t row, int64_t panel, int width, float* sums, int height, int pre,
+                bool accumulate) const {
+    multiply_quantized<G>(*segments[s].weights.quantized, inputs[s].from(row), panel, width,
+                          {sums, height, pre, segments[s].slot, accumulate});
+  }
+};
+
 }  // namespace detail
 
 // For every row in `rows` and every panel in `panels`: the sums over all segments, handed
@@ -288,6 +322,7 @@ PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, i
   const int64_t tiles = (rows + detail::kMaxRows<G> - 1) / detail::kMaxRows<G>;
   const int64_t tile_rows = (rows + tiles - 1) / tiles;
   alignas(64) T sums[kAccumulators * Pre * kLanes<T>];
+  detail::QuantizedInputs<T> quantized(segments, segment_count, row_begin, rows);
 
   for (int64_t left_panels = panel_end - panel_begin; left_panels > 0;) {
     int width = 8;
@@ -309,6 +344,11 @@ PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, i
       for (int s = 0; s < segment_count; ++s) {
         const Segment<T>& segment = segments[s];
         const bool accumulate = Pre > G || s > 0;
+        if (segment.weights.quantized != nullptr) {
+          quantized.template multiply<G>(s, row - row_begin, panel, width, sums, height, Pre,
+                                         accumulate);
+          continue;
+        }
         if (segment.weights.packed == nullptr) {
           detail::multiply_rows<T, G>(segment, row, height, panel, width, sums, Pre, accumulate);
           continue;
