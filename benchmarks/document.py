@@ -170,10 +170,10 @@ def _losses(runs: Sequence[Run]) -> list[str]:
 
 def _run_text(run: Run) -> str:
     machine, measurements = run
-    parts = [
-        f"## {_threads(machine).capitalize()}\n\n{machine_line(machine)}\n",
-        f"### Targets\n\n{target_table(outcomes(measurements, TARGETS))}\n",
-    ]
+    parts = [f"## {_threads(machine).capitalize()}\n\n{machine_line(machine)}\n"]
+    reached = outcomes(measurements, TARGETS)
+    if reached:
+        parts.append(f"### Targets\n\n{target_table(reached)}\n")
     for op, mode in dict.fromkeys((m.op, m.mode) for m in measurements):
         cells = [m for m in measurements if (m.op, m.mode) == (op, mode)]
         parts.append(f"### {_SECTIONS[op]}: {mode}\n\n{section_table(cells)}\n")

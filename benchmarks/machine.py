@@ -59,16 +59,17 @@ class Machine:
 
 def measure_machine(threads: int) -> Machine:
     """Measure the peak, and the bandwidth of each level, with half of it read."""
-    peak = max(measure_peak(threads) for _ in range(ATTEMPTS))
-    levels = []
-    for name, usual in _USUAL_SIZES.items():
-        size = _cache_size(name) or usual
-        read = size // 2 if name != "L3" else size // 2 // threads
-        passes = max(1, READ // read)
-        bandwidth = max(
-            _C.read_rate(threads=threads, bytes=read, passes=passes) for _ in range(ATTEMPTS)
-        )
-        levels.append(Level(name, size, read, bandwidth))
+    sizes = {name: _cache_size(name) or usual for name, usual in _USUAL_SIZES.items()}
+    reads = {name: size // 2 for name, size in sizes.items()}
+    reads["L3"] //= threads
+    peak, rates = 0.0, dict.fromkeys(sizes, 0.0)
+    # In turns: two threads may share one core for longer than all attempts at one of them take.
+    for _ in range(ATTEMPTS):
+        peak = max(peak, measure_peak(threads))
+        for name, read in reads.items():
+            rate = _C.read_rate(threads=threads, bytes=read, passes=max(1, READ // read))
+            rates[name] = max(rates[name], rate)
+    levels = [Level(name, sizes[name], reads[name], rates[name]) for name in sizes]
     return Machine(threads, peak, tuple(levels))
 
 

@@ -107,7 +107,9 @@ def _measure_all(
                 measurement = found[workload.name].with_more(measurement)
             found[workload.name] = measurement
     measurements = list(found.values())
-    print(f"\n{document.target_table(outcomes(measurements, TARGETS))}")
+    reached = outcomes(measurements, TARGETS)
+    if reached:
+        print(f"\n{document.target_table(reached)}")
     return measurements
 
 
