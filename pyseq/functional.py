@@ -73,6 +73,7 @@ def scan(
 
     ``h_t, c_t = cell(W_ih x_t + b_ih, W_hh h_{t-1} + b_hh, h_{t-1}, c_{t-1})`` with the
     gates in torch.nn's order: LSTM i, f, g, o; GRU r, z, n. P is H, or the rows of ``w_hr``.
+    In float32 and without gradients the weights may be quantized; see :func:`pyseq.quantize`.
 
     Args:
         x: (T, B, I), float32 or float64, T at least 1.
@@ -210,6 +211,8 @@ def decode(
     At every step: the stacked cells, whose first input is ``[x_t; out_{t-1}]`` with input
     feeding and ``x_t`` without; attention of the top state ``h_t`` over ``memory``, giving
     the context ``c_t``; and ``out_t = tanh(W_c [c_t; h_t])``.
+    In float32 and without gradients ``layers``, ``combine`` and ``weight_query`` may be quantized;
+    see :func:`pyseq.quantize`.
 
     Args:
         x: (T, B, I), float32 or float64, T at least 1.

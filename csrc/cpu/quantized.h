@@ -47,9 +47,11 @@ using Sums8 = VecInt<float>;
 // 32 bits. A dot adds to each lane its kGroup neighbouring weights times as many values of a
 // row, which lie in 4 bytes.
 
+#if defined(__AVX512F__) || !defined(__AVX2__)
 // Values of 16 bits.
 struct PairDot {
   static constexpr int64_t kGroup = 2;
+  static constexpr int kOffset = 0;
 
 #if defined(__AVX512BW__)
   static PYSEQ_FORCE_INLINE __m512i weights(const uint8_t* from) {
@@ -78,6 +80,7 @@ struct PairDot {
   }
 #endif
 };
+#endif
 
 #if defined(__AVX512F__)
 // Values of 8 bits without a sign, kOffset more than they stand for; the corrections take that
@@ -87,7 +90,6 @@ struct QuadDot {
   static constexpr int64_t kGroup = 4;
   static constexpr int kOffset = 128;
 
-  static bool exists() { return has_int8_dots(); }
   static PYSEQ_FORCE_INLINE __m512i weights(const uint8_t* from) {
     return _mm512_loadu_si512(from);
   }
@@ -103,7 +105,6 @@ struct QuadDot {
   static constexpr int64_t kGroup = 4;
   static constexpr int kOffset = 0;
 
-  static bool exists() { return true; }
   static PYSEQ_FORCE_INLINE __m256i weights(const uint8_t* from) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   }
@@ -114,14 +115,21 @@ struct QuadDot {
     sums += reinterpret_cast<Sums8>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 };
-#else
-// None here: values of 8 bits would not be faster.
-struct QuadDot {
-  static constexpr int kOffset = 0;
-
-  static bool exists() { return false; }
-};
 #endif
+
+#if defined(__AVX2__)
+using Int8Dot = QuadDot;
+#else
+using Int8Dot = PairDot;
+#endif
+
+// Of the dots compiled in, that for this machine.
+inline int64_t int8_group() {
+#if defined(__AVX512F__)
+  if (!has_int8_dots()) return PairDot::kGroup;
+#endif
+  return Int8Dot::kGroup;
+}
 
 // ---- Tiles ----
 
@@ -258,13 +266,13 @@ void multiply_block(const QuantizedWeights& weights, const QuantizedLayout& layo
     multiply_bfloat16<G, MR, NP>(layout, weights.k_count, rows, row, from, out, first_panel);
     return;
   }
-#if defined(__AVX2__)
-  if (layout.group == QuadDot::kGroup) {
-    multiply_int8<QuadDot, G, MR, NP>(layout, rows, row, from, out, first_panel);
+#if defined(__AVX512F__)
+  if (layout.group == PairDot::kGroup) {
+    multiply_int8<PairDot, G, MR, NP>(layout, rows, row, from, out, first_panel);
     return;
   }
 #endif
-  multiply_int8<PairDot, G, MR, NP>(layout, rows, row, from, out, first_panel);
+  multiply_int8<Int8Dot, G, MR, NP>(layout, rows, row, from, out, first_panel);
 }
 
 template <int G, int MR>
@@ -332,7 +340,7 @@ inline float quantize_row(const float* from, int64_t k_count, int64_t group, uin
     const Sums8 whole =
         reinterpret_cast<Sums8>(value + kRound) - reinterpret_cast<Sums8>(broadcast(kRound));
     if (group == 4) {
-      const Bytes bytes = __builtin_convertvector(whole + QuadDot::kOffset, Bytes);
+      const Bytes bytes = __builtin_convertvector(whole + Int8Dot::kOffset, Bytes);
       __builtin_memcpy(to + k, &bytes, sizeof bytes);
     } else {
       const Words words = __builtin_convertvector(whole, Words);
@@ -393,12 +401,11 @@ inline int64_t quantized_bytes(const QuantizedWeights& shape) {
 // The shape that weights packed here have: `gates` rows of k_count for each of the units.
 inline QuantizedWeights quantized_shape(QuantizedKind kind, int64_t units, int64_t gates,
                                         int64_t k_count) {
-  const bool quads = kind == QuantizedKind::kInt8 && detail::QuadDot::exists();
   QuantizedWeights shape{};
   shape.magic = QuantizedWeights::kMagic;
   shape.kind = kind;
   shape.lanes = detail::kQuantizedLanes;
-  shape.group = quads ? 4 : 2;
+  shape.group = kind == QuantizedKind::kInt8 ? static_cast<int32_t>(detail::int8_group()) : 2;
   shape.gates = static_cast<int32_t>(gates);
   shape.units = units;
   shape.k_count = k_count;
@@ -462,7 +469,7 @@ inline void pack_quantized(const QuantizedWeights& shape, const float* weight, v
       panels[to.weight(k)] = static_cast<uint8_t>(whole);
       sum += whole;
     }
-    const int32_t correction = layout.group == 4 ? -detail::QuadDot::kOffset * sum : 0;
+    const int32_t correction = layout.group == 4 ? -detail::Int8Dot::kOffset * sum : 0;
     __builtin_memcpy(panels + to.scale(), &scale, sizeof scale);
     __builtin_memcpy(panels + to.correction(), &correction, sizeof correction);
   }
