@@ -523,8 +523,10 @@ def _flatten(layers: Sequence[LayerWeights | tuple[Tensor | None, ...]]) -> list
         w_ih, w_hh, b_ih, b_hh = LayerWeights(*layer)  # type: ignore[arg-type]  # None: see below
         check_tensor(f"w_ih of layers[{number}]", w_ih)
         check_tensor(f"w_hh of layers[{number}]", w_hh)
-        zero = w_ih.new_zeros(w_ih.shape[:1], dtype=computing_dtype(w_ih))
-        flat += [w_ih, w_hh, zero if b_ih is None else b_ih, zero if b_hh is None else b_hh]
+        if b_ih is None or b_hh is None:
+            zero = w_ih.new_zeros(w_ih.shape[:1], dtype=computing_dtype(w_ih))
+            b_ih, b_hh = zero if b_ih is None else b_ih, zero if b_hh is None else b_hh
+        flat += [w_ih, w_hh, b_ih, b_hh]
     if not flat:
         raise ValueError("layers must hold at least one layer, got none")
     return flat

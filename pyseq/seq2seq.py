@@ -56,14 +56,20 @@ def _recurrent(
 
 
 def _is_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
-    """Whether calling the module is its class's ``forward`` and nothing else."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
-
-
-def _is_fusable(weight: Tensor) -> bool:
-    """Whether the operators can read it: other classes of tensors may compute otherwise."""
-    floating = weight.dtype in (torch.float32, torch.float64)
-    return weight.is_cpu and floating and type(weight) is torch.nn.Parameter
+    """Whether calling the module is its class's ``forward`` and nothing else, on weights that
+    the operators can read: those of other classes of tensors may compute otherwise."""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and all(
+            type(weight) is torch.nn.Parameter
+            and weight.is_cpu
+            and weight.dtype in (torch.float32, torch.float64)
+            for weight in module._parameters.values()
+            if weight is not None
+        )
+    )
 
 
 class Encoder(torch.nn.Module):
@@ -307,18 +313,18 @@ class Decoder(torch.nn.Module):
         Not on another device or in another dtype than the operator's; and not if a module
         has hooks, is parametrised or was replaced by one of another class.
         """
-        expected = (
+        embedding, rnn = self.embedding, self.rnn
+        parts = (
             (self, Decoder),
-            (self.embedding, torch.nn.Embedding),
-            (self.rnn, AttentionDecoder),
-            (self.rnn.score, Score),
-            (self.rnn.combine, torch.nn.Linear),
+            (embedding, torch.nn.Embedding),
+            (rnn, AttentionDecoder),
+            (rnn.score, Score),
+            (rnn.combine, torch.nn.Linear),
             (self.output, torch.nn.Linear),
         )
-        return (
-            all(module is None or _is_plain(module, kind) for module, kind in expected)
-            and self.embedding.max_norm is None  # looking up would change the weights
-            and all(_is_fusable(weight) for weight in self.parameters())
+        # Looking up with a largest norm would change the weights.
+        return embedding.max_norm is None and all(
+            module is None or _is_plain(module, kind) for module, kind in parts
         )
 
 

@@ -17,7 +17,9 @@ struct DecoderWeights {
   Weights<T> combine_hidden;
   Weights<T> w_query;
 
-  static DecoderWeights take(const Decode<T>& args, int gates, bool packs, Pieces<T>& pieces) {
+  // With `folded` the context's part of the combination is left out; see DecoderStep.
+  static DecoderWeights take(const Decode<T>& args, int gates, bool packs, bool folded,
+                             Pieces<T>& pieces) {
     const int64_t H = args.hidden, M = args.memory_size;
     const auto weights = [&](const T* source, const QuantizedWeights* quantized, int64_t stride,
                              int64_t units, int gate_count, int64_t k_count) {
@@ -32,7 +34,9 @@ struct DecoderWeights {
       all.w_hh[l] = weights(layer.w_hh, layer.quantized_hh, H, H, gates, H);
     }
     const T* const from_hidden = args.combine == nullptr ? nullptr : args.combine + M;
-    all.combine_context = weights(args.combine, args.quantized_context, M + H, H, 1, M);
+    if (!folded) {
+      all.combine_context = weights(args.combine, args.quantized_context, M + H, H, 1, M);
+    }
     all.combine_hidden = weights(from_hidden, args.quantized_hidden, M + H, H, 1, H);
     all.w_query = weights(args.w_query, args.quantized_query, H, args.key_size, 1, H);
     return all;
@@ -78,7 +82,14 @@ struct DecoderStep {
   T* attn;                // (B, S)
   // (B): the row of keys, memory and lengths that each row attends to; null: its own.
   const int32_t* source_rows;
+  // Whether the combination was applied to the memory already, whose weighted sum is then not
+  // the context but what the combination makes of it.
+  bool folded;
 };
+
+// In multiply-adds: about what a tanh costs, and what two members of a team can both do in the
+// time in which they would share it and wait for each other.
+constexpr int64_t kTanhWork = 16, kWaitWork = 40000;
 
 template <class T>
 StepCost decoder_cost(const Decode<T>& args, int gates, int barriers) {
@@ -88,9 +99,8 @@ StepCost decoder_cost(const Decode<T>& args, int gates, int barriers) {
     weights += gates * H * H * (args.layers[l].reads_below() ? 2 : 1);
   }
   if (args.projects_query()) weights += args.key_size * H;
-  // tanh costs about as much as 16 multiply-adds.
   const int64_t row_work =
-      args.source * (args.key_size * (args.additive ? 16 : 1) + args.memory_size);
+      args.source * (args.key_size * (args.additive ? kTanhWork : 1) + args.memory_size);
   return quantized_cost(
       args.layers[0].quantized_hh,
       {args.batch, weights, row_work, weights * static_cast<int64_t>(sizeof(T)), barriers});
@@ -182,18 +192,17 @@ void step_attention(const Decode<T>& args, const DecoderWeights<T>& weights,
     return step.source_rows == nullptr ? row : step.source_rows[row];
   };
   // Scores are shared out by position, the context by component; between the two every
-  // member takes the whole softmax, which costs less than to wait once more.
-  const auto score_row = [&](int64_t row) {
-    const int64_t from = source_row(row);
-    const Range part = at.part(valid_positions<T>(args.lengths, from, S));
-    scores<T, Score, 1>(query + row * A, 0, args.keys + (from * S + part.begin) * A, part.size(), A,
-                        args.v, scratch.scores + row * S + part.begin, 0);
+  // member takes the whole softmax, which costs less than to wait once more. So do all scores
+  // of a few rows, if no member needs what another makes of its own part of the context.
+  const auto score_row = [&](int64_t row, Range part, T* row_scores) {
+    scores<T, Score, 1>(query + row * A, 0, args.keys + (source_row(row) * S + part.begin) * A,
+                        part.size(), A, args.v, row_scores + part.begin, 0);
   };
   T* const context = args.context + slot * B * M;
-  const auto attend_row = [&](int64_t row) {
+  const auto attend_row = [&](int64_t row, const T* row_scores) {
     const int64_t from = source_row(row);
     const int64_t valid = valid_positions<T>(args.lengths, from, S);
-    softmax(scratch.scores + row * S, valid, own_attn);
+    softmax(row_scores, valid, own_attn);
     for (int64_t s = valid; s < S; ++s) own_attn[s] = 0;
     weighted_sum<T, 1>(own_attn, 0, args.memory + from * S * M, valid, M, memory_part,
                        context + row * M, 0);
@@ -201,24 +210,35 @@ void step_attention(const Decode<T>& args, const DecoderWeights<T>& weights,
     T* const attn = step.attn + row * S;
     for (int64_t s = part.begin; s < part.end; ++s) attn[s] = own_attn[s];
   };
-  if (at.members == 1) {
+  const auto valid_of = [&](int64_t row) {
+    return valid_positions<T>(args.lengths, source_row(row), S);
+  };
+  const int64_t score_work = at.rows.size() * S * A * (Score::kAdditive ? kTanhWork : 1);
+  if (at.members == 1 || (step.folded && score_work <= kWaitWork)) {
     for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
-      score_row(row);
-      attend_row(row);
+      score_row(row, {0, valid_of(row)}, own_attn);
+      attend_row(row, own_attn);
     }
   } else {
-    for (int64_t row = at.rows.begin; row < at.rows.end; ++row) score_row(row);
+    for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
+      score_row(row, at.part(valid_of(row)), scratch.scores + row * S);
+    }
     at.wait();
-    for (int64_t row = at.rows.begin; row < at.rows.end; ++row) attend_row(row);
-    at.wait();
+    for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
+      attend_row(row, scratch.scores + row * S);
+    }
+    if (!step.folded) at.wait();
   }
 
-  const Segment<T> combined[2] = {plain_segment(context, weights.combine_context),
-                                  plain_segment(top, weights.combine_hidden)};
-  product<T, 1, 1>(combined, 2, at.rows.begin, at.rows.end, units.begin, units.end, step.backwards,
-                   [&](int64_t row, int64_t panel, const T* sums) {
-                     store(step.output + row * H + panel * kLanes<T>, Math<T>::tanh(load(sums)),
-                           lanes_inside<T>(H, panel));
+  const Segment<T> combined[2] = {plain_segment(top, weights.combine_hidden),
+                                  plain_segment(context, weights.combine_context)};
+  product<T, 1, 1>(combined, step.folded ? 1 : 2, at.rows.begin, at.rows.end, units.begin,
+                   units.end, step.backwards, [&](int64_t row, int64_t panel, const T* sums) {
+                     const int64_t offset = row * H + panel * kLanes<T>;
+                     const int lanes = lanes_inside<T>(H, panel);
+                     Vec<T> sum = load(sums);
+                     if (step.folded) sum += load(context + offset, lanes);
+                     store(step.output + offset, Math<T>::tanh(sum), lanes);
                    });
   at.wait();
 }
@@ -231,11 +251,11 @@ void decode_forward_cell(const Decode<T>& args) {
   const bool packs = repays_packing(args.steps, B);
 
   Pieces<T> count(nullptr);
-  DecoderWeights<T>::take(args, G, packs, count);
+  DecoderWeights<T>::take(args, G, packs, /*folded=*/false, count);
   DecoderScratch<T>::take(args, plan.threads, count);
   Workspace workspace(count.bytes());
   Pieces<T> pieces(workspace.data());
-  const auto weights = DecoderWeights<T>::take(args, G, packs, pieces);
+  const auto weights = DecoderWeights<T>::take(args, G, packs, /*folded=*/false, pieces);
   const auto scratch = DecoderScratch<T>::take(args, plan.threads, pieces);
   Teams teams(plan);
 
@@ -254,7 +274,8 @@ void decode_forward_cell(const Decode<T>& args) {
                                 args.feeding ? fed : nullptr,
                                 output,
                                 args.attn + t * args.attn_step,
-                                nullptr};
+                                nullptr,
+                                /*folded=*/false};
       const T* const top = step_cells<T, Cell>(args, weights, scratch, step, at);
       step_attention<T, Score>(args, weights, scratch, step, at, thread, top);
     }

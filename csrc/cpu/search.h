@@ -11,6 +11,7 @@
 #endif
 
 #include "decode.h"
+#include "gemm.h"
 
 namespace pyseq::cpu::PYSEQ_TIER {
 
@@ -87,6 +88,7 @@ struct GenerateMemory {
   T* states[kMaxLayers];  // each (2, N, H), in turns before and after a step
   T* cells[kMaxLayers];   // likewise, or null
   T* gates[kMaxLayers];   // (N, G*H), the first layer's input part; null for the others
+  T* folded;              // (rows, S, H): the combination of the memory, or null
   T *query, *context, *attn, *output, *fed;
   T* logits;                 // (N, logit_stride)
   T *peaks, *masses;         // (N, chunk_stride): of a chunk max x, and sum exp(x - max)
@@ -103,7 +105,12 @@ struct GenerateMemory {
                              Pieces<T>& pieces, Pieces<char>& others) {
     const Decode<T>& decoder = args.decoder;
     const int64_t N = decoder.batch, H = decoder.hidden, E = args.embedding_size, V = args.vocab;
-    const bool packs = N > 1 && repays_packing(args.max_length, N);
+    // Results are about as long as their sources, whatever the limit.
+    const int64_t S = decoder.source, steps = S > 0 ? smaller(args.max_length, S) : args.max_length;
+    const bool packs = repays_packing(steps, N);
+    // Positions are combined once, hypotheses at every step. For as many of the one as of the
+    // other it would not repay: of a few rows the product costs little more than half of it.
+    const bool folded = decoder.combine != nullptr && N * steps >= 2 * args.rows * S;
     const auto packed = [&](Weights<T> weights) {
       if (packs && weights.quantized == nullptr) {
         weights.packed = pieces.take(weights.packed_size());
@@ -111,7 +118,8 @@ struct GenerateMemory {
       return weights;
     };
     GenerateMemory memory{};
-    memory.weights = DecoderWeights<T>::take(decoder, gates, packs, pieces);
+    memory.weights = DecoderWeights<T>::take(decoder, gates, packs, folded, pieces);
+    if (folded) memory.folded = pieces.take(args.rows * S * H);
     memory.scratch = DecoderScratch<T>::take(decoder, plan.threads, pieces);
     memory.w_x = packed({args.w_x, args.w_x_stride, H, gates, E, nullptr, args.quantized_x});
     memory.w_output = packed({args.w_output, H, V, 1, H, nullptr});
@@ -121,7 +129,7 @@ struct GenerateMemory {
     }
     memory.gates[0] = pieces.take(N * gates * H);
     memory.query = pieces.take(N * decoder.key_size);
-    memory.context = pieces.take(N * decoder.memory_size);
+    memory.context = pieces.take(N * larger(decoder.memory_size, H));
     memory.attn = pieces.take(N * decoder.source);
     memory.output = pieces.take(N * H);
     memory.fed = pieces.take(N * H);
@@ -327,7 +335,8 @@ class Searcher {
                               decoder_.feeding ? fed_ : nullptr,
                               memory_.output,
                               memory_.attn,
-                              now_.rows - begin_};
+                              now_.rows - begin_,
+                              memory_.folded != nullptr};
     const T* const top = parts_.cells(decoder_, memory_.weights, memory_.scratch, step, at_);
     if (!decoder_.attends()) return top;
     parts_.attention(decoder_, memory_.weights, memory_.scratch, step, at_, thread_, top);
@@ -600,6 +609,26 @@ GenerateStatus generate(const Generate<T>& args) {
   decoder.layers = layers;
   decoder.query = memory.query;
   decoder.context = memory.context;
+  if (memory.folded != nullptr) {
+    const int64_t M = decoder.memory_size;
+    gemm<T>({.m = args.rows * decoder.source,
+             .n = H,
+             .k = M,
+             .threads = decoder.threads,
+             .a = decoder.memory,
+             .a_row = M,
+             .a_column = 1,
+             .b = decoder.combine,
+             .b_row = 1,
+             .b_column = M + H,
+             .bias = nullptr,
+             .c = memory.folded,
+             .c_row = H,
+             .accumulate = false,
+             .a_sums = nullptr});
+    decoder.memory = memory.folded;
+    decoder.memory_size = H;
+  }
   GenerateTeam<T> shared[kMaxTeams] = {};
   Teams teams(plan);
 

@@ -29,26 +29,46 @@ struct Weights {
   int64_t packed_size() const { return vectors<T>(units) * panel_size(); }
 };
 
+// Transposes a block of `rows` rows and `columns` columns: each column becomes a vector, `step`
+// apart, whose other lanes are zero.
+template <class T>
+PYSEQ_FORCE_INLINE void transpose_block(const T* from, int64_t stride, int rows, int columns, T* to,
+                                        int64_t step) {
+  constexpr int N = kLanes<T>;
+  Vec<T> block[N];
+  if (rows == N && columns == N) {  // by itself, so that the block never leaves the registers
+    for (int lane = 0; lane < N; ++lane) block[lane] = load(from + lane * stride);
+    transpose<T>(block);
+    for (int i = 0; i < N; ++i) store(to + i * step, block[i]);
+    return;
+  }
+  for (int lane = 0; lane < N; ++lane) {
+    block[lane] = lane < rows ? load(from + lane * stride, columns) : Vec<T>{};
+  }
+  transpose<T>(block);
+  for (int i = 0; i < columns; ++i) store(to + i * step, block[i]);
+}
+
 // Packs this thread's share of the panels. Units past the last are zero.
 template <class T>
 void pack_rows(const Weights<T>& weights, int thread, int present) {
   if (weights.packed == nullptr) return;
   constexpr int N = kLanes<T>;
+  // Lines of a row that follow one another are read together, before the next gate's rows.
+  constexpr int64_t kRun = 8 * N;
   const int64_t step = weights.gates * N;
   const Range mine = share(vectors<T>(weights.units), thread, present);
   for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
     const int inside = lanes_inside<T>(weights.units, panel);
-    for (int gate = 0; gate < weights.gates; ++gate) {
-      const T* from = weights.source + (gate * weights.units + panel * N) * weights.stride;
-      T* to = weights.packed + panel * weights.panel_size() + gate * N;
-      for (int64_t k = 0; k < weights.k_count; k += N) {
-        const int count = lanes_inside<T>(weights.k_count, k / N);
-        Vec<T> block[N];
-        for (int lane = 0; lane < N; ++lane) {
-          block[lane] = lane < inside ? load(from + lane * weights.stride + k, count) : Vec<T>{};
+    T* const out = weights.packed + panel * weights.panel_size();
+    for (int64_t run = 0; run < weights.k_count; run += kRun) {
+      const int64_t end = smaller(run + kRun, weights.k_count);
+      for (int gate = 0; gate < weights.gates; ++gate) {
+        const T* from = weights.source + (gate * weights.units + panel * N) * weights.stride;
+        for (int64_t k = run; k < end; k += N) {
+          transpose_block(from + k, weights.stride, inside, lanes_inside<T>(weights.k_count, k / N),
+                          out + gate * N + k * step, step);
         }
-        transpose<T>(block);
-        for (int i = 0; i < count; ++i) store(to + (k + i) * step, block[i]);
       }
     }
   }
@@ -69,11 +89,9 @@ void pack_columns(const Weights<T>& weights, int thread, int present) {
 }
 
 // Whether packing the weights of a forward loop repays. Measured with 256 and 512 units: to
-// pack takes as long as the products of 8 rows, and makes those of one row a quarter faster,
-// of 4 a half, of 16 twice. The number of threads has no say, so that it cannot change bits.
-PYSEQ_FORCE_INLINE bool repays_packing(int64_t steps, int64_t batch) {
-  return steps * (batch + 2) > 64;
-}
+// pack takes as long as the products of 40 rows gain by it, however many steps they are in.
+// The number of threads has no say, so that it cannot change bits.
+PYSEQ_FORCE_INLINE bool repays_packing(int64_t steps, int64_t batch) { return steps * batch > 40; }
 
 // One summand of a product: rows of `a` times weights. Gate g adds to sum slot[g].
 template <class T>
