@@ -31,11 +31,24 @@ int waited_long = 0;
 
 // Where the cores are taken by other work, one thread is faster than several that wait for one
 // another, a time slice at every barrier, and gives the same bits. After a call that waited, its
-// caller works alone for kAlone times as long as that call took, so that trying again costs
-// little, but not for longer than kLongest nanoseconds.
-constexpr int64_t kAlone = 20;
-constexpr int64_t kLongest = 5'000'000'000;
-thread_local int64_t alone_until = 0;
+// caller works alone: the first time for as long as that call took, which a passing interruption
+// is worth; for twice as long each time that a new try waits too, so that trying costs little.
+struct Crowd {
+  static constexpr double kMost = 32, kCalmer = 0.8;
+  static constexpr int64_t kLongest = 5'000'000'000;  // nanoseconds
+  int64_t alone_until = 0;
+  double factor = 1;
+
+  void record(bool waited, int64_t now, int64_t took) {
+    if (waited) {
+      const auto alone = static_cast<int64_t>(factor * static_cast<double>(took));
+      alone_until = now + std::min(alone, kLongest);
+    }
+    factor = waited ? std::min(2 * factor, kMost) : std::max(kCalmer * factor, 1.0);
+  }
+};
+
+thread_local Crowd crowd;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -108,7 +121,7 @@ void run_parallel(int threads, void (*body)(void* context, int thread, int threa
     return;
   }
   const int64_t begin = nanoseconds();
-  if (begin < alone_until) {
+  if (begin < crowd.alone_until) {
     body(context, 0, 1);
     return;
   }
@@ -126,9 +139,8 @@ void run_parallel(int threads, void (*body)(void* context, int thread, int threa
   const int64_t now = nanoseconds();
   // The shares are alike: who comes in so much later has not been running.
   const bool late = now - end > std::max(kLongWait, (end - begin) / 2);
-  if (late || __atomic_load_n(&waited_long, __ATOMIC_RELAXED) != 0) {
-    alone_until = now + std::min(kAlone * (now - begin), kLongest);
-  }
+  const bool waited = late || __atomic_load_n(&waited_long, __ATOMIC_RELAXED) != 0;
+  crowd.record(waited, now, now - begin);
 }
 
 Teams::Teams(const Plan& plan) : team(plan.threads > 1 ? new Barrier[plan.teams] : nullptr) {}
