@@ -22,13 +22,15 @@ def check_tensor(name: str, value: object) -> None:
 def check_shape(name: str, tensor: Tensor, letters: str, expected: tuple[int, ...]) -> None:
     """Raise unless ``tensor`` has the ``expected`` shape, where -1 stands for any size."""
     check_tensor(name, tensor)
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(expected) and all(
-        want in (-1, got) for want, got in zip(expected, shape, strict=True)
-    )
+    shape = tensor.shape
+    fits = len(shape) == len(expected)
+    # A loop: this is called several times a call, of which the smallest take 40 µs.
+    for want, got in zip(expected, shape, strict=False):
+        if want not in (-1, got):
+            fits = False
     if not fits:
         sizes = ", ".join("any" if want == -1 else str(want) for want in expected)
-        raise RuntimeError(f"{name} must be {letters} = ({sizes}), got {shape}")
+        raise RuntimeError(f"{name} must be {letters} = ({sizes}), got {tuple(shape)}")
 
 
 def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:

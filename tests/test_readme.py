@@ -26,6 +26,14 @@ def test_modules() -> None:
     assert (result.weights[:, 1, 3:] == 0).all()
 
 
+def test_truncated_back_propagation() -> None:
+    names: dict[str, object] = {}
+    exec(EXAMPLES[2], names)
+    state = names["state"]
+    assert isinstance(state, tuple)
+    assert [(each.shape, each.requires_grad) for each in state] == [((1, 4, 64), False)] * 2
+
+
 def test_commands_are_the_makefile_s() -> None:
     text = README.read_text(encoding="utf-8")
     for command in ("make test", "make demo", "pip install ."):
