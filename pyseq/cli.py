@@ -202,6 +202,14 @@ def _add_train(commands: Any) -> None:
     _add_option(
         group, TrainingOptions, "schedule", str, "of the learning rate", choices=training.SCHEDULES
     )
+    _add_option(
+        group,
+        TrainingOptions,
+        "select",
+        str,
+        "what tells the best epoch, of the validation pairs",
+        choices=training.SELECTIONS,
+    )
     _add_option(group, TrainingOptions, "warmup_steps", int, "steps of --schedule warmup")
     _add_option(group, TrainingOptions, "clip_norm", float, "largest norm of the gradients")
     _add_option(group, TrainingOptions, "label_smoothing", float, "share spread over all symbols")

@@ -42,6 +42,9 @@ from .types import PAD, CellName, ScoreName
 ScheduleName = Literal["linear", "constant", "warmup"]
 SCHEDULES: tuple[str, ...] = ("linear", "constant", "warmup")
 
+SelectName = Literal["loss", "accuracy"]
+SELECTIONS: tuple[str, ...] = ("loss", "accuracy")
+
 #: Options that may differ when a run is resumed.
 FREE_ON_RESUME: tuple[str, ...] = ("epochs", "checkpoint_every")
 
@@ -83,6 +86,9 @@ class TrainingOptions:
         label_smoothing: share of the target probability that is spread over all symbols.
         seed: of the weights, of dropout and of the order of the data.
         checkpoint_every: steps between checkpoints within an epoch. Default: none.
+        select: the best epoch is the one with the least validation ``"loss"``, or, where
+            whole outputs are right or wrong, of the highest :func:`accuracy`: a model that
+            grows surer of itself may have a rising loss and still get more outputs right.
 
     Raises:
         ValueError: an option is out of its range.
@@ -97,8 +103,11 @@ class TrainingOptions:
     label_smoothing: float = 0.0
     seed: int = 1
     checkpoint_every: int | None = None
+    select: SelectName = "loss"
 
     def __post_init__(self) -> None:
+        if self.select not in SELECTIONS:
+            raise ValueError(f"select must be one of {', '.join(SELECTIONS)}, got {self.select!r}")
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
@@ -195,6 +204,26 @@ def mean_loss(model: Seq2Seq, examples: Examples, *, batch_size: int) -> float:
     return total / max(1, tokens)
 
 
+@torch.no_grad()
+def accuracy(model: Seq2Seq, examples: Examples, *, batch_size: int) -> float:
+    """Share of the examples, 0 to 1, that greedy search would get right to the last token.
+
+    It would if every token of the target is the likeliest after those before it, which one
+    pass with teacher forcing shows.
+    """
+    training = model.training
+    model.eval()
+    right, count = 0, 0
+    for batch in ordered_batches(examples, batch_size):
+        batch = _to(batch, _device(model))
+        likeliest = model(batch.source, batch.source_lengths, batch.target_in).argmax(-1)
+        fits = (likeliest == batch.target_out) | (batch.target_out == PAD)
+        right += int(fits.all(1).sum())
+        count += len(fits)
+    model.train(training)
+    return right / max(1, count)
+
+
 def _device(model: Seq2Seq) -> torch.device:
     return next(model.parameters()).device
 
@@ -216,6 +245,7 @@ class EpochReport(NamedTuple):
     train_loss: float  # nats per target token, with dropout and smoothing, over the epoch
     valid_loss: float | None  # nats per target token; None without validation pairs
     best: bool  # whether this is the best epoch so far
+    valid_accuracy: float | None = None  # where it selects the best epoch
 
 
 class Interrupted(KeyboardInterrupt):
@@ -232,8 +262,8 @@ class Interrupted(KeyboardInterrupt):
 class Trainer:
     """Trains the model of a translator, and can go on after any interruption.
 
-    The folder ``out`` holds the best model (by validation loss; the latest where there is
-    no validation), its subfolder ``last`` the last checkpoint with all that is needed to
+    The folder ``out`` holds the best model (as ``options.select`` says; the latest where
+    there is no validation), its subfolder ``last`` the last checkpoint with all that is needed to
     continue: weights, optimiser, random state, and the place in the data. The schedule is
     a function of the number of steps done. A run that was interrupted and resumed ends
     with the same bits as one that was not, on the same machine with the same threads.
@@ -282,7 +312,7 @@ class Trainer:
         self._total_steps = options.epochs * len(self._batches)
         self._step = 0  # updates done in the whole run
         self._loss_sum, self._tokens = 0.0, 0  # of the epoch under way
-        self._best_loss = math.inf
+        self._best = math.inf  # validation loss, or share of wrong outputs
         self._rate = 0.0  # target tokens a second in the epoch under way, since it went on
         self._bar_class = require("tqdm", extra="train").tqdm if progress else None
         self._log = log
@@ -368,14 +398,19 @@ class Trainer:
                     self._save_last()
 
     def _finish_epoch(self) -> None:
-        valid_loss = None
+        valid_loss, right, best = None, None, True
         if self.validation is not None:
-            valid_loss = mean_loss(self.model, self.validation, batch_size=self.options.batch_size)
-        best = valid_loss is None or valid_loss < self._best_loss
-        if valid_loss is not None and best:
-            self._best_loss = valid_loss
+            size = self.options.batch_size
+            valid_loss = mean_loss(self.model, self.validation, batch_size=size)
+            if self.options.select == "accuracy":
+                right = accuracy(self.model, self.validation, batch_size=size)
+            criterion = valid_loss if right is None else 1 - right
+            best = criterion < self._best
+            if best:
+                self._best = criterion
         train_loss = self._loss_sum / max(1, self._tokens)
-        self.reports.append(EpochReport(len(self.reports) + 1, train_loss, valid_loss, best))
+        number = len(self.reports) + 1
+        self.reports.append(EpochReport(number, train_loss, valid_loss, best, right))
         self._loss_sum, self._tokens = 0.0, 0
         self._batches.next_epoch()
         # The best model first: if a kill comes in between, the last checkpoint still is
@@ -416,7 +451,7 @@ class Trainer:
             "position": position,
             "loss_sum": self._loss_sum,
             "tokens": self._tokens,
-            "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
+            "best": self._best if math.isfinite(self._best) else None,
             "reports": [report._asdict() for report in self.reports],
             "threads": torch.get_num_threads(),
         }
@@ -451,8 +486,7 @@ class Trainer:
         self._restore_optimizer(tensors)
         self._step = record["step"]
         self._loss_sum, self._tokens = record["loss_sum"], record["tokens"]
-        best_loss = record["best_loss"]
-        self._best_loss = math.inf if best_loss is None else best_loss
+        self._best = math.inf if record["best"] is None else record["best"]
         self.reports = [EpochReport(**report) for report in record["reports"]]
         if self._log is not None and record["threads"] != torch.get_num_threads():
             self._log(
@@ -503,8 +537,13 @@ class Trainer:
     def _epoch_text(self, report: EpochReport) -> str:
         text = f"epoch {report.epoch}/{self.options.epochs}: loss {report.train_loss:.4f}"
         if report.valid_loss is not None:
-            text += f", validation {report.valid_loss:.4f}{' (best)' if report.best else ''}"
-        return f"{text} nats/token, {self._rate:,.0f} tokens/s"
+            text += f", validation {report.valid_loss:.4f}"
+        text += " nats/token"
+        if report.valid_accuracy is not None:
+            text += f", {report.valid_accuracy:.2%} right"
+        if report.valid_loss is not None and report.best:
+            text += " (best)"
+        return f"{text}, {self._rate:,.0f} tokens/s"
 
     def _place_text(self) -> str:
         """Epoch and step under way, both from 1."""

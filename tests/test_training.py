@@ -12,7 +12,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from pyseq import checkpoint, cli, training
 from pyseq.errors import CheckpointError, DataError, TrainingError
 from pyseq.seq2seq import Seq2Seq
-from pyseq.text import Pair
+from pyseq.text import Pair, ordered_batches
 from pyseq.training import (
     Data,
     Interrupted,
@@ -33,6 +33,7 @@ from pyseq.training import (
     mean_loss,
 )
 from pyseq.translator import Translator
+from pyseq.types import PAD, STOP
 
 pytest.importorskip("safetensors", reason="checkpoints need the extra 'train'")
 
@@ -422,6 +423,37 @@ def test_train_gives_the_best_epoch_if_it_is_kept(
     weights = [t.model.decoder.output.weight for t in (translator, best, last)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_the_best_epoch_may_be_that_with_the_most_right_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, shares = iter([1.0, 2.0, 3.0]), iter([0.2, 0.5, 0.5])
+    monkeypatch.setattr(training, "mean_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(training, "accuracy", lambda *_, **__: next(shares))
+    trainer = begin(tmp_path, replace(OPTIONS, epochs=3, select="accuracy"))
+    assert [report.best for report in trainer.run()] == [True, True, False]
+    assert [report.valid_accuracy for report in trainer.reports] == [0.2, 0.5, 0.5]
+
+
+def test_accuracy_is_the_share_that_greedy_search_gets_right(tmp_path: Path) -> None:
+    trainer = begin(tmp_path, replace(OPTIONS, epochs=3))
+    trainer.run()
+    examples = trainer.validation
+    assert examples is not None
+    right = 0
+    for batch in ordered_batches(examples, 16):
+        found = trainer.model.generate(batch.source, batch.source_lengths, max_length=50)
+        for hypothesis, target in zip(found, batch.target_out.tolist(), strict=True):
+            right += hypothesis.tokens == [token for token in target if token not in (PAD, STOP)]
+    measured = training.accuracy(trainer.model, examples, batch_size=5)
+    assert 0 < right < len(examples)
+    assert measured == pytest.approx(right / len(examples))
+
+
+def test_select_is_checked() -> None:
+    with pytest.raises(ValueError, match="select must be one of loss, accuracy, got 'wer'"):
+        TrainingOptions(select="wer")  # type: ignore[arg-type]
 
 
 def test_defaults_are_those_of_the_classes() -> None:
