@@ -185,10 +185,10 @@ PYSEQ_FORCE_INLINE Vec<T> fold_all(const Vec<T>* vectors) {
 // of each side by side. More rows than kDotRows do not fit the registers.
 constexpr int kDotRows = kAccumulators / 4;
 
-// A panel's dot products with Rows rows, those of row m in parts[m] as a vector for each unit.
+// A panel's dot products with Rows rows: a vector for each unit, row m's at parts + m * N.
 template <class T, int Rows>
 [[gnu::noinline]] void dot_panel(const T* a, int64_t a_stride, const T* from, int64_t stride,
-                                 int last, int64_t k_count, Vec<T> (*parts)[kLanes<T>]) {
+                                 int last, int64_t k_count, Vec<T>* parts) {
   using V = Vec<T>;
   constexpr int N = kLanes<T>;
   for (int unit = 0; unit < N; unit += 2) {
@@ -213,15 +213,14 @@ template <class T, int Rows>
     for (; k < k_count; k += N) add(k, 0, lanes_inside<T>(k_count, k / N));
 #pragma GCC unroll 8
     for (int m = 0; m < Rows; ++m) {
-      parts[m][unit] = sum[m][0][0] + sum[m][0][1];
-      parts[m][unit + 1] = sum[m][1][0] + sum[m][1][1];
+      parts[m * N + unit] = sum[m][0][0] + sum[m][0][1];
+      parts[m * N + unit + 1] = sum[m][1][0] + sum[m][1][1];
     }
   }
 }
 
 template <class T>
-using DotPanel = void (*)(const T*, int64_t, const T*, int64_t, int, int64_t,
-                          Vec<T> (*)[kLanes<T>]);
+using DotPanel = void (*)(const T*, int64_t, const T*, int64_t, int, int64_t, Vec<T>*);
 
 template <class T, int Rows = kDotRows>
 PYSEQ_FORCE_INLINE DotPanel<T> pick_dot_panel(int rows) {
@@ -244,12 +243,12 @@ void multiply_rows(const Segment<T>& segment, int64_t row, int height, int64_t f
       const T* const from = weights.source + (g * weights.units + panel * N) * weights.stride;
       for (int m = 0; m < height;) {
         const int rows = static_cast<int>(smaller(height - m, kDotRows));
-        Vec<T> parts[kDotRows][N];
+        Vec<T> parts[kDotRows * N];
         pick_dot_panel<T>(rows)(segment.a + (row + m) * segment.a_stride, segment.a_stride, from,
                                 weights.stride, last, weights.k_count, parts);
         for (int i = 0; i < rows; ++i, ++m) {
           T* const to = sums + ((p * height + m) * pre + segment.slot[g]) * N;
-          const Vec<T> sum = fold_all<T, N>(parts[i]);
+          const Vec<T> sum = fold_all<T, N>(parts + i * N);
           store(to, accumulate ? load(to) + sum : sum);
         }
       }
