@@ -3,6 +3,7 @@
 // know no shorter type, and with autocast off for the products that they call.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "dispatcher.h"
@@ -20,6 +21,11 @@ inline OptionalTensor at_least_float(const OptionalTensor& tensor) {
 inline std::vector<Tensor> at_least_float(at::TensorList tensors) {
   std::vector<Tensor> list;
   for (const Tensor& tensor : tensors) list.push_back(at_least_float(tensor));
+  return list;
+}
+inline c10::List<OptionalTensor> at_least_float(const c10::List<OptionalTensor>& tensors) {
+  c10::List<OptionalTensor> list;
+  for (const OptionalTensor& tensor : tensors) list.push_back(at_least_float(tensor));
   return list;
 }
 inline std::string_view at_least_float(std::string_view option) { return option; }

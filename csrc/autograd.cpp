@@ -13,6 +13,7 @@
 #include "dispatcher.h"
 #include "layers.h"
 #include "loss.h"
+#include "scan_both.h"
 #include "search.h"
 
 namespace pyseq::autograd {
@@ -431,6 +432,24 @@ Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Te
     return op.call(hidden, weight, target, bias, ignore_index, label_smoothing);
   }
   return LinearCrossEntropy::apply(hidden, weight, target, bias, ignore_index, label_smoothing);
+}
+
+std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
+                                             const c10::List<OptionalTensor>& weights,
+                                             const OptionalTensor& h_0, const OptionalTensor& c_0,
+                                             const OptionalTensor& lengths,
+                                             const OptionalTensor& resets, std::string_view cell) {
+  const OptionalTensor x_(x);
+  std::vector<Tensor> given;
+  for (const OptionalTensor& weight : weights) {
+    if (weight.has_value()) given.push_back(*weight);
+  }
+  TORCH_CHECK(!needs_grad("scan_both", {&x_, &h_0, &c_0}, given),
+              "pyseq::scan_both is for inference and gives no gradients, got a tensor that "
+              "requires one: call pyseq::scan for each direction");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  static const auto op = find_operator<&pyseq::scan_both>("pyseq::scan_both");
+  return op.call(x, weights, h_0, c_0, lengths, resets, cell);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> generate(

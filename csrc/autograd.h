@@ -2,6 +2,8 @@
 // The operators of ops.h as the dispatcher's Autograd key runs them: autograd Functions.
 #pragma once
 
+#include <ATen/core/List.h>
+
 #include "ops.h"
 
 namespace pyseq::autograd {
@@ -27,6 +29,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
 Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                             const OptionalTensor& bias, int64_t ignore_index,
                             double label_smoothing);
+
+// For inference alone: who wants gradients calls `scan` for each direction.
+std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
+                                             const c10::List<OptionalTensor>& weights,
+                                             const OptionalTensor& h_0, const OptionalTensor& c_0,
+                                             const OptionalTensor& lengths,
+                                             const OptionalTensor& resets, std::string_view cell);
 
 // A search has no derivative: its scores are constants.
 std::tuple<Tensor, Tensor, Tensor, Tensor> generate(

@@ -14,6 +14,7 @@
 #include "loss.h"
 #include "ops.h"
 #include "quantized.h"
+#include "scan_both.h"
 #include "search.h"
 
 TORCH_LIBRARY(pyseq, m) {
@@ -72,6 +73,9 @@ TORCH_LIBRARY(pyseq, m) {
       "(Tensor d_x, Tensor[] d_layers, Tensor d_keys, Tensor d_memory, Tensor d_combine, "
       "Tensor d_weight_query, Tensor d_weight_v, Tensor d_h_0, Tensor d_c_0, Tensor d_feed)");
   m.def(
+      "scan_both(Tensor x, Tensor?[] weights, Tensor? h_0, Tensor? c_0, Tensor? lengths, "
+      "Tensor? resets, str cell) -> (Tensor y, Tensor h_n, Tensor c_n)");
+  m.def(
       "generate(Tensor embedding, Tensor[] layers, Tensor? keys, Tensor? memory, "
       "Tensor? combine, Tensor output_weight, Tensor? output_bias, Tensor? weight_query, "
       "Tensor? weight_v, Tensor h_0, Tensor? c_0, Tensor? feed, Tensor? lengths, str cell, "
@@ -102,6 +106,7 @@ TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
   m.impl("decode_backward", &pyseq::decode_backward);
   m.impl("linear_cross_entropy", &pyseq::linear_cross_entropy);
   m.impl("linear_cross_entropy_forward", &pyseq::linear_cross_entropy_forward);
+  m.impl("scan_both", &pyseq::scan_both);
   m.impl("generate", &pyseq::generate);
   m.impl("linear", &pyseq::linear);
   m.impl("sigmoid", &pyseq::sigmoid);
@@ -113,6 +118,7 @@ TORCH_LIBRARY_IMPL(pyseq, Autograd, m) {
   m.impl("attend", &pyseq::autograd::attend);
   m.impl("decode", &pyseq::autograd::decode);
   m.impl("linear_cross_entropy", &pyseq::autograd::linear_cross_entropy);
+  m.impl("scan_both", &pyseq::autograd::scan_both);
   m.impl("generate", &pyseq::autograd::generate);
   m.impl("linear", &pyseq::autograd::linear);
 }
@@ -124,6 +130,7 @@ TORCH_LIBRARY_IMPL(pyseq, AutocastCPU, m) {
   m.impl("linear", pyseq::AutocastCpu<&pyseq::linear>::of("pyseq::linear"));
   m.impl("linear_cross_entropy",
          pyseq::AutocastCpu<&pyseq::linear_cross_entropy>::of("pyseq::linear_cross_entropy"));
+  m.impl("scan_both", pyseq::AutocastCpu<&pyseq::scan_both>::of("pyseq::scan_both"));
   m.impl("generate", pyseq::AutocastCpu<&pyseq::generate>::of("pyseq::generate"));
 }
 

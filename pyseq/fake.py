@@ -200,6 +200,27 @@ def _scan_kept_backward(
     return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x)
 
 
+@_fake("pyseq::scan_both")
+def _scan_both(
+    x: Tensor,
+    weights: list[Tensor | None],
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+) -> tuple[Tensor, ...]:
+    steps, batch, _ = x.shape
+    w_hh = weights[1]
+    assert w_hh is not None
+    hidden, size = w_hh.shape[0] // GATES[cell], w_hh.shape[1]
+    return (
+        x.new_empty(steps, batch, 2 * size),
+        x.new_empty(2, batch, size),
+        x.new_empty((2, batch, hidden) if cell == "lstm" else 0),
+    )
+
+
 @_fake("pyseq::attend")
 def _attend(
     query: Tensor,

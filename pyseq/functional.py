@@ -129,6 +129,55 @@ def scan(
     return ScanOutput(output, (h_n, c_n) if cell == "lstm" else h_n)
 
 
+def scan_both(
+    x: Tensor,
+    weights: tuple[Tensor | None, ...],
+    weights_reverse: tuple[Tensor | None, ...],
+    state: State | None = None,
+    *,
+    cell: CellName = "lstm",
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> ScanOutput:
+    """Run one recurrent layer over a sequence in both directions, without gradients.
+
+    The same as :func:`scan` forward with ``weights`` and in reverse with ``weights_reverse``,
+    and the two outputs concatenated; with two threads each direction takes one.
+
+    Args:
+        x: (T, B, I), float32 or float64, T at least 1.
+        weights, weights_reverse: ``(w_ih, w_hh, b_ih, b_hh, w_hr)`` as in :func:`scan`, where
+            the last three may be None.
+        state: h (2, B, P), or for LSTM the pair h (2, B, P), c (2, B, H), of the forward
+            direction first. Default: zero.
+        cell, lengths, resets: as in :func:`scan`.
+
+    Returns:
+        ``output`` (T, B, 2*P), and ``state`` after the last valid step of each direction,
+        shaped as given.
+
+    Raises:
+        ValueError: an option is unknown, or the state has the wrong form.
+        RuntimeError: a tensor has the wrong shape, dtype or device, or needs a gradient.
+        TypeError: what must be a tensor is none.
+
+    Reference:
+        Schuster & Paliwal 1997, Bidirectional recurrent neural networks.
+    """
+    _check_option("cell", cell, tuple(GATES))
+    h_0, c_0 = _h_and_c(state_parts(cell, state))
+    output, h_n, c_n = torch.ops.pyseq.scan_both(
+        x,
+        (*weights, *weights_reverse),
+        h_0,
+        c_0,
+        _beside("lengths", lengths, x),
+        _beside("resets", resets, x),
+        cell,
+    )
+    return ScanOutput(output, (h_n, c_n) if cell == "lstm" else h_n)
+
+
 def attend(
     query: Tensor,
     keys: Tensor,

@@ -108,26 +108,58 @@ def _scan_layers(
         The output (T, B, D*P) of the last layer, and the last state in parts.
     """
     states: list[tuple[Tensor, ...]] = []
-    while len(states) < len(weights):
+    for first in range(0, len(weights), directions):
         if states and dropout > 0:
             x = apply_dropout(x, dropout)
-        outputs = []
-        for direction in range(directions):
-            index = len(states)
-            output, last = functional.scan(
-                x,
-                *weights[index],
-                _join_parts(tuple(part[index] for part in parts)) if parts else None,
-                cell=cell,
-                lengths=lengths,
-                resets=resets,
-                reverse=direction == 1,
-                keep_every=keep_every,
-            )
-            outputs.append(output)
-            states.append(state_parts(cell, last))
-        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-    return x, tuple(torch.stack(part) for part in zip(*states, strict=True))
+        own = slice(first, first + directions)
+        x, last = _scan_layer(
+            x,
+            weights[own],
+            tuple(part[own] for part in parts),
+            cell=cell,
+            lengths=lengths,
+            resets=resets,
+            keep_every=keep_every,
+        )
+        states.append(last)
+    if len(states) == 1:
+        return x, states[0]
+    return x, tuple(torch.cat(part) for part in zip(*states, strict=True))
+
+
+def _scan_layer(
+    x: Tensor,
+    weights: Sequence[_ScanWeights],
+    parts: tuple[Tensor, ...],
+    *,
+    cell: CellName,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    keep_every: int,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One layer of :func:`_scan_layers`, whose states are (D, B, P)."""
+    if len(weights) == 2 and not torch.is_grad_enabled():
+        state = _join_parts(parts) if parts else None
+        output, last = functional.scan_both(
+            x, weights[0], weights[1], state, cell=cell, lengths=lengths, resets=resets
+        )
+        return output, state_parts(cell, last)
+    outputs, states = [], []
+    for direction, own in enumerate(weights):
+        output, last = functional.scan(
+            x,
+            *own,
+            _join_parts(tuple(part[direction] for part in parts)) if parts else None,
+            cell=cell,
+            lengths=lengths,
+            resets=resets,
+            reverse=direction == 1,
+            keep_every=keep_every,
+        )
+        outputs.append(output)
+        states.append(state_parts(cell, last))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    return output, tuple(torch.stack(part) for part in zip(*states, strict=True))
 
 
 class _Recurrent(torch.nn.RNNBase):

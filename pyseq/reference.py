@@ -138,6 +138,42 @@ def scan(
     return ScanOutput(output, h if c is None else (h, c))
 
 
+def scan_both(
+    x: Tensor,
+    weights: tuple[Tensor | None, ...],
+    weights_reverse: tuple[Tensor | None, ...],
+    state: State | None = None,
+    *,
+    cell: CellName = "lstm",
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> ScanOutput:
+    """One recurrent layer in both directions; see :func:`pyseq.functional.scan_both`."""
+    parts = state_parts(cell, state)
+    outputs, states = [], []
+    for direction, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate((weights, weights_reverse)):
+        assert w_ih is not None
+        assert w_hh is not None
+        own = tuple(part[direction] for part in parts)
+        output, last = scan(
+            x,
+            w_ih,
+            w_hh,
+            b_ih,
+            b_hh,
+            w_hr,
+            (own[0], own[1]) if len(own) == 2 else own[0] if own else None,
+            cell=cell,
+            lengths=lengths,
+            resets=resets,
+            reverse=direction == 1,
+        )
+        outputs.append(output)
+        states.append(state_parts(cell, last))
+    h_n, *c_n = (torch.stack(part) for part in zip(*states, strict=True))
+    return ScanOutput(torch.cat(outputs, -1), (h_n, c_n[0]) if c_n else h_n)
+
+
 def attend(
     query: Tensor,
     keys: Tensor,

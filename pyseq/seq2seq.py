@@ -128,7 +128,8 @@ class Encoder(torch.nn.Module):
         """(L*D, B, H/D) to (L, B, H), each layer's directions side by side."""
         if not self.bidirectional:
             return part
-        return torch.cat((part[0::2], part[1::2]), -1)
+        layers = part.shape[0] // 2
+        return part.reshape(layers, 2, *part.shape[1:]).transpose(1, 2).flatten(2)
 
     def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, State]:
         """Encode ``source``.

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both directions of a layer in one operator: the same bits as a scan in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from operator_cases import CELLS, DTYPES, ScanCase, leaves, map_leaves
+from tolerances import assert_close, assert_same_bits
+from torch import Tensor
+
+from pyseq import functional, nn, reference
+from pyseq.types import ScanOutput
+
+SIZES = ((1, 1, 1, 1), (5, 2, 4, 7), (4, 0, 3, 5), (6, 9, 5, 33), (3, 4, 6, 256))
+
+
+def both_call(cell: Any, sizes: tuple[int, ...], **options: Any) -> dict[str, Any]:
+    """Arguments of ``scan_both`` from those of two scans."""
+    case = ScanCase(cell=cell, sizes=sizes, **options)
+    call = case.call()
+    given = dict(call.inputs)
+    names = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+    weights = tuple(given.pop(name, None) for name in names)
+    arguments: dict[str, Any] = {
+        "x": given["x"],
+        "weights": weights,
+        "weights_reverse": map_leaves(lambda _, t: t.flip(0).contiguous(), weights),
+        "cell": cell,
+        "lengths": given.get("lengths"),
+        "resets": given.get("resets"),
+    }
+    if "state" in given:
+        arguments["state"] = map_leaves(lambda _, t: torch.stack((t, -t)), given["state"])
+    return arguments
+
+
+def one_by_one(module: Any, x: Tensor, **arguments: Any) -> dict[str, Tensor]:
+    """What ``scan`` of ``module`` gives in each direction, side by side."""
+    weights = arguments.pop("weights"), arguments.pop("weights_reverse")
+    state = arguments.pop("state", None)
+    found = []
+    for direction in range(2):
+        own = map_leaves(lambda _, t, d=direction: t[d], state) if state is not None else None
+        scan = module.scan(x, *weights[direction], own, reverse=direction == 1, **arguments)
+        found.append(dict(leaves(scan._asdict())))
+    return {
+        name: torch.cat((value, found[1][name]), -1)
+        if name == "output"
+        else torch.stack((value, found[1][name]))
+        for name, value in found[0].items()
+    }
+
+
+def tensors_of(output: ScanOutput) -> dict[str, Tensor]:
+    return dict(leaves(output._asdict()))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_as_a_scan_in_each_direction(
+    cell: Any,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    threads: int,
+    set_threads: Callable[[int], None],
+) -> None:
+    set_threads(threads)
+    for options in (
+        {"lengths": "holes", "resets": "random"},
+        {"lengths": "ragged", "state": False},
+        {"bias": "none"},
+    ):
+        arguments = both_call(cell, sizes, dtype=dtype, **options)
+        both = tensors_of(functional.scan_both(**arguments))
+        assert_same_bits(both, one_by_one(functional, **arguments))
+        expected = one_by_one(reference, **map_leaves(lambda _, t: _double(t), arguments))
+        assert_close(both, expected)
+        exact = reference.scan_both(**map_leaves(lambda _, t: _double(t), arguments))
+        assert_same_bits(tensors_of(exact), expected)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def test_with_projection() -> None:
+    arguments = both_call("lstm", (5, 2, 4, 7), projection=3, lengths="ragged")
+    both = functional.scan_both(**arguments)
+    assert both.output.shape == (5, 2, 6)
+    assert_same_bits(tensors_of(both), one_by_one(functional, **arguments))
+
+
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_layers_take_it_where_no_gradient_is_wanted(
+    kind: str, inference: Callable[[], Any], set_threads: Callable[[int], None]
+) -> None:
+    set_threads(2)
+    layers = getattr(nn, kind)(5, 6, 2, bidirectional=True)
+    x, lengths = torch.randn(7, 3, 5), torch.tensor([7, 2, 4])
+    trained = dict(leaves(layers(x, lengths=lengths)))
+    with inference():
+        inferred = dict(leaves(layers(x, lengths=lengths)))
+    assert not any(value.requires_grad for value in inferred.values())
+    assert_same_bits(inferred, trained)
+
+
+def test_gradients_are_refused() -> None:
+    arguments = both_call("gru", (5, 2, 4, 7))
+    arguments["x"].requires_grad_()
+    with pytest.raises(RuntimeError, match="scan_both is for inference and gives no gradients"):
+        functional.scan_both(**arguments)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "state": ({"state": torch.zeros(1, 2, 7)}, r"h_0 must be \(2, B, \.\), got \(1, 2, 7\)"),
+    "x": ({"x": torch.zeros(5, 2)}, r"x must be \(T, B, I\), got \(5, 2\)"),
+    "weights": ({"weights": (None,) * 5}, "w_ih and w_hh must be given"),
+    "too_few": ({"weights": (torch.zeros(1),)}, "weights must hold .* got 6 tensors"),
+    "in_a_thread": (
+        {"weights_reverse": (torch.zeros(1, 4), torch.zeros(21, 7), None, None, None)},
+        r"w_ih must be \(G\*H, I\) = \(21, 4\), got \(1, 4\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_tensors_are_refused(
+    name: str, threads: int, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(threads)
+    changes, message = BAD[name]
+    with pytest.raises(RuntimeError, match=message):
+        functional.scan_both(**(both_call("gru", (5, 2, 4, 7)) | changes))
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_opcheck(cell: Any) -> None:
+    arguments = both_call(cell, (5, 2, 4, 7), lengths="ragged")
+    weights = [*arguments["weights"], *arguments["weights_reverse"]]
+    state = arguments["state"]
+    h_0, c_0 = state if cell == "lstm" else (state, None)
+    torch.library.opcheck(
+        torch.ops.pyseq.scan_both,
+        (arguments["x"], weights, h_0, c_0, arguments["lengths"], None, cell),
+    )
