@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,10 @@ def _add_train(commands: Any) -> None:
     group = command.add_argument_group("training")
     _add_option(group, TrainingOptions, "epochs", _positive, "passes over the data")
     _add_option(group, TrainingOptions, "batch_size", _positive, "pairs of a batch")
-    _add_option(group, TrainingOptions, "learning_rate", float, "Adam's learning rate")
+    _add_option(
+        group, TrainingOptions, "optimizer", str, "what updates", choices=training.OPTIMIZERS
+    )
+    _add_option(group, TrainingOptions, "learning_rate", float, "learning rate; for sgd try 1")
     _add_option(
         group, TrainingOptions, "schedule", str, "of the learning rate", choices=training.SCHEDULES
     )
@@ -211,6 +214,11 @@ def _add_train(commands: Any) -> None:
         choices=training.SELECTIONS,
     )
     _add_option(group, TrainingOptions, "warmup_steps", int, "steps of --schedule warmup")
+    _add_option(group, TrainingOptions, "halve_after", float, "epochs of --schedule halving")
+    _add_option(group, TrainingOptions, "halve_every", float, "epochs between its halvings")
+    _add_option(
+        group, TrainingOptions, "patience", _positive, "epochs without a better one, then stop"
+    )
     _add_option(group, TrainingOptions, "clip_norm", float, "largest norm of the gradients")
     _add_option(group, TrainingOptions, "label_smoothing", float, "share spread over all symbols")
     _add_option(group, TrainingOptions, "seed", int, "fixes everything random")
@@ -378,7 +386,8 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
 def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
     saved, state = training.last_checkpoint(out)
     tokens = (saved.source_tokens or "char", saved.target_tokens or "char")
-    _refuse_changes(arguments, {**saved.model.config, **state.record["options"]}, tokens)
+    begun = asdict(training.begun_options(state))
+    _refuse_changes(arguments, {**saved.model.config, **begun}, tokens)
     data, validation = _data(arguments, tokens, state.record["options"]["seed"])
     return training.resume(
         data,
@@ -386,6 +395,7 @@ def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
         out=out,
         epochs=getattr(arguments, "epochs", None),
         checkpoint_every=getattr(arguments, "checkpoint_every", None),
+        patience=getattr(arguments, "patience", None),
         progress=True,
         log=_say,
     )

@@ -39,14 +39,17 @@ from .text import (
 from .translator import Translator
 from .types import PAD, CellName, ScoreName
 
-ScheduleName = Literal["linear", "constant", "warmup"]
-SCHEDULES: tuple[str, ...] = ("linear", "constant", "warmup")
+OptimizerName = Literal["adam", "sgd"]
+OPTIMIZERS: tuple[str, ...] = ("adam", "sgd")
+
+ScheduleName = Literal["linear", "constant", "warmup", "halving"]
+SCHEDULES: tuple[str, ...] = ("linear", "constant", "warmup", "halving")
 
 SelectName = Literal["loss", "accuracy"]
 SELECTIONS: tuple[str, ...] = ("loss", "accuracy")
 
 #: Options that may differ when a run is resumed.
-FREE_ON_RESUME: tuple[str, ...] = ("epochs", "checkpoint_every")
+FREE_ON_RESUME: tuple[str, ...] = ("epochs", "checkpoint_every", "patience")
 
 #: The folder of the last checkpoint, inside that of the best model.
 LAST = "last"
@@ -77,11 +80,13 @@ class TrainingOptions:
     Args:
         epochs: passes over the training pairs.
         batch_size: pairs of a batch.
-        learning_rate: Adam's, at its highest.
+        learning_rate: the optimiser's, at its highest.
         schedule: ``"linear"`` falls from the learning rate to zero over the whole run,
             ``"constant"`` stays, ``"warmup"`` rises for ``warmup_steps`` and then falls
-            like ``"linear"``.
+            like ``"linear"``, ``"halving"`` stays for ``halve_after`` epochs, is halved
+            then and once more every ``halve_every`` epochs.
         warmup_steps: steps.
+        halve_after, halve_every: epochs, for ``"halving"``; fractions count.
         clip_norm: gradients are scaled down to this Euclidean norm.
         label_smoothing: share of the target probability that is spread over all symbols.
         seed: of the weights, of dropout and of the order of the data.
@@ -89,9 +94,19 @@ class TrainingOptions:
         select: the best epoch is the one with the least validation ``"loss"``, or, where
             whole outputs are right or wrong, of the highest :func:`accuracy`: a model that
             grows surer of itself may have a rising loss and still get more outputs right.
+        optimizer: ``"adam"``, or ``"sgd"`` without momentum, which wants a learning rate near 1.
+        patience: stop after this many epochs in a row that are not better than the best one
+            before them, on the validation pairs. Default: never.
 
     Raises:
         ValueError: an option is out of its range.
+
+    Reference:
+        SGD with halving: Luong et al. 2015, arXiv 1508.04025, section 4.1 (rate 1, 10 epochs,
+        halved every epoch after the fifth; with dropout 12 and the eighth; norm clipped to 5),
+        and Sutskever et al. 2014, arXiv 1409.3215, section 3.4 (rate 0.7, 7.5 epochs, every half
+        epoch after the fifth). Their gradient is that of the loss summed over a sentence, here
+        it is averaged over tokens, which clipping to a norm mostly hides.
     """
 
     epochs: int = 10
@@ -104,8 +119,16 @@ class TrainingOptions:
     seed: int = 1
     checkpoint_every: int | None = None
     select: SelectName = "loss"
+    optimizer: OptimizerName = "adam"
+    halve_after: float = 5
+    halve_every: float = 1
+    patience: int | None = None
 
     def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
+            )
         if self.select not in SELECTIONS:
             raise ValueError(f"select must be one of {', '.join(SELECTIONS)}, got {self.select!r}")
         if self.schedule not in SCHEDULES:
@@ -114,15 +137,18 @@ class TrainingOptions:
             )
         for name in ("epochs", "batch_size"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "clip_norm"):
+        for name in ("learning_rate", "clip_norm", "halve_every"):
             value = getattr(self, name)
             _check(name, value, value > 0 and math.isfinite(value), "above 0 and finite")
         _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
         smoothing = self.label_smoothing
         _check("label_smoothing", smoothing, 0 <= smoothing < 1, "at least 0 and below 1")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
-        every = self.checkpoint_every
-        _check("checkpoint_every", every, every is None or every >= 1, "at least 1 or None")
+        after = self.halve_after
+        _check("halve_after", after, after >= 0 and math.isfinite(after), "at least 0 and finite")
+        for name in ("checkpoint_every", "patience"):
+            value = getattr(self, name)
+            _check(name, value, value is None or value >= 1, "at least 1 or None")
 
 
 def _check(name: str, value: object, valid: bool, allowed: str) -> None:
@@ -131,19 +157,34 @@ def _check(name: str, value: object, valid: bool, allowed: str) -> None:
 
 
 def learning_rate_factor(
-    step: int, total_steps: int, *, schedule: ScheduleName, warmup_steps: int = 0
+    step: int,
+    total_steps: int,
+    *,
+    schedule: ScheduleName,
+    warmup_steps: int = 0,
+    halve_after: float = math.inf,
+    halve_every: float = 1,
 ) -> float:
     """What the learning rate is multiplied with at a step, 0 to 1.
 
     With n = ``total_steps`` and w = ``warmup_steps``: linear ``1 - step / n``; constant 1;
-    warmup ``(step + 1) / (w + 1)`` up to step w and ``(n - step) / (n - w)`` from there.
+    warmup ``(step + 1) / (w + 1)`` up to step w and ``(n - step) / (n - w)`` from there;
+    halving ``2^-k``, k = 0 before step ``halve_after`` and else
+    ``1 + floor((step - halve_after) / halve_every)``.
 
     Args:
         step: updates done before, 0 to ``total_steps`` - 1.
         total_steps: updates of the whole run.
+        schedule: as in :class:`TrainingOptions`.
+        warmup_steps, halve_after, halve_every: updates.
     """
     if schedule == "constant":
         return 1.0
+    if schedule == "halving":
+        if step < halve_after:
+            return 1.0
+        # Beyond the exponents of a float the rate is zero.
+        return math.ldexp(1.0, -1 - math.floor((step - halve_after) / halve_every))
     if schedule == "linear":
         return max(0.0, 1 - step / total_steps)
     if step < warmup_steps:
@@ -238,6 +279,13 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     )
 
 
+def _optimizer(model: Seq2Seq, options: TrainingOptions) -> torch.optim.Optimizer:
+    rate = options.learning_rate
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=rate, fused=True)
+    return torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+
+
 class EpochReport(NamedTuple):
     """What one epoch came to."""
 
@@ -281,7 +329,7 @@ class Trainer:
         log: is called with a line of text after each epoch.
 
     Raises:
-        DataError: there are no training pairs.
+        DataError: there are no training pairs, or patience without validation pairs.
     """
 
     def __init__(
@@ -299,6 +347,10 @@ class Trainer:
         self.model = translator.model
         self.options = options
         self.validation = validation if validation is not None and len(validation) else None
+        if options.patience is not None and self.validation is None:
+            raise DataError(
+                f"{examples.name}: patience needs validation pairs to judge an epoch by, got none"
+            )
         self.out = None if out is None else Path(out)
         self.reports: list[EpochReport] = []
         self._batches = BucketedBatches(examples, options.batch_size, seed=options.seed)
@@ -306,9 +358,7 @@ class Trainer:
         self._validation_fingerprint = (
             None if self.validation is None else self.validation.fingerprint()
         )
-        self._optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=options.learning_rate, fused=True
-        )
+        self._optimizer = _optimizer(self.model, options)
         self._total_steps = options.epochs * len(self._batches)
         self._step = 0  # updates done in the whole run
         self._loss_sum, self._tokens = 0.0, 0  # of the epoch under way
@@ -347,6 +397,8 @@ class Trainer:
             )
         with _signals() as received:
             while len(self.reports) < self.options.epochs:
+                if self._is_patience_over():
+                    break
                 self._run_epoch(received)
                 if received:
                     self._save_last()
@@ -356,6 +408,19 @@ class Trainer:
                     raise Interrupted(received[0], self._interrupted_text(received[0]))
         return self.reports
 
+    def _is_patience_over(self) -> bool:
+        """Whether so many epochs without a better one are done; then the log is told."""
+        patience, epochs = self.options.patience, len(self.reports)
+        best = max((report.epoch for report in self.reports if report.best), default=0)
+        if patience is None or epochs - best < patience:
+            return False
+        if self._log is not None:
+            self._log(
+                f"stopped early after epoch {epochs}: none was better than epoch {best}; "
+                "more patience goes on from here"
+            )
+        return True
+
     def _run_epoch(self, received: list[int]) -> None:
         """The rest of an epoch, or as much of it as there is before a signal."""
         options, device = self.options, _device(self.model)
@@ -364,14 +429,7 @@ class Trainer:
         with self._bar() as bar:
             for batch in self._batches:
                 batch = _to(batch, device)
-                factor = learning_rate_factor(
-                    self._step,
-                    self._total_steps,
-                    schedule=options.schedule,
-                    warmup_steps=options.warmup_steps,
-                )
-                for group in self._optimizer.param_groups:
-                    group["lr"] = options.learning_rate * factor
+                self._set_learning_rate()
                 loss = training_step(
                     self.model,
                     batch,
@@ -396,6 +454,20 @@ class Trainer:
                 every = options.checkpoint_every
                 if every is not None and self._step % every == 0:
                     self._save_last()
+
+    def _set_learning_rate(self) -> None:
+        """The optimiser's for the next step: the schedule is a function of the steps done."""
+        options, epoch = self.options, len(self._batches)
+        factor = learning_rate_factor(
+            self._step,
+            self._total_steps,
+            schedule=options.schedule,
+            warmup_steps=options.warmup_steps,
+            halve_after=options.halve_after * epoch,
+            halve_every=options.halve_every * epoch,
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = options.learning_rate * factor
 
     def _finish_epoch(self) -> None:
         valid_loss, right, best = None, None, True
@@ -480,7 +552,7 @@ class Trainer:
                 f"the validation pairs must be those of the run to be resumed{before}, got {now}: "
                 "give --valid as it was given then"
             )
-        self._check_options(record["options"])
+        self._check_options(begun_options(state))
         torch.set_rng_state(tensors["rng.torch"])
         self._batches.restore(tensors["rng.batches"], record["position"])
         self._restore_optimizer(tensors)
@@ -494,15 +566,17 @@ class Trainer:
                 f"{torch.get_num_threads()}: the last bits of its numbers may differ"
             )
 
-    def _check_options(self, saved: dict[str, Any]) -> None:
+    def _check_options(self, saved: TrainingOptions) -> None:
+        before = asdict(saved)
         for name, value in asdict(self.options).items():
-            if name not in FREE_ON_RESUME and saved.get(name) != value:
+            if name not in FREE_ON_RESUME and before[name] != value:
                 raise CheckpointError(
-                    f"{name} must be {saved.get(name)!r} as in the run to be resumed, got {value!r}"
+                    f"{name} must be {before[name]!r} as in the run to be resumed, got {value!r}"
                 )
 
     def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """Adam's tensors (``step``, ``exp_avg``, ``exp_avg_sq``) by parameter name."""
+        """The optimiser's tensors by parameter name, Adam's ``step``, ``exp_avg`` and
+        ``exp_avg_sq``; SGD has none."""
         state = self._optimizer.state
         return {name: state[p] for name, p in self.model.named_parameters() if p in state}
 
@@ -659,6 +733,18 @@ def last_checkpoint(out: str | Path) -> tuple[checkpoint.Saved, checkpoint.Train
     return saved, saved.training
 
 
+def begun_options(state: checkpoint.TrainingState) -> TrainingOptions:
+    """How the run of this state is trained; what its version did not know is at its default.
+
+    Raises:
+        CheckpointError: the state has options that this version does not know.
+    """
+    try:
+        return TrainingOptions(**state.record["options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the training state has no valid options: {error}") from error
+
+
 def resume(
     data: Data,
     validation: Data | None = None,
@@ -666,6 +752,7 @@ def resume(
     out: str | Path,
     epochs: int | None = None,
     checkpoint_every: int | None = None,
+    patience: int | None = None,
     progress: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> Trainer:
@@ -678,6 +765,7 @@ def resume(
         out, progress, log: as for :class:`Trainer`.
         epochs: epochs of the whole run. Default: as begun.
         checkpoint_every: steps between checkpoints within an epoch. Default: as begun.
+        patience: epochs without a better one until the run stops. Default: as begun.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is not one of this data.
@@ -686,11 +774,12 @@ def resume(
     folder = Path(out) / LAST
     translator = Translator.from_saved(saved, folder)
     try:
-        options = TrainingOptions(**state.record["options"])
+        options = begun_options(state)
         options = replace(
             options,
             epochs=epochs or options.epochs,
             checkpoint_every=checkpoint_every or options.checkpoint_every,
+            patience=patience or options.patience,
         )
         trainer = _trainer(translator, data, validation, options, out, progress, log)
         trainer.restore(state)

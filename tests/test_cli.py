@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,6 +143,40 @@ def test_resume_goes_on(model: Path, pairs: Path, tmp_path: Path) -> None:
     assert saved.training.record["step"] == 5
 
 
+def test_train_like_the_papers(
+    tmp_path: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", str(pairs), "--out", str(tmp_path / "out")]
+    recipe = ["--optimizer", "sgd", "--schedule", "halving", "--halve-after", "1.5"]
+    options = [*SMALL, "--patience", "2", "--valid", str(pairs), "--epochs", "2"]
+    assert cli.main([*train, *recipe, *options]) == 0
+    saved = checkpoint.load(tmp_path / "out" / "last")
+    assert saved.training is not None
+    record = saved.training.record["options"]
+    names = ("optimizer", "schedule", "halve_after", "halve_every", "patience")
+    assert [record[name] for name in names] == ["sgd", "halving", 1.5, 1, 2]
+    # More patience than the run was begun with, like more epochs, and nothing else.
+    resume = [*train, "--valid", str(pairs), "--resume", "--threads", "1"]
+    assert cli.main([*resume, "--epochs", "3", "--patience", "9"]) == 0
+    assert cli.main([*resume, "--halve-after", "2"]) == 1
+    assert "goes on with halve_after = 1.5, got 2.0" in capsys.readouterr().err
+
+
+def test_the_recipes_of_the_documentation(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parent.parent / "docs" / "training.md").read_text("utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    recipes = [line.removeprefix("pyseq ") for line in commands if line.startswith("pyseq ")]
+    assert len(recipes) >= 3
+    for recipe in recipes:
+        arguments = recipe.replace("PAIRS.tsv", str(pairs)).split()
+        quick = ["--epochs", "1", *SMALL, "--valid", str(pairs)]
+        assert cli.main([*arguments, *quick]) == 0, recipe
+
+
 def test_resuming_a_finished_run_says_so(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +279,8 @@ def test_skip_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
          "--resume goes on with hidden_size = 16, got 8"),
         (["train", "{pairs}", "--out", "{model}", "--resume", "--tokens", "space"], 1,
          "--resume goes on with source_tokens = char, got space"),
+        (["train", "{pairs}", "--out", "{tmp}/x", "--patience", "1", "--valid-share", "0"], 1,
+         "pairs.tsv: patience needs validation pairs"),
         (["predict", "{tmp}/missing"], 1, "missing: no such folder"),
         (["predict", "{tmp}"], 1, "no saved model here"),
         (["predict", "{pairs}"], 1, "not a folder"),

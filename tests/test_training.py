@@ -114,6 +114,108 @@ def test_learning_rate_factor() -> None:
 
 
 @pytest.mark.parametrize(
+    ("after", "every", "expected"),
+    [
+        (2, 1, [1, 1, 1, 1, 0.5, 0.5, 0.25, 0.25]),
+        (1, 0.5, [1, 1, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625]),
+        (0, 3, [0.5] * 6 + [0.25] * 2),
+        (1.5, 2, [1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25]),
+        (0, 1e-4, [0.5, *[0.0] * 7]),
+    ],
+)
+def test_halving(after: float, every: float, expected: list[float]) -> None:
+    epoch = 2  # steps
+    factors = [
+        learning_rate_factor(
+            step, 8, schedule="halving", halve_after=after * epoch, halve_every=every * epoch
+        )
+        for step in range(8)
+    ]
+    assert factors == expected
+
+
+def test_sgd_takes_the_rate_of_the_schedule() -> None:
+    options = TrainingOptions(
+        epochs=3,
+        batch_size=8,
+        optimizer="sgd",
+        learning_rate=0.8,
+        clip_norm=0.5,
+        schedule="halving",
+        halve_after=1,
+    )
+    trainer, moved = begin(None, options), []
+
+    def loss(model: torch.nn.Module, *_: object, **__: object) -> float:
+        moved.append(trainer._optimizer.param_groups[0]["lr"])
+        return 1.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "mean_loss", loss)
+        trainer.run()
+    assert moved == [0.8, 0.4, 0.2]
+    # One more step: the weights move by rate times clipped gradient, and nothing else.
+    before = [weight.detach().clone() for weight in trainer.model.parameters()]
+    batch = trainer.examples.collate(range(8))
+    training.training_step(trainer.model, batch, trainer._optimizer, clip_norm=1e-3)
+    for old, new in zip(before, trainer.model.parameters(), strict=True):
+        assert new.grad is not None
+        torch.testing.assert_close(new.detach(), old - 0.2 * new.grad)
+    norm = torch.nn.utils.get_total_norm([w.grad for w in trainer.model.parameters()])
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_resuming_sgd_is_exact(tmp_path: Path) -> None:
+    options = replace(
+        OPTIONS, optimizer="sgd", learning_rate=0.5, schedule="halving", halve_after=1.5
+    )
+    begin(tmp_path / "whole", options).run()
+    trainer = begin(tmp_path / "parts", options)
+    at_step(trainer, 2 * STEPS + 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        trainer.run()
+    go_on(tmp_path / "parts").run()
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_patience_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(losses: list[float], patience: int, trainer: Trainer | None = None) -> list[float]:
+        values = iter(losses)
+        monkeypatch.setattr(training, "mean_loss", lambda *_, **__: next(values))
+        if trainer is None:
+            trainer = begin(tmp_path, replace(OPTIONS, epochs=7, patience=patience))
+        return [report.valid_loss or 0.0 for report in trainer.run()]
+
+    assert run([3.0, 2.0, 4.0, 5.0, 1.0], 2) == [3.0, 2.0, 4.0, 5.0]
+    assert run([], 2, go_on(tmp_path)) == [3.0, 2.0, 4.0, 5.0]
+    # With more of it the run goes on, and a better epoch begins the count anew.
+    more = run([1.0, 2.0, 3.0], 3, go_on(tmp_path, patience=3))
+    assert more == [3.0, 2.0, 4.0, 5.0, 1.0, 2.0, 3.0]
+
+
+def test_patience_says_that_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, said = iter([1.0, 2.0]), list[str]()
+    monkeypatch.setattr(training, "mean_loss", lambda *_, **__: next(losses))
+    trainer = training.start(
+        TRAIN,
+        VALID,
+        tokens=("char", "char"),
+        model=MODEL,
+        options=replace(OPTIONS, patience=1),
+        log=said.append,
+    )
+    assert len(trainer.run()) == 2
+    assert said[-1].startswith("stopped early after epoch 2: none was better than epoch 1")
+
+
+def test_patience_needs_validation() -> None:
+    with pytest.raises(DataError, match="reversals: patience needs validation pairs"):
+        training.start(
+            TRAIN, tokens=("char", "char"), model=MODEL, options=replace(OPTIONS, patience=1)
+        )
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("epochs", 0),
@@ -122,6 +224,11 @@ def test_learning_rate_factor() -> None:
         ("learning_rate", math.nan),
         ("clip_norm", -1.0),
         ("schedule", "cosine"),
+        ("optimizer", "lion"),
+        ("halve_after", -1),
+        ("halve_after", math.inf),
+        ("halve_every", 0),
+        ("patience", 0),
         ("label_smoothing", 1.0),
         ("warmup_steps", -1),
         ("seed", -1),
@@ -243,6 +350,20 @@ def test_resuming_refuses_other_data_and_options(tmp_path: Path) -> None:
     assert saved.training is not None
     trainer = begin(None, TrainingOptions(epochs=1, batch_size=8, seed=5))
     with pytest.raises(CheckpointError, match="seed must be 1 as in the run to be resumed, got 5"):
+        trainer.restore(saved.training)
+
+
+def test_a_run_of_an_older_version_has_the_defaults_of_newer_options(tmp_path: Path) -> None:
+    begin(tmp_path, replace(OPTIONS, epochs=1)).run()
+    saved = checkpoint.load(tmp_path / "last")
+    assert saved.training is not None
+    for name in ("optimizer", "halve_after", "halve_every", "patience"):
+        del saved.training.record["options"][name]
+    trainer = begin(None, OPTIONS)
+    trainer.restore(saved.training)
+    assert len(trainer.reports) == 1
+    saved.training.record["options"]["future"] = 1
+    with pytest.raises(CheckpointError, match=r"no valid options: .*future"):
         trainer.restore(saved.training)
 
 
