@@ -58,6 +58,7 @@ class Saved(NamedTuple):
     target_tokens: str | None
     max_length: int | None  # tokens that a prediction may have
     training: TrainingState | None
+    reverse_source: bool = False  # whether sources are read backwards
 
 
 def save(
@@ -70,6 +71,7 @@ def save(
     target_tokens: str | None = None,
     max_length: int | None = None,
     training: TrainingState | None = None,
+    reverse_source: bool = False,
 ) -> None:
     """Save a model as a folder: ``model.safetensors``, ``config.json``, the vocabularies.
 
@@ -85,6 +87,7 @@ def save(
         source_tokens, target_tokens: how text is split: ``"char"``, ``"space"``, ``"word"``.
         max_length: tokens that a prediction may have.
         training: what a training run needs to go on.
+        reverse_source: whether the model reads its sources backwards.
 
     Raises:
         ValueError: a vocabulary has another size than the model, or this is quantized.
@@ -121,6 +124,7 @@ def save(
         "source_tokens": source_tokens,
         "target_tokens": target_tokens,
         "max_length": max_length,
+        "reverse_source": reverse_source,
         "fingerprints": {name: _fingerprint(name, data) for name, data in files.items()},
     }
     # config.json goes last: it names the others.
@@ -165,6 +169,7 @@ def load(path: str | Path) -> Saved:
         config.get("target_tokens"),
         config.get("max_length"),
         training,
+        bool(config.get("reverse_source")),  # older files do not say
     )
 
 

@@ -175,6 +175,11 @@ def _add_train(commands: Any) -> None:
     group.add_argument("--tokens", choices=TOKENS, help="how both sides are split (default: char)")
     group.add_argument("--source-tokens", choices=TOKENS, help="how the source is split")
     group.add_argument("--target-tokens", choices=TOKENS, help="how the target is split")
+    group.add_argument(
+        "--reverse-source",
+        action="store_true",
+        help="read sources backwards; helps models without attention that read in one direction",
+    )
     held_out = group.add_mutually_exclusive_group()
     held_out.add_argument("--valid", metavar="FILE", help="validation pairs")
     held_out.add_argument(
@@ -371,6 +376,7 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
             data,
             validation,
             tokens=tokens,
+            reverse_source=arguments.reverse_source,
             model=ModelOptions(**model_given),
             options=options,
             out=out,
@@ -388,6 +394,11 @@ def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
     tokens = (saved.source_tokens or "char", saved.target_tokens or "char")
     begun = asdict(training.begun_options(state))
     _refuse_changes(arguments, {**saved.model.config, **begun}, tokens)
+    if arguments.reverse_source and not saved.reverse_source:
+        raise PyseqError(
+            "--resume goes on with sources as they stand: leave --reverse-source out, or begin "
+            "a new run"
+        )
     data, validation = _data(arguments, tokens, state.record["options"]["seed"])
     return training.resume(
         data,

@@ -686,6 +686,7 @@ def start(
     validation: Data | None = None,
     *,
     tokens: tuple[str, str],
+    reverse_source: bool = False,
     model: ModelOptions,
     options: TrainingOptions,
     out: str | Path | None = None,
@@ -699,6 +700,9 @@ def start(
     Args:
         data, validation: the pairs; the vocabularies are those of ``data``.
         tokens: how source and target were split.
+        reverse_source: read sources backwards, in training and ever after, which brings their
+            first tokens close to those of the target (Sutskever et al. 2014, arXiv 1409.3215,
+            section 3.3); for a model without attention and with an encoder of one direction.
         model: what the model is made of.
         options, out, progress, log: as for :class:`Trainer`.
     """
@@ -716,6 +720,7 @@ def start(
         target_tokens=tokens[1],
         # Half as long again as anything seen; longer outputs are loops.
         max_length=longest + longest // 2 + 1,
+        reverse_source=reverse_source,
     )
     return _trainer(translator, data, validation, options, out, progress, log)
 
@@ -798,8 +803,11 @@ def _trainer(
     log: Callable[[str], None] | None,
 ) -> Trainer:
     def encode(part: Data) -> Examples:
+        pairs = [
+            pair._replace(source=translator.in_reading_order(pair.source)) for pair in part.pairs
+        ]
         return Examples.encode(
-            part.pairs, translator.source_vocab, translator.target_vocab, name=part.name
+            pairs, translator.source_vocab, translator.target_vocab, name=part.name
         )
 
     return Trainer(
@@ -828,6 +836,7 @@ def train(
     *,
     validation: Sequence[tuple[str, str]] | None = None,
     tokens: str | tuple[str, str] = "char",
+    reverse_source: bool = False,
     embedding_size: int = ModelOptions.embedding_size,
     hidden_size: int = ModelOptions.hidden_size,
     num_layers: int = ModelOptions.num_layers,
@@ -850,6 +859,7 @@ def train(
         validation: pairs that choose the best epoch. Default: the last epoch is taken.
         tokens: how text is split, for both sides or for (source, target): ``"char"``,
             ``"space"`` or ``"word"``; see :class:`pyseq.text.Tokenizer`.
+        reverse_source: read sources backwards; see :func:`start`.
         embedding_size, hidden_size, num_layers, cell, bidirectional, score, input_feeding,
             dropout: as for :class:`pyseq.Seq2Seq`.
         epochs, batch_size, learning_rate, seed: see :class:`TrainingOptions`.
@@ -881,6 +891,7 @@ def train(
         tokenise(pairs, "pairs"),
         None if validation is None else tokenise(validation, "validation"),
         tokens=sides,
+        reverse_source=reverse_source,
         model=ModelOptions(
             embedding_size=embedding_size,
             hidden_size=hidden_size,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import checkpoint
@@ -23,7 +24,7 @@ class Translation(NamedTuple):
 
     text: str
     tokens: list[str]
-    source_tokens: list[str]  # as split, spelled out where unknown to the model
+    source_tokens: list[str]  # as split, in order, spelled out where unknown to the model
     score: float  # log-probability, nats
     # (T, S): a row for each token, a column for each source token and one more for the
     # <stop> behind them; None without attention and for a blank line.
@@ -40,6 +41,8 @@ class Translator:
         source_vocab, target_vocab: what its ids mean.
         source_tokens, target_tokens: how text is split: ``"char"``, ``"space"``, ``"word"``.
         max_length: tokens an output may have, ``<stop>`` included.
+        reverse_source: whether the model was trained on sources read backwards; results are
+            in the order of the text all the same.
 
     Raises:
         ValueError: an unknown way to split, or ``max_length`` below 1.
@@ -54,6 +57,7 @@ class Translator:
         source_tokens: str = "char",
         target_tokens: str = "char",
         max_length: int = 100,
+        reverse_source: bool = False,
     ) -> None:
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
@@ -63,6 +67,7 @@ class Translator:
         self.source_tokenizer = Tokenizer(source_tokens)
         self.target_tokenizer = Tokenizer(target_tokens)
         self.max_length = max_length
+        self.reverse_source = reverse_source
 
     def __call__(self, line: str, *, beam_size: int = 1) -> str:
         """The output text for one line; :meth:`translate` does many at once."""
@@ -108,7 +113,9 @@ class Translator:
         self, sources: list[list[str]], beam_size: int, max_length: int | None
     ) -> list[Translation]:
         device = next(self.model.parameters()).device
-        source, lengths = encode_sources(self.source_vocab, sources)
+        source, lengths = encode_sources(
+            self.source_vocab, [self.in_reading_order(source) for source in sources]
+        )
         hypotheses = self.model.generate(
             source.to(device),
             lengths.to(device),
@@ -119,8 +126,16 @@ class Translator:
         for tokens, hypothesis in zip(sources, hypotheses, strict=True):
             output = self.target_vocab.decode(hypothesis.tokens)
             text = self.target_tokenizer.join(output)
-            results.append(Translation(text, output, tokens, hypothesis.score, hypothesis.weights))
+            weights = hypothesis.weights
+            if weights is not None and self.reverse_source:
+                # Back to the order of the text; <stop> stays last.
+                weights = torch.cat([weights[:, :-1].flip(1), weights[:, -1:]], 1)
+            results.append(Translation(text, output, tokens, hypothesis.score, weights))
         return results
+
+    def in_reading_order(self, source: list[str]) -> list[str]:
+        """The tokens of a source as the model reads them: backwards with ``reverse_source``."""
+        return source[::-1] if self.reverse_source else source
 
     def unknown_symbols(self, line: str) -> list[str]:
         """The tokens of ``line`` that the model has never seen."""
@@ -136,6 +151,7 @@ class Translator:
             source_tokens=self.source_tokenizer.name,
             target_tokens=self.target_tokenizer.name,
             max_length=self.max_length,
+            reverse_source=self.reverse_source,
             training=training,
         )
 
@@ -161,4 +177,5 @@ class Translator:
             source_tokens=saved.source_tokens or "char",
             target_tokens=saved.target_tokens or "char",
             max_length=saved.max_length or 100,
+            reverse_source=saved.reverse_source,
         )

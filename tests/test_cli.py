@@ -162,6 +162,16 @@ def test_train_like_the_papers(
     assert "goes on with halve_after = 1.5, got 2.0" in capsys.readouterr().err
 
 
+def test_a_reversed_source(tmp_path: Path, pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, options in (("a", ["--reverse-source"]), ("b", [])):
+        train = ["train", str(pairs), "--out", str(tmp_path / name), "--valid-share", "0"]
+        assert cli.main([*train, *options, *SMALL, "--epochs", "1"]) == 0
+        assert Translator.load(tmp_path / name).reverse_source is (name == "a")
+        resume = [*train, "--resume", "--reverse-source", "--epochs", "2", "--threads", "1"]
+        assert cli.main(resume) == (0 if name == "a" else 1)
+    assert "goes on with sources as they stand" in capsys.readouterr().err
+
+
 def test_the_recipes_of_the_documentation(
     tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +183,7 @@ def test_the_recipes_of_the_documentation(
     assert len(recipes) >= 3
     for recipe in recipes:
         arguments = recipe.replace("PAIRS.tsv", str(pairs)).split()
-        quick = ["--epochs", "1", *SMALL, "--valid", str(pairs)]
+        quick = ["--overwrite", "--epochs", "1", *SMALL, "--valid", str(pairs)]
         assert cli.main([*arguments, *quick]) == 0, recipe
 
 

@@ -178,6 +178,59 @@ def test_resuming_sgd_is_exact(tmp_path: Path) -> None:
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+def test_a_reversed_source_is_reversed_at_prediction_too(tmp_path: Path) -> None:
+    def run(data: Data, **options: bool) -> Translator:
+        trainer = training.start(
+            data, tokens=("char", "char"), model=MODEL, options=OPTIONS, **options
+        )
+        trainer.run()
+        return trainer.translator
+
+    backwards = [pair._replace(source=pair.source[::-1]) for pair in TRAIN.pairs]
+    by_hand = run(Data(backwards, "by hand"))
+    run(TRAIN, reverse_source=True).save(tmp_path)
+    found = Translator.load(tmp_path)
+    assert found.reverse_source
+    for name, weight in by_hand.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], weight), name
+    lines = ["abc", "", "d", "abcde"]
+    results = zip(
+        lines,
+        found.translate(lines, beam_size=2),
+        by_hand.translate([line[::-1] for line in lines], beam_size=2),
+        strict=True,
+    )
+    for line, result, expected in results:
+        assert (result.text, result.score) == (expected.text, expected.score)
+        assert result.source_tokens == list(line)
+        if line:
+            assert result.weights is not None
+            assert expected.weights is not None
+            columns = [*reversed(range(len(line))), len(line)]  # <stop> is last in both
+            assert torch.equal(result.weights, expected.weights[:, columns])
+
+
+def test_resuming_with_a_reversed_source_is_exact(tmp_path: Path) -> None:
+    def reversing(out: Path) -> Trainer:
+        return training.start(
+            TRAIN,
+            VALID,
+            tokens=("char", "char"),
+            reverse_source=True,
+            model=MODEL,
+            options=OPTIONS,
+            out=out,
+        )
+
+    reversing(tmp_path / "whole").run()
+    trainer = reversing(tmp_path / "parts")
+    at_step(trainer, STEPS + 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        trainer.run()
+    go_on(tmp_path / "parts").run()
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
 def test_patience_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(losses: list[float], patience: int, trainer: Trainer | None = None) -> list[float]:
         values = iter(losses)
