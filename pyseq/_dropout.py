@@ -3,11 +3,44 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 #: Numbers are dropped by comparing 16 random bits, so probabilities are multiples of 2^-16.
 _STEPS = 1 << 16
+
+
+def check_probability(name: str, probability: float) -> None:
+    """Raise a ValueError unless ``probability`` is a number in [0, 1]."""
+    number = isinstance(probability, (int, float)) and not isinstance(probability, bool)
+    if not number or not 0 <= probability <= 1:
+        raise ValueError(f"{name} must be a probability in [0, 1], got {probability!r}")
+
+
+def _hits(shape: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """Bool, each true with probability ``count / _STEPS``: four come out of one draw of 64 bits."""
+    size = math.prod(shape)
+    draws = torch.empty((size + 3) // 4, dtype=torch.int64, device=device)
+    bits = draws.random_(-(1 << 63), None).view(torch.int16)[:size].view(shape)
+    return bits < count - _STEPS // 2
+
+
+def bernoulli_mask(shape: tuple[int, ...], probability: float, like: Tensor) -> Tensor:
+    """Ones with ``probability``, rounded to a multiple of 2^-16, and zeros.
+
+    Drawn from torch's generator, one number after the other whatever the threads.
+
+    Args:
+        shape: of the result.
+        probability: 0 to 1.
+        like: gives dtype and device.
+    """
+    count = round(probability * _STEPS)
+    if count == _STEPS:  # one more than 16 bits can be compared with
+        return like.new_ones(shape)
+    return _hits(shape, count, like.device).to(like.dtype)
 
 
 def apply_dropout(x: Tensor, probability: float, training: bool = True) -> Tensor:
@@ -25,12 +58,9 @@ def apply_dropout(x: Tensor, probability: float, training: bool = True) -> Tenso
     Raises:
         ValueError: ``probability`` is out of its range.
     """
-    if not 0 <= probability <= 1:
-        raise ValueError(f"dropout must be a probability in [0, 1], got {probability!r}")
+    check_probability("dropout", probability)
     dropped = round(probability * _STEPS)
     if not training or dropped == 0:
         return x
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
-    bits = draws.random_(-(1 << 63), None).view(torch.int16)[: x.numel()].view(x.shape)
-    kept = (bits >= dropped - _STEPS // 2).to(x.dtype)
+    kept = _hits(x.shape, dropped, x.device).logical_not().to(x.dtype)
     return x * (kept * (_STEPS / (_STEPS - dropped) if dropped < _STEPS else 0.0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from . import functional
 from ._checks import autocasts, check_like, check_positive, check_shape, check_tensor
-from ._dropout import apply_dropout
+from ._dropout import apply_dropout, check_probability
 from ._packed import computing_dtype, is_quantized
+from .reference import without_padding
 from .types import (
     GATES,
     SCORES,
@@ -82,6 +83,25 @@ def _check_input(name: str, tensor: Tensor, weight: Tensor, training: bool) -> N
         raise RuntimeError("a quantized module is for inference: call eval() on it, got train()")
 
 
+class _Regularization(NamedTuple):
+    """What a call does to stacked layers besides running them; see :class:`RNN`. Probabilities
+    are those of this call: 0 in evaluation."""
+
+    residual: bool = False
+    variational_dropout: float = 0.0
+    weight_dropout: float = 0.0
+
+    def weights(self, own: _ScanWeights) -> _ScanWeights:
+        """Those of one layer and direction, as this call sees them."""
+        if self.weight_dropout == 0:
+            return own
+        w_ih, w_hh, b_ih, b_hh, w_hr = own
+        return w_ih, apply_dropout(w_hh, self.weight_dropout), b_ih, b_hh, w_hr
+
+
+_PLAIN = _Regularization()
+
+
 def _scan_layers(
     x: Tensor,
     weights: Sequence[_ScanWeights],
@@ -93,6 +113,7 @@ def _scan_layers(
     resets: Tensor | None = None,
     dropout: float = 0.0,
     keep_every: int = 1,
+    regularization: _Regularization = _PLAIN,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Stacked layers, one scan for each layer and direction.
 
@@ -103,24 +124,32 @@ def _scan_layers(
         cell, lengths, resets, keep_every: as in ``functional.scan``.
         directions: D, 1 or 2.
         dropout: probability of zeroing an output of a layer that is not the last one.
+        regularization: what else to do to them.
 
     Returns:
         The output (T, B, D*P) of the last layer, and the last state in parts.
     """
     states: list[tuple[Tensor, ...]] = []
     for first in range(0, len(weights), directions):
+        below = x
         if states and dropout > 0:
             x = apply_dropout(x, dropout)
+        if regularization.variational_dropout > 0:
+            shape = x.shape[1:]
+            x = x * apply_dropout(x.new_ones(shape), regularization.variational_dropout)
         own = slice(first, first + directions)
         x, last = _scan_layer(
             x,
-            weights[own],
+            [regularization.weights(each) for each in weights[own]],
             tuple(part[own] for part in parts),
             cell=cell,
             lengths=lengths,
             resets=resets,
             keep_every=keep_every,
         )
+        if regularization.residual and below.shape[-1] == x.shape[-1]:
+            # Padding above the first layer is zero already.
+            x = x + (below if states else without_padding(below, lengths))
         states.append(last)
     if len(states) == 1:
         return x, states[0]
@@ -174,6 +203,84 @@ class _Recurrent(torch.nn.RNNBase):
     #: k above 1 keeps only every k-th state for backward; see ``functional.scan``. May be set
     #: at any time.
     keep_every: int = 1
+
+    # The options that torch.nn does not have. Their defaults stand here, so that modules pickled
+    # before there were such options have them too.
+    residual: bool = False
+    variational_dropout: float = 0.0
+    weight_dropout: float = 0.0
+    learned_state: bool = False
+    forget_bias: float | None = None
+    h_0: torch.nn.Parameter
+    c_0: torch.nn.Parameter
+
+    def _set_options(
+        self,
+        *,
+        residual: bool,
+        variational_dropout: float,
+        weight_dropout: float,
+        learned_state: bool,
+        forget_bias: float | None = None,
+    ) -> None:
+        """Check and keep the options of :class:`RNN` and :class:`LSTM`, and make what they need."""
+        for name, probability in (
+            ("variational_dropout", variational_dropout),
+            ("weight_dropout", weight_dropout),
+        ):
+            check_probability(name, probability)
+            setattr(self, name, float(probability))
+        directions = 2 if self.bidirectional else 1
+        width = self.proj_size or self.hidden_size
+        if residual and self.num_layers == 1 and self.input_size != directions * width:
+            raise ValueError(
+                "residual needs a layer whose input has the size of its output: num_layers "
+                f"above 1, or input_size {directions * width}, got num_layers 1 and input_size "
+                f"{self.input_size}"
+            )
+        self.residual = residual
+        if forget_bias is not None and not self.bias:
+            raise ValueError(
+                f"forget_bias needs bias=True, got forget_bias {forget_bias!r} and no bias"
+            )
+        self.forget_bias = forget_bias
+        self.learned_state = learned_state
+        if learned_state:
+            like, count = self.weight_ih_l0, self.num_layers * directions
+            self.h_0 = torch.nn.Parameter(like.new_empty(count, width))
+            if self.cell == "lstm":
+                self.c_0 = torch.nn.Parameter(like.new_empty(count, self.hidden_size))
+        self._reset_options()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew as torch.nn does; then set what the options say: learned
+        states to zero, the biases of forget gates to ``forget_bias``."""
+        super().reset_parameters()
+        self._reset_options()
+
+    def _reset_options(self) -> None:
+        for state in self._learned():
+            init.zeros_(state)
+        if self.forget_bias is None:
+            return
+        forget = slice(self.hidden_size, 2 * self.hidden_size)
+        with torch.no_grad():
+            for suffix in self._suffixes():
+                getattr(self, f"bias_ih_{suffix}")[forget] = self.forget_bias
+                getattr(self, f"bias_hh_{suffix}")[forget] = 0
+
+    def _learned(self) -> tuple[Tensor, ...]:
+        """The learned initial state in parts, each (L*D, .), or ``()``."""
+        if not self.learned_state:
+            return ()
+        return (self.h_0, self.c_0) if self.cell == "lstm" else (self.h_0,)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        for name in ("residual", "variational_dropout", "weight_dropout", "learned_state"):
+            if getattr(self, name):
+                text += f", {name}={getattr(self, name)}"
+        return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias}"
 
     def _init_flat_weights(self) -> None:
         """Keep no list of the weights, as RNNBase does for cuDNN: reading them by name is
@@ -246,6 +353,8 @@ class _Recurrent(torch.nn.RNNBase):
         resets: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Time-major and batched: the output and the last state in parts."""
+        if not parts:
+            parts = tuple(part.unsqueeze(1).expand(-1, x.shape[1], -1) for part in self._learned())
         return _scan_layers(
             x,
             self._weights(),
@@ -256,6 +365,11 @@ class _Recurrent(torch.nn.RNNBase):
             resets=resets,
             dropout=self.dropout if self.training else 0.0,
             keep_every=self.keep_every,
+            regularization=_Regularization(
+                self.residual,
+                self.variational_dropout if self.training else 0.0,
+                self.weight_dropout if self.training else 0.0,
+            ),
         )
 
     def forward(
@@ -272,7 +386,7 @@ class _Recurrent(torch.nn.RNNBase):
                 in the dtype of the weights; or a PackedSequence of such rows.
             hx: h (L*D, B, P), where D counts directions and P is ``proj_size`` or H; for
                 LSTM the pair of it and c (L*D, B, H). Without B for one sequence.
-                Default: zero.
+                Default: zero, or the learned initial state.
             lengths: (B,) int64, valid steps of each row, in any order, on any device.
                 Outputs at later steps are zero, the reverse direction starts at
                 ``lengths[b] - 1``, the last state is that after the last valid step.
@@ -374,12 +488,21 @@ class RNN(_Recurrent):
         dropout: probability of zeroing an output of any layer but the last, in training.
         bidirectional: run each layer in both directions and concatenate their outputs.
         device, dtype: of the parameters.
+        residual: add a layer's input, as it was before any dropout, to its output. Layers whose
+            input has another size than their output stay plain; above the first there are none.
+        variational_dropout: probability of zeroing a feature of a layer's input, of every
+            layer, in all steps of a row at once, in training. One mask per call and row.
+        weight_dropout: probability of zeroing a number of ``weight_hh`` (DropConnect), in
+            training. One mask per call, the same in all steps and rows.
+        learned_state: make the initial state parameters ``h_0`` (L*D, P) and for LSTM ``c_0``
+            (L*D, H), zero at first, that stand in where a call gives no state.
 
     Raises:
         ValueError: an argument is out of its range.
 
     Reference:
-        Elman 1990, Finding Structure in Time.
+        Elman 1990, Finding Structure in Time; Gal & Ghahramani 2016, arXiv 1512.05287
+        (variational dropout); Merity et al. 2018, arXiv 1708.02182, section 2 (weight dropout).
     """
 
     def __init__(
@@ -394,6 +517,11 @@ class RNN(_Recurrent):
         bidirectional: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        residual: bool = False,
+        variational_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        learned_state: bool = False,
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity must be one of tanh, relu, got {nonlinearity!r}")
@@ -411,6 +539,12 @@ class RNN(_Recurrent):
             dtype,
         )
         self.nonlinearity = nonlinearity
+        self._set_options(
+            residual=residual,
+            variational_dropout=variational_dropout,
+            weight_dropout=weight_dropout,
+            learned_state=learned_state,
+        )
 
 
 class GRU(_Recurrent):
@@ -438,6 +572,11 @@ class GRU(_Recurrent):
         bidirectional: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        residual: bool = False,
+        variational_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        learned_state: bool = False,
     ) -> None:
         super().__init__(
             "GRU",
@@ -452,6 +591,12 @@ class GRU(_Recurrent):
             device,
             dtype,
         )
+        self._set_options(
+            residual=residual,
+            variational_dropout=variational_dropout,
+            weight_dropout=weight_dropout,
+            learned_state=learned_state,
+        )
 
 
 class LSTM(_Recurrent):
@@ -464,10 +609,13 @@ class LSTM(_Recurrent):
 
     Args, Raises: as :class:`RNN`, without ``nonlinearity``, and
         proj_size: P, size of the projected hidden state, below H; 0 for none.
+        forget_bias: what the forget gates start from. Their two biases add up, so ``bias_ih``
+            starts at this number and ``bias_hh`` at zero. Default: drawn as all others.
 
     Reference:
         Hochreiter & Schmidhuber 1997; Gers et al. 2000 (forget gate); Sak et al. 2014,
-        arXiv 1402.1128, eq. 7 (projection).
+        arXiv 1402.1128, eq. 7 (projection); Jozefowicz et al. 2015, An Empirical Exploration
+        of Recurrent Network Architectures, section 3.2 (a forget bias of 1).
     """
 
     def __init__(
@@ -482,6 +630,12 @@ class LSTM(_Recurrent):
         proj_size: int = 0,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        residual: bool = False,
+        variational_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        learned_state: bool = False,
+        forget_bias: float | None = None,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -495,6 +649,13 @@ class LSTM(_Recurrent):
             proj_size,
             device,
             dtype,
+        )
+        self._set_options(
+            residual=residual,
+            variational_dropout=variational_dropout,
+            weight_dropout=weight_dropout,
+            learned_state=learned_state,
+            forget_bias=forget_bias,
         )
 
 

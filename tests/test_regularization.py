@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of the recurrent layers that torch.nn does not have."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_close, assert_same_bits
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from pyseq import nn
+from pyseq._dropout import apply_dropout, bernoulli_mask
+
+I, H, T, B = 4, 6, 5, 3  # noqa: E741  (the letters of the docstrings)
+
+#: Class name and the options that make it another cell.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rnn_tanh": ("RNN", {}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+    "gru": ("GRU", {}),
+    "lstm": ("LSTM", {}),
+    "lstm_proj": ("LSTM", {"proj_size": 2}),
+}
+#: One value of each option that changes what a call in training gives.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "residual": {"residual": True},
+    "variational_dropout": {"variational_dropout": 0.4},
+    "weight_dropout": {"weight_dropout": 0.4},
+}
+#: Those of them that draw masks.
+RANDOM = tuple(name for name in OPTIONS if name != "residual")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """The tensors are tiny: more threads would only wait for one another."""
+    set_threads(1)
+
+
+def make(kind: str, **options: Any) -> Any:
+    """A module in float64, always with the same weights."""
+    name, extra = KINDS[kind]
+    torch.manual_seed(1)
+    return getattr(nn, name)(I, H, **{"dtype": torch.float64, **extra, **options})
+
+
+def make_x() -> Tensor:
+    torch.manual_seed(2)
+    return torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+
+
+def flat(state: Any) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else list(state)
+
+
+def run(module: torch.nn.Module, x: Tensor, *args: Any, **options: Any) -> dict[str, Tensor]:
+    """Outputs, and the gradients of their squares' sum, after the same seed each time."""
+    torch.manual_seed(3)
+    output, last = module(x, *args, **options)
+    named = {"output": output} | {f"state{i}": part for i, part in enumerate(flat(last))}
+    inputs = {"x": x} | dict(module.named_parameters())
+    total = torch.stack([value.square().sum() for value in named.values()]).sum()
+    grads = torch.autograd.grad(total, list(inputs.values()), materialize_grads=True)
+    return named | {f"d_{name}": grad for name, grad in zip(inputs, grads, strict=True)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_defaults_add_nothing(kind: str) -> None:
+    module = make(kind, num_layers=2, bidirectional=True)
+    name, extra = KINDS[kind]
+    torch.manual_seed(1)
+    theirs = getattr(torch.nn, name)(
+        I, H, num_layers=2, bidirectional=True, dtype=torch.float64, **extra
+    )
+    assert list(module.state_dict()) == list(theirs.state_dict())
+    assert repr(module) == repr(theirs)
+
+
+@pytest.mark.parametrize("option", RANDOM)
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_follow_the_seed_and_no_number_of_threads(
+    kind: str, option: str, set_threads: Callable[[int], None]
+) -> None:
+    module = make(kind, num_layers=2, bidirectional=True, **OPTIONS[option])
+    x = make_x()
+    first = run(module, x)
+    set_threads(2)
+    again = run(module, x)
+    for name in ("output", "state0"):
+        assert torch.equal(first[name], again[name])
+    torch.manual_seed(4)
+    assert not torch.equal(module(x)[0], first["output"])
+
+
+@pytest.mark.parametrize("option", RANDOM)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_off_in_evaluation(kind: str, option: str) -> None:
+    module = make(kind, num_layers=2, bidirectional=True, **OPTIONS[option]).eval()
+    plain = make(kind, num_layers=2, bidirectional=True)
+    x = make_x()
+    assert_same_bits(run(module, x), run(plain, x))
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, "learned_state"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_do_the_same(kind: str, option: str) -> None:
+    options = OPTIONS.get(option, {option: True})
+    module, x = make(kind, num_layers=2, **options), make_x()
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert_same_bits(run(twin, x), run(module, x))
+        assert repr(twin) == repr(module)
+    (value,) = options.values()
+    assert repr(module).endswith(f", {option}={value})")
+
+
+def test_a_module_pickled_before_there_were_options_still_runs() -> None:
+    old, x = make("lstm"), make_x()
+    expected = run(old, x)
+    for name in ("residual", "variational_dropout", "weight_dropout", "learned_state"):
+        del old.__dict__[name]
+    del old.__dict__["forget_bias"]
+    assert_same_bits(run(pickle.loads(pickle.dumps(old)), x), expected)
+
+
+# One option after the other
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "two-way"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_residual_adds_the_input_of_every_layer_that_it_fits(
+    kind: str, bidirectional: bool
+) -> None:
+    options = {"num_layers": 3, "bidirectional": bidirectional}
+    module = make(kind, residual=True, **options)
+    x, lengths = make_x(), torch.tensor([5, 2, 0])
+    actual = module(x, lengths=lengths)[0]
+
+    layers = [make(kind, bidirectional=bidirectional)]
+    width = layers[0](x)[0].shape[-1]
+    name, extra = KINDS[kind]
+    for _ in range(2):
+        layer = getattr(nn, name)(
+            width, H, bidirectional=bidirectional, dtype=torch.float64, **extra
+        )
+        layers.append(layer)
+    state = module.state_dict()
+    for k, layer in enumerate(layers):
+        own = {n.replace("_l0", f"_l{k}"): n for n in layer.state_dict()}
+        layer.load_state_dict({short: state[long] for long, short in own.items()})
+    expected = layers[0](x, lengths=lengths)[0]
+    if width == I:
+        expected = expected + x * (torch.arange(T).unsqueeze(1) < lengths).unsqueeze(2)
+    for layer in layers[1:]:
+        expected = layer(expected, lengths=lengths)[0] + expected
+    assert_close({"output": actual}, {"output": expected})
+    assert (actual[2:, 1] == 0).all()
+    assert (actual[:, 2] == 0).all()
+
+
+def test_residual_goes_around_the_dropout() -> None:
+    module = make("gru", num_layers=2, dropout=1.0, residual=True)
+    x = make_x()
+    nothing = make("gru", num_layers=2, dropout=1.0)(x)[0]
+    below = make("gru")
+    below.load_state_dict({n: module.state_dict()[n] for n in below.state_dict()})
+    assert_close({"output": module(x)[0]}, {"output": nothing + below(x)[0]})
+
+
+def test_residual_that_would_do_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"residual .* input_size 12, got num_layers 1 and .* 4"):
+        nn.GRU(4, 6, bidirectional=True, residual=True)
+    nn.GRU(12, 6, bidirectional=True, residual=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_variational_dropout_has_one_mask_for_all_steps(kind: str) -> None:
+    module, x = make(kind, variational_dropout=0.5), make_x()
+    torch.manual_seed(3)
+    mask = apply_dropout(torch.ones(B, I, dtype=torch.float64), 0.5)
+    assert mask.eq(0).any()
+    plain = make(kind)
+    assert_same_bits({"output": run(module, x)["output"]}, {"output": plain(x * mask)[0]})
+    assert (run(module, x)["d_x"] == 0).all(0)[mask == 0].all()
+
+
+def test_variational_dropout_meets_every_layer() -> None:
+    module = make("gru", num_layers=2, variational_dropout=1.0)
+    zero = make("gru", num_layers=2)
+    zero.load_state_dict(
+        {n: v * 0 if "weight_ih" in n else v for n, v in module.state_dict().items()}
+    )
+    x = make_x()
+    assert_close({"output": module(x)[0]}, {"output": zero(x)[0]})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_dropout_drops_numbers_of_the_recurrent_weights(kind: str) -> None:
+    module, x = make(kind, weight_dropout=0.5), make_x()
+    weight = module.weight_hh_l0
+    torch.manual_seed(3)
+    mask = apply_dropout(torch.ones_like(weight), 0.5)
+    plain = make(kind)
+    plain.load_state_dict(module.state_dict() | {"weight_hh_l0": weight.detach() * mask})
+    actual, expected = run(module, x), run(plain, x)
+    expected["d_weight_hh_l0"] = expected["d_weight_hh_l0"] * mask
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "two-way"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_state_stands_in_for_one_that_is_not_given(kind: str, bidirectional: bool) -> None:
+    options = {"num_layers": 2, "bidirectional": bidirectional}
+    module, x = make(kind, learned_state=True, **options), make_x()
+    plain = make(kind, **options)
+    learned = [module.h_0, module.c_0] if "lstm" in kind else [module.h_0]
+    assert all((part == 0).all() for part in learned)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+    with torch.no_grad():
+        for part in learned:
+            part.copy_(torch.randn_like(part))
+    parts = [part.unsqueeze(1).expand(-1, B, -1) for part in learned]
+    state: Any = parts[0] if len(parts) == 1 else tuple(parts)
+    named = ["h_0", "c_0"][: len(parts)]
+
+    actual = module(x)
+    expected = plain(x, state)
+    assert_close({"y": actual[0]}, {"y": expected[0]})
+    got = torch.autograd.grad(actual[0].square().sum(), learned)
+    want = torch.autograd.grad(expected[0].square().sum(), learned)
+    assert_close(dict(zip(named, got, strict=True)), dict(zip(named, want, strict=True)))
+    with torch.no_grad():
+        assert_close({"y": module(x)[0]}, {"y": expected[0].detach()})
+
+    zero: Any = [torch.zeros_like(part) for part in parts]
+    zero = zero[0] if len(zero) == 1 else tuple(zero)
+    assert torch.equal(module(x, zero)[0], plain(x)[0])
+    alone = module(x[:, 1])[0]
+    assert_close({"y": alone}, {"y": actual[0][:, 1]})
+
+
+def test_learned_state_goes_with_packed_rows() -> None:
+    module, x = make("lstm", learned_state=True), make_x()
+    torch.nn.init.normal_(module.h_0)
+    lengths = torch.tensor([2, 5, 3])
+    packed, _ = module(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    expected, _ = module(x, lengths=lengths)
+    assert_close({"y": pad_packed_sequence(packed)[0]}, {"y": expected})
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "two-way"])
+def test_forget_bias_is_the_sum_of_both_biases(bidirectional: bool) -> None:
+    module = nn.LSTM(I, H, num_layers=2, bidirectional=bidirectional, forget_bias=1.5)
+    for _ in range(2):
+        for name, bias in module.named_parameters():
+            forget, others = bias[H : 2 * H], bias[2 * H :]
+            if name.startswith("bias_ih"):
+                assert (forget == 1.5).all()
+            elif name.startswith("bias_hh"):
+                assert (forget == 0).all()
+            assert (others != 0).all()
+        module.reset_parameters()
+    assert repr(module).endswith("forget_bias=1.5)")
+
+
+def test_options_out_of_their_range_are_refused() -> None:
+    for name in RANDOM:
+        for value in (-0.1, 1.5, True, "0.5"):
+            with pytest.raises(ValueError, match=rf"{name} must be a probability .* got {value!r}"):
+                nn.LSTM(I, H, **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="forget_bias needs bias=True, got forget_bias 1"):
+        nn.LSTM(I, H, bias=False, forget_bias=1)
+
+
+def test_bernoulli_masks_hit_their_share() -> None:
+    torch.manual_seed(0)
+    like = torch.empty(0, dtype=torch.float64)
+    mask = bernoulli_mask((1000, 100), 0.15, like)
+    assert mask.dtype == torch.float64
+    assert ((mask == 0) | (mask == 1)).all()
+    assert abs(mask.mean().item() - 0.15) < 0.0057  # five standard deviations
+    assert (bernoulli_mask((7,), 0.0, like) == 0).all()
+    assert (bernoulli_mask((7,), 1.0, like) == 1).all()
