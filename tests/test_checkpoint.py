@@ -84,7 +84,8 @@ def test_round_trip(tmp_path: Path, options: dict[str, object], dtype: torch.dty
 def test_model_alone(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, small_model())
     saved = checkpoint.load(tmp_path)
-    assert saved[1:] == (None,) * 6
+    assert saved[1:7] == (None,) * 6
+    assert saved.reverse_source is False
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
