@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, g2p, info, metrics, training
+from .bridge import BRIDGES
 from .errors import DataError, PyseqError
 from .plot import save_heatmap
 from .text import SPECIALS, TOKENS, PairsFile, TextPair, Tokenizer, hold_out, read_lines, read_pairs
@@ -199,6 +200,20 @@ def _add_train(commands: Any) -> None:
     _add_switch(group, "bidirectional", "read the source forwards only")
     _add_switch(group, "input_feeding", "do not feed the attentional vector into the next step")
     _add_option(group, ModelOptions, "dropout", float, "dropout probability")
+    for name, text, default in (
+        ("source_embedding_size", "numbers in an embedding of the source", "embedding_size"),
+        ("target_embedding_size", "numbers in an embedding of the target", "embedding_size"),
+        ("encoder_hidden_size", "units of a layer of the encoder", "hidden_size"),
+        ("encoder_num_layers", "layers of the encoder", "num_layers"),
+    ):
+        _add_option(group, ModelOptions, name, _positive, text, default_text=default)
+    _add_option(group, ModelOptions, "bridge", str, "what the decoder starts from", choices=BRIDGES)
+    group.add_argument(
+        "--tie-embeddings",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="one matrix as the decoder's embedding and in its output layer",
+    )
 
     group = command.add_argument_group("training")
     _add_option(group, TrainingOptions, "epochs", _positive, "passes over the data")
@@ -239,6 +254,7 @@ def _add_option(
     text: str,
     *,
     choices: Sequence[str] | None = None,
+    default_text: str | None = None,
 ) -> None:
     """An argument for one field of an options class, absent from the result if not given."""
     default = getattr(options, name)
@@ -248,7 +264,7 @@ def _add_option(
         choices=choices,
         default=argparse.SUPPRESS,
         metavar=None if choices else "N",
-        help=f"{text} (default: {default})",
+        help=f"{text} (default: {default if default_text is None else default_text})",
     )
 
 

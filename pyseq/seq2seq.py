@@ -13,13 +13,23 @@ import torch
 from torch import Tensor
 
 from . import functional, search
-from ._checks import check_positive, check_shape
+from ._checks import check_like, check_positive, check_shape
 from ._dropout import apply_dropout
+from .bridge import Bridge
 from .nn import GRU, LSTM, RNN, AttentionDecoder, Score, cell_name
 from .search import EncodedSource, FusedSearch, Hypothesis, Step
 from .types import PAD, UNK, CellName, DecoderOutput, DecoderState, GenerateOutput, State
 
 __all__ = ["Decoder", "Encoder", "Seq2Seq"]
+
+
+def _check_source(source: Tensor, embedding: torch.nn.Embedding | torch.nn.Linear) -> None:
+    """Raise unless ``source`` is what ``embedding`` reads: token ids or features."""
+    if isinstance(embedding, torch.nn.Linear):
+        check_shape("source", source, "(B, S, D)", (-1, -1, embedding.in_features))
+        check_like("source", source, "the encoder's weights", embedding.weight)
+    else:
+        _check_tokens("source", source)
 
 
 def _check_tokens(name: str, tokens: Tensor) -> None:
@@ -76,7 +86,7 @@ class Encoder(torch.nn.Module):
     """Embedding and recurrent layers: the memory is the output of the top layer.
 
     Args:
-        vocab_size: V, number of source tokens.
+        vocab_size: V, number of source tokens; None with ``features``.
         embedding_size: features of a token.
         hidden_size: H, features of the memory; with both directions H/2 each.
         num_layers: L.
@@ -84,14 +94,22 @@ class Encoder(torch.nn.Module):
         bidirectional: run each layer in both directions.
         dropout: probability of zeroing a feature of an embedding, of what goes from one
             layer to the next, and of the memory, in training.
+        features: D, where the source is no tokens but vectors of D numbers, such as frames of
+            speech or the outputs of another model (ELMo, BERT).
+
+    Attributes:
+        embedding: the table of the tokens, or the linear map ``W x + b`` of the features, to
+            embedding_size numbers a step.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
     """
 
+    embedding: torch.nn.Embedding | torch.nn.Linear
+
     def __init__(
         self,
-        vocab_size: int,
+        vocab_size: int | None,
         *,
         embedding_size: int,
         hidden_size: int,
@@ -99,10 +117,16 @@ class Encoder(torch.nn.Module):
         cell: str = "lstm",
         bidirectional: bool = True,
         dropout: float = 0.0,
+        features: int | None = None,
     ) -> None:
         super().__init__()
+        if (vocab_size is None) == (features is None):
+            raise ValueError(
+                "the encoder reads either tokens or features: exactly one of the number of source "
+                f"tokens and the number of features must be given, got {vocab_size!r} and "
+                f"{features!r}"
+            )
         check_positive(
-            vocab_size=vocab_size,
             embedding_size=embedding_size,
             hidden_size=hidden_size,
             num_layers=num_layers,
@@ -114,7 +138,13 @@ class Encoder(torch.nn.Module):
             )
         self.dropout = dropout
         self.bidirectional = bidirectional
-        self.embedding = torch.nn.Embedding(vocab_size, embedding_size, padding_idx=PAD)
+        if vocab_size is not None:
+            check_positive(vocab_size=vocab_size)
+            self.embedding = torch.nn.Embedding(vocab_size, embedding_size, padding_idx=PAD)
+        else:
+            check_positive(features=features)
+            assert features is not None
+            self.embedding = torch.nn.Linear(features, embedding_size)
         self.rnn = _recurrent(
             cell_name(cell),
             embedding_size,
@@ -131,12 +161,21 @@ class Encoder(torch.nn.Module):
         layers = part.shape[0] // 2
         return part.reshape(layers, 2, *part.shape[1:]).transpose(1, 2).flatten(2)
 
+    def _without_padding(self, source: Tensor, lengths: Tensor) -> Tensor:
+        """``source``, with features of padding as zeros: a NaN there would reach the gradient."""
+        if source.dim() == 2:
+            return source
+        steps = torch.arange(source.shape[1], device=source.device)
+        padding = steps >= lengths.to(source.device).unsqueeze(1)
+        return source.masked_fill(padding.unsqueeze(2), 0.0)
+
     def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, State]:
         """Encode ``source``.
 
         Args:
-            source: (B, S) int64, token ids.
-            lengths: (B,) int64, valid tokens of each row, on any device.
+            source: (B, S) int64, token ids; or (B, S, D), features in the dtype of the
+                weights, where what lies in the padding does not matter.
+            lengths: (B,) int64, valid steps of each row, on any device.
 
         Returns:
             The memory (S, B, H), zero at padding, and the last state: h (L, B, H), or for
@@ -145,8 +184,9 @@ class Encoder(torch.nn.Module):
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
-        _check_tokens("source", source)
-        x = apply_dropout(self.embedding(source.t()), self.dropout, self.training)
+        _check_source(source, self.embedding)
+        x = self.embedding(self._without_padding(source, lengths).transpose(0, 1))
+        x = apply_dropout(x, self.dropout, self.training)
         memory, state = self.rnn(x, lengths=lengths)
         memory = apply_dropout(memory, self.dropout, self.training)
         if isinstance(state, Tensor):
@@ -161,10 +201,13 @@ class Decoder(torch.nn.Module):
     Args:
         vocab_size: V, number of target tokens.
         embedding_size: features of a token.
-        hidden_size: H, units of each layer and of the memory.
+        hidden_size: H, units of each layer.
         num_layers, cell, score, input_feeding: as in :class:`pyseq.nn.AttentionDecoder`.
         dropout: probability of zeroing a feature of an embedding, of what goes from one
             layer to the next, and of the output, in training.
+        memory_size: M, features of the memory. Default: H.
+        tie_embeddings: one matrix serves as embedding and as weight of the output layer;
+            embedding_size must be H.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
@@ -181,15 +224,22 @@ class Decoder(torch.nn.Module):
         score: str | None = "general",
         input_feeding: bool = True,
         dropout: float = 0.0,
+        memory_size: int | None = None,
+        tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
         check_positive(vocab_size=vocab_size, embedding_size=embedding_size)
+        if tie_embeddings and embedding_size != hidden_size:
+            raise ValueError(
+                "tie_embeddings needs a target embedding of hidden_size numbers, the input of the "
+                f"output layer: {hidden_size}, got {embedding_size}"
+            )
         self.dropout = dropout
         self.embedding = torch.nn.Embedding(vocab_size, embedding_size, padding_idx=PAD)
         self.rnn = AttentionDecoder(
             embedding_size,
             hidden_size,
-            hidden_size,
+            hidden_size if memory_size is None else memory_size,
             num_layers,
             cell=cell,
             score=score,
@@ -197,6 +247,12 @@ class Decoder(torch.nn.Module):
             dropout=dropout,
         )
         self.output = torch.nn.Linear(hidden_size, vocab_size)
+        if tie_embeddings:
+            self.output.weight = self.embedding.weight
+            # As small as an output layer's weights: the logits of rows drawn from N(0, 1)
+            # would be of the order of sqrt(H).
+            with torch.no_grad():
+                self.embedding.weight.div_(hidden_size**0.5)
 
     def forward(
         self,
@@ -334,12 +390,13 @@ class Seq2Seq(torch.nn.Module):
 
     ``memory, state = encoder(source)``, and
     ``p(y_t | y_<t, source) = softmax(W decoder([<start>, y_<t], memory, state)_t)``. The
-    decoder starts from the encoder's last state, layer by layer. With ``score=None`` that
-    state is all it knows of the source.
+    decoder starts from what the bridge makes of the encoder's last state. With ``score=None``
+    that state is all it knows of the source.
 
     Args:
         source_vocab_size, target_vocab_size: numbers of token ids, the four special ones
-            included (``<pad>`` 0, ``<start>`` 1, ``<stop>`` 2, ``<unk>`` 3).
+            included (``<pad>`` 0, ``<start>`` 1, ``<stop>`` 2, ``<unk>`` 3). The source's is
+            None with ``source_features``.
         embedding_size: features of a token, on both sides.
         hidden_size: H, units of the decoder and features of the memory; even if the
             encoder is bidirectional, since it then has H/2 units a direction.
@@ -350,18 +407,27 @@ class Seq2Seq(torch.nn.Module):
         input_feeding: whether the decoder reads its last output; needs a score.
         dropout: probability of zeroing a feature of the embeddings, between layers, of the
             memory and of the decoder's output, in training.
+        source_embedding_size, target_embedding_size: that of one side. Default:
+            embedding_size.
+        encoder_hidden_size, encoder_num_layers: those of the encoder, whose hidden_size is
+            the number of features of the memory. Default: hidden_size and num_layers.
+        bridge: ``"copy"``, ``"linear"``, ``"tanh"``, ``"zero"`` or ``"learned"``; see
+            :class:`pyseq.bridge.Bridge`. Copying needs equal layers and sizes.
+        tie_embeddings: one matrix serves as the decoder's embedding and as the weight of its
+            output layer; needs a target embedding of hidden_size numbers.
+        source_features: D, where the source is no tokens but (B, S, D) features.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
 
     Reference:
         Luong et al. 2015, arXiv 1508.04025; without attention Sutskever et al. 2014,
-        arXiv 1409.3215.
+        arXiv 1409.3215. Press & Wolf 2017, arXiv 1608.05859 (tying).
     """
 
     def __init__(
         self,
-        source_vocab_size: int,
+        source_vocab_size: int | None,
         target_vocab_size: int,
         *,
         embedding_size: int = 256,
@@ -372,14 +438,24 @@ class Seq2Seq(torch.nn.Module):
         score: str | None = "general",
         input_feeding: bool = True,
         dropout: float = 0.1,
+        source_embedding_size: int | None = None,
+        target_embedding_size: int | None = None,
+        encoder_hidden_size: int | None = None,
+        encoder_num_layers: int | None = None,
+        bridge: str = "copy",
+        tie_embeddings: bool = False,
+        source_features: int | None = None,
     ) -> None:
         super().__init__()
         sizes = {
             "source_vocab_size": source_vocab_size,
             "target_vocab_size": target_vocab_size,
         }
-        check_positive(**sizes)
         for name, size in sizes.items():
+            if size is None and name == "source_vocab_size":
+                continue  # the encoder asks for the number of features then
+            check_positive(**{name: size})
+            assert size is not None
             if size <= UNK:
                 raise ValueError(
                     f"{name} must be at least {UNK + 1}, for the special tokens, got {size}"
@@ -394,25 +470,49 @@ class Seq2Seq(torch.nn.Module):
             "score": score,
             "input_feeding": input_feeding,
             "dropout": dropout,
+            "source_embedding_size": source_embedding_size,
+            "target_embedding_size": target_embedding_size,
+            "encoder_hidden_size": encoder_hidden_size,
+            "encoder_num_layers": encoder_num_layers,
+            "bridge": bridge,
+            "tie_embeddings": tie_embeddings,
+            "source_features": source_features,
         }
+        memory_size = hidden_size if encoder_hidden_size is None else encoder_hidden_size
+        encoder_layers = num_layers if encoder_num_layers is None else encoder_num_layers
         self.encoder = Encoder(
             source_vocab_size,
-            embedding_size=embedding_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
+            embedding_size=(
+                embedding_size if source_embedding_size is None else source_embedding_size
+            ),
+            hidden_size=memory_size,
+            num_layers=encoder_layers,
             cell=cell,
             bidirectional=bidirectional,
             dropout=dropout,
+            features=source_features,
+        )
+        self.bridge = Bridge(
+            bridge,
+            cell=cell,
+            encoder_layers=encoder_layers,
+            encoder_size=memory_size,
+            decoder_layers=num_layers,
+            decoder_size=hidden_size,
         )
         self.decoder = Decoder(
             target_vocab_size,
-            embedding_size=embedding_size,
+            embedding_size=(
+                embedding_size if target_embedding_size is None else target_embedding_size
+            ),
             hidden_size=hidden_size,
             num_layers=num_layers,
             cell=cell,
             score=score,
             input_feeding=input_feeding,
             dropout=dropout,
+            memory_size=memory_size,
+            tie_embeddings=tie_embeddings,
         )
 
     @property
@@ -424,8 +524,9 @@ class Seq2Seq(torch.nn.Module):
         """Logits of every next target token, with teacher forcing.
 
         Args:
-            source: (B, S) int64, token ids.
-            source_lengths: (B,) int64, valid tokens of each row, on any device.
+            source: (B, S) int64, token ids; or with ``source_features`` (B, S, D), in the
+                dtype of the weights.
+            source_lengths: (B,) int64, valid steps of each row, on any device.
             target_in: (B, T) int64, token ids: ``<start>`` and the target without its end.
 
         Returns:
@@ -477,14 +578,14 @@ class Seq2Seq(torch.nn.Module):
     def _encode(
         self, source: Tensor, source_lengths: Tensor, target_in: Tensor
     ) -> tuple[Tensor, State]:
-        """What the encoder gives for the sources of ``target_in``."""
+        """The memory, and what the decoder starts from, for the sources of ``target_in``."""
         memory, hidden = self.encoder(source, source_lengths)
         if target_in.shape[0] != source.shape[0]:
             raise RuntimeError(
                 f"target_in must have one row for each of the {source.shape[0]} sources, "
                 f"got {target_in.shape[0]}"
             )
-        return memory, hidden
+        return memory, self.bridge(hidden)
 
     def generate(
         self,
@@ -498,8 +599,7 @@ class Seq2Seq(torch.nn.Module):
         """The best target sequence that search finds for each source.
 
         Args:
-            source: (B, S) int64, token ids.
-            source_lengths: (B,) int64, valid tokens of each row, on any device.
+            source, source_lengths: as in :meth:`forward`.
             max_length: the most tokens to emit, ``<stop>`` included.
             beam_size: hypotheses to follow; 1 is greedy search.
             length_penalty: as in :func:`pyseq.search.beam`, for a beam_size above 1.
@@ -527,8 +627,8 @@ class Seq2Seq(torch.nn.Module):
     def encode_source(self, source: Tensor, lengths: Tensor) -> tuple[EncodedSource, DecoderState]:
         """What a search begins with; see :class:`pyseq.search.SearchModel`."""
         memory, hidden = self.encoder(source, lengths)
-        feed = memory.new_zeros(memory.shape[1:])
-        state = DecoderState(hidden, feed)
+        feed = memory.new_zeros(memory.shape[1], self.decoder.rnn.hidden_size)
+        state = DecoderState(self.bridge(hidden), feed)
         keys = self.decoder.rnn.project(memory)
         if keys is None:
             return EncodedSource(None, None, None), state

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
+from .bridge import BridgeName
 from .errors import CheckpointError, DataError, TrainingError, require
 from .seq2seq import Seq2Seq
 from .text import (
@@ -67,6 +68,12 @@ class ModelOptions:
     score: ScoreName | None = "general"
     input_feeding: bool = True
     dropout: float = 0.1
+    source_embedding_size: int | None = None
+    target_embedding_size: int | None = None
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int | None = None
+    bridge: BridgeName = "copy"
+    tie_embeddings: bool = False
 
     def build(self, source_vocab: Vocab, target_vocab: Vocab) -> Seq2Seq:
         """A new model for these vocabularies, weights drawn from torch's global generator."""
@@ -845,6 +852,12 @@ def train(
     score: ScoreName | None = ModelOptions.score,
     input_feeding: bool = ModelOptions.input_feeding,
     dropout: float = ModelOptions.dropout,
+    source_embedding_size: int | None = ModelOptions.source_embedding_size,
+    target_embedding_size: int | None = ModelOptions.target_embedding_size,
+    encoder_hidden_size: int | None = ModelOptions.encoder_hidden_size,
+    encoder_num_layers: int | None = ModelOptions.encoder_num_layers,
+    bridge: BridgeName = ModelOptions.bridge,
+    tie_embeddings: bool = ModelOptions.tie_embeddings,
     epochs: int = TrainingOptions.epochs,
     batch_size: int = TrainingOptions.batch_size,
     learning_rate: float = TrainingOptions.learning_rate,
@@ -861,7 +874,8 @@ def train(
             ``"space"`` or ``"word"``; see :class:`pyseq.text.Tokenizer`.
         reverse_source: read sources backwards; see :func:`start`.
         embedding_size, hidden_size, num_layers, cell, bidirectional, score, input_feeding,
-            dropout: as for :class:`pyseq.Seq2Seq`.
+            dropout, source_embedding_size, target_embedding_size, encoder_hidden_size,
+            encoder_num_layers, bridge, tie_embeddings: as for :class:`pyseq.Seq2Seq`.
         epochs, batch_size, learning_rate, seed: see :class:`TrainingOptions`.
         out: save the best model there and checkpoints in its subfolder ``last``.
         log: is called with a line of text after each epoch, ``print`` for example.
@@ -901,6 +915,12 @@ def train(
             score=score,
             input_feeding=input_feeding,
             dropout=dropout,
+            source_embedding_size=source_embedding_size,
+            target_embedding_size=target_embedding_size,
+            encoder_hidden_size=encoder_hidden_size,
+            encoder_num_layers=encoder_num_layers,
+            bridge=bridge,
+            tie_embeddings=tie_embeddings,
         ),
         options=TrainingOptions(
             epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed

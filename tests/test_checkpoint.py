@@ -52,8 +52,10 @@ def same_weights(a: Seq2Seq, b: Seq2Seq) -> bool:
         {"score": None, "input_feeding": False},
         {"score": "concat", "cell": "gru", "num_layers": 2, "dropout": 0.3},
         {"score": "dot", "cell": "rnn_relu", "bidirectional": False},
+        {"encoder_hidden_size": 2, "encoder_num_layers": 2, "bridge": "tanh"},
+        {"target_embedding_size": 6, "tie_embeddings": True},
     ],
-    ids=["default", "no-attention", "concat-gru", "dot-rnn"],
+    ids=["default", "no-attention", "concat-gru", "dot-rnn", "bridge", "tied"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_round_trip(tmp_path: Path, options: dict[str, object], dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +80,9 @@ def test_config_rebuilds_the_model() -> None:
         "dropout": 0.3,
     }
     first = Seq2Seq(11, 9, **options)  # type: ignore[arg-type]
-    assert first.config == {"source_vocab_size": 11, "target_vocab_size": 9, **options}
+    given = {"source_vocab_size": 11, "target_vocab_size": 9, **options}
+    assert given.items() <= first.config.items()
+    assert first.config.keys() == inspect.signature(Seq2Seq).parameters.keys()
     second = Seq2Seq(**json.loads(json.dumps(first.config)))
     second.load_state_dict(first.state_dict())
     data = batch()
@@ -170,6 +173,59 @@ def test_loss_is_the_cross_entropy_of_the_logits(smoothing: float) -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_tied_embeddings_are_one_matrix() -> None:
+    module = model(embedding_size=8, tie_embeddings=True, dropout=0.0).double()
+    table = module.decoder.embedding.weight
+    assert module.decoder.output.weight is table
+    assert sum(p is table for p in module.parameters()) == 1
+    assert not table[PAD].any()
+    source, lengths, target_in = batch()
+    loss = module.loss(source, lengths, target_in, target_in)
+    (both,) = torch.autograd.grad(loss, [table], retain_graph=True)
+    # The same numbers, untied: their gradients add up.
+    untied = model(embedding_size=8, dropout=0.0).double()
+    untied.load_state_dict(module.state_dict())
+    parts = [untied.decoder.embedding.weight, untied.decoder.output.weight]
+    found = torch.autograd.grad(untied.loss(source, lengths, target_in, target_in), parts)
+    assert_close({"gradient": both}, {"gradient": found[0] + found[1]})
+
+
+def test_a_frozen_tied_matrix_lets_the_rest_learn() -> None:
+    module = model(embedding_size=8, tie_embeddings=True)
+    table = module.decoder.embedding.weight.requires_grad_(False)
+    source, lengths, target_in = batch()
+    module.loss(source, lengths, target_in, target_in).backward()
+    assert table.grad is None
+    assert module.decoder.output.bias.grad is not None
+    assert module.encoder.embedding.weight.grad is not None
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_features_are_mapped_like_the_rows_of_a_table(cell: str) -> None:
+    tokens = model(cell=cell, dropout=0.0).double()
+    module = Seq2Seq(None, 9, **SIZES, cell=cell, dropout=0.0, source_features=11).double()
+    state = dict(tokens.state_dict())
+    # One-hot features times the table are the rows that the tokens look up.
+    state["encoder.embedding.weight"] = state["encoder.embedding.weight"].T
+    state["encoder.embedding.bias"] = torch.zeros(6, dtype=torch.float64)
+    module.load_state_dict(state)
+    source, lengths, target_in = batch()
+    features = torch.nn.functional.one_hot(source, 11).double()
+    # What lies in the padding must reach neither values nor gradients.
+    features[torch.arange(5) >= lengths.unsqueeze(1)] = torch.nan
+    features.requires_grad_()
+    expected = tokens(source, lengths, target_in)
+    logits = module(features, lengths, target_in)
+    assert_close({"logits": logits}, {"logits": expected})
+    logits.logsumexp(-1).sum().backward()
+    for name, parameter in [("features", features), *module.named_parameters()]:
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    found = module.generate(features.detach(), lengths, max_length=5, beam_size=2)
+    same = tokens.generate(source, lengths, max_length=5, beam_size=2)
+    assert [each.tokens for each in found] == [each.tokens for each in same]
+
+
 Call = Callable[[], object]
 ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
     "odd": (lambda: model(hidden_size=7), ValueError, "hidden_size must be even .* got 7"),
@@ -183,6 +239,38 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
     "true-layers": (lambda: model(num_layers=True), ValueError, "num_layers must be .* got True"),
     "half-size": (lambda: model(hidden_size=8.0), ValueError, "hidden_size must be .* got 8.0"),
     "vocabulary-type": (lambda: Seq2Seq(11, "9"), ValueError, "target_vocab_size must .* got '9'"),  # type: ignore[arg-type]
+    "tie": (
+        lambda: model(tie_embeddings=True),
+        ValueError,
+        "tie_embeddings needs a target embedding of hidden_size numbers.*: 8, got 6",
+    ),
+    "no-source": (
+        lambda: Seq2Seq(None, 9),
+        ValueError,
+        "exactly one of .* must be given, got None and None",
+    ),
+    "two-sources": (
+        lambda: model(source_features=3),
+        ValueError,
+        "exactly one of .* must be given, got 11 and 3",
+    ),
+    "features": (
+        lambda: Seq2Seq(None, 9, source_features=0),
+        ValueError,
+        "features must be a positive integer, got 0",
+    ),
+    "features-dims": (
+        lambda: Seq2Seq(None, 9, source_features=3)(torch.ones(1, 2), LENGTHS[:1], LENGTHS[None]),
+        RuntimeError,
+        r"source must be \(B, S, D\) = \(any, any, 3\), got \(1, 2\)",
+    ),
+    "features-dtype": (
+        lambda: Seq2Seq(None, 9, source_features=3)(
+            torch.ones(1, 2, 3, dtype=torch.float64), LENGTHS[:1], LENGTHS[None]
+        ),
+        RuntimeError,
+        "source must have the dtype of the encoder's weights, torch.float32, got torch.float64",
+    ),
     "source-dims": (
         lambda: model()(torch.tensor([4, 5]), torch.tensor([2]), torch.tensor([[START]])),
         RuntimeError,

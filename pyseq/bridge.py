@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bridge: what the decoder starts from, given where the encoder ended.
+
+Used by ``Seq2Seq``; encoder and decoder may so differ in layers, sizes and directions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import init
+
+from ._checks import check_positive, check_shape
+from .nn import cell_name
+from .types import State, state_parts
+
+__all__ = ["BRIDGES", "Bridge", "BridgeName"]
+
+BridgeName = Literal["copy", "linear", "tanh", "zero", "learned"]
+BRIDGES: tuple[str, ...] = ("copy", "linear", "tanh", "zero", "learned")
+
+
+class Bridge(torch.nn.Module):
+    """The first state of a decoder, ``s_0 = bridge(h)``, from the last state of an encoder.
+
+    With ``vec(h)`` the states of all layers of the encoder side by side:
+
+    - ``"copy"``: ``s_0 = h``, layer by layer; layers and sizes must be equal.
+    - ``"linear"``: ``vec(s_0) = W vec(h) + b``.
+    - ``"tanh"``: ``vec(s_0) = tanh(W vec(h) + b)``.
+    - ``"zero"``: ``s_0 = 0``, so that attention is all that the decoder knows of the source.
+    - ``"learned"``: ``s_0`` is a parameter, the same for every source.
+
+    The c of an LSTM is treated like h, with weights of its own.
+
+    Args:
+        kind: one of the above.
+        cell: as in :class:`pyseq.nn.AttentionDecoder`, of encoder and decoder.
+        encoder_layers, encoder_size: layers and features of the encoder's state, both
+            directions of a layer side by side.
+        decoder_layers, decoder_size: those of the decoder's.
+
+    Attributes:
+        weight_h, weight_c: ``W`` (decoder_layers * decoder_size, encoder_layers *
+            encoder_size), or None.
+        bias_h, bias_c: ``b``, or the learned state (decoder_layers * decoder_size,), or None.
+
+    Raises:
+        ValueError: the kind or the cell is unknown, a size is out of its range, or ``"copy"``
+            is asked for between states of different shapes.
+
+    Reference:
+        Sutskever et al. 2014, arXiv 1409.3215, section 2 (copy); Cho et al. 2014, arXiv
+        1406.1078, appendix A.1.2, and Bahdanau et al. 2015, arXiv 1409.0473, appendix A.2.2,
+        of the top layer alone (tanh).
+    """
+
+    weight_h: Tensor | None
+    weight_c: Tensor | None
+    bias_h: Tensor | None
+    bias_c: Tensor | None
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        cell: str,
+        encoder_layers: int,
+        encoder_size: int,
+        decoder_layers: int,
+        decoder_size: int,
+    ) -> None:
+        super().__init__()
+        check_positive(
+            encoder_layers=encoder_layers,
+            encoder_size=encoder_size,
+            decoder_layers=decoder_layers,
+            decoder_size=decoder_size,
+        )
+        if kind not in BRIDGES:
+            raise ValueError(f"bridge must be one of {', '.join(BRIDGES)}, got {kind!r}")
+        before, after = (encoder_layers, encoder_size), (decoder_layers, decoder_size)
+        if kind == "copy" and before != after:
+            raise ValueError(
+                "bridge 'copy' needs an encoder and a decoder of the same layers and sizes, got "
+                f"{before[0]} x {before[1]} and {after[0]} x {after[1]}; 'linear' or 'tanh' map "
+                "one to the other"
+            )
+        self.kind = cast(BridgeName, kind)
+        self.cell = cell_name(cell)
+        self.encoder_layers, self.encoder_size = before
+        self.decoder_layers, self.decoder_size = after
+        inputs, outputs = encoder_layers * encoder_size, decoder_layers * decoder_size
+        parts = ("h", "c") if self.cell == "lstm" else ("h",)
+        for part in ("h", "c"):
+            weight = bias = None
+            if part in parts and kind in ("linear", "tanh"):
+                weight = torch.nn.Parameter(torch.empty(outputs, inputs))
+            if part in parts and kind in ("linear", "tanh", "learned"):
+                bias = torch.nn.Parameter(torch.empty(outputs))
+            self.register_parameter(f"weight_{part}", weight)
+            self.register_parameter(f"bias_{part}", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as torch.nn.Linear does; a learned state begins at zero."""
+        bound = 1 / math.sqrt(self.encoder_layers * self.encoder_size)
+        for weight, bias in ((self.weight_h, self.bias_h), (self.weight_c, self.bias_c)):
+            if weight is not None and bias is not None:
+                init.uniform_(weight, -bound, bound)
+                init.uniform_(bias, -bound, bound)
+            elif bias is not None:
+                init.zeros_(bias)
+
+    def forward(self, state: State) -> State:
+        """The decoder's first state.
+
+        Args:
+            state: the encoder's last one: h (layers, B, size), or for LSTM (h, c).
+
+        Returns:
+            The same of the decoder's layers and size.
+
+        Raises:
+            ValueError: the state has not the form that the cell takes.
+            RuntimeError: a part of it has the wrong shape, dtype or device.
+        """
+        parts = state_parts(self.cell, state)
+        expected = (self.encoder_layers, -1, self.encoder_size)
+        for name, part in zip(("h", "c"), parts, strict=False):
+            check_shape(f"{name} of the encoder's state", part, "(L, B, H)", expected)
+        if self.kind == "copy":
+            return state
+        h = self._map(parts[0], self.weight_h, self.bias_h)
+        return h if len(parts) == 1 else (h, self._map(parts[1], self.weight_c, self.bias_c))
+
+    def _map(self, part: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """One part of the state, (encoder_layers, B, encoder_size) to the decoder's."""
+        batch = part.shape[1]
+        if bias is None:
+            return part.new_zeros(self.decoder_layers, batch, self.decoder_size)
+        if weight is None:
+            rows = bias.expand(batch, -1)
+        else:
+            rows = torch.nn.functional.linear(part.transpose(0, 1).flatten(1), weight, bias)
+        if self.kind == "tanh":
+            rows = rows.tanh()
+        layers = rows.unflatten(1, (self.decoder_layers, self.decoder_size))
+        return layers.transpose(0, 1).contiguous()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.kind!r}, {self.encoder_layers} x {self.encoder_size} to "
+            f"{self.decoder_layers} x {self.decoder_size}"
+        )
