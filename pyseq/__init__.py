@@ -7,7 +7,7 @@ from . import _library as _library  # isort: split
 from . import functional, nn, reference
 from .checkpoint import load, save
 from .quantized import quantize
-from .search import Hypothesis
+from .search import Ensemble, Hypothesis, SearchOptions
 from .seq2seq import Seq2Seq
 from .text import Vocab
 from .training import train
@@ -16,7 +16,9 @@ from .translator import Translator
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ensemble",
     "Hypothesis",
+    "SearchOptions",
     "Seq2Seq",
     "Translator",
     "Vocab",

@@ -7,6 +7,7 @@ batch-first; everything between the embeddings and the logits is time-major.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ._checks import check_like, check_positive, check_shape
 from ._dropout import apply_dropout
 from .bridge import Bridge
 from .nn import GRU, LSTM, RNN, AttentionDecoder, Score, cell_name
-from .search import EncodedSource, FusedSearch, Hypothesis, Step
+from .search import EncodedSource, FusedSearch, Hypothesis, SearchOptions, Step, StreamedToken
 from .types import PAD, UNK, CellName, DecoderOutput, DecoderState, GenerateOutput, State
 
 __all__ = ["Decoder", "Encoder", "Seq2Seq"]
@@ -598,6 +599,8 @@ class Seq2Seq(torch.nn.Module):
     ) -> list[Hypothesis]:
         """The best target sequence that search finds for each source.
 
+        The short form of :meth:`search`, which has more options and gives more hypotheses.
+
         Args:
             source, source_lengths: as in :meth:`forward`.
             max_length: the most tokens to emit, ``<stop>`` included.
@@ -623,6 +626,34 @@ class Seq2Seq(torch.nn.Module):
             beam_size=beam_size,
             length_penalty=length_penalty,
         )
+
+    def search(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        options: SearchOptions,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> list[list[Hypothesis]]:
+        """The target sequences that a search with these options finds for each source.
+
+        Args, Returns, Raises: see :func:`pyseq.search.search`.
+        """
+        return search.search(self, source, source_lengths, options, generator=generator)
+
+    def stream(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        options: SearchOptions,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[StreamedToken]:
+        """The tokens of greedy search or sampling one by one, as they are found.
+
+        Args, Returns, Raises: see :func:`pyseq.search.stream`.
+        """
+        return search.stream(self, source, source_lengths, options, generator=generator)
 
     def encode_source(self, source: Tensor, lengths: Tensor) -> tuple[EncodedSource, DecoderState]:
         """What a search begins with; see :class:`pyseq.search.SearchModel`."""

@@ -94,6 +94,16 @@ class DecoderState(NamedTuple):
     hidden: State  # h (L, B, H), or (h, c) for LSTM
     feed: Tensor  # (B, H), the attentional vector of the last step
 
+    def select(self, rows: Tensor) -> DecoderState:
+        """That of the given rows (N,) int64 of the batch, which may repeat."""
+        hidden = self.hidden
+        selected: State = (
+            hidden.index_select(1, rows)
+            if isinstance(hidden, Tensor)
+            else (hidden[0].index_select(1, rows), hidden[1].index_select(1, rows))
+        )
+        return DecoderState(selected, self.feed.index_select(0, rows))
+
 
 class DecoderOutput(NamedTuple):
     """What ``decode`` and ``AttentionDecoder`` return."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's Python examples, as they stand there."""
+"""The Python examples of the README and of docs, as they stand there."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ def test_truncated_back_propagation() -> None:
     state = names["state"]
     assert isinstance(state, tuple)
     assert [(each.shape, each.requires_grad) for each in state] == [((1, 4, 64), False)] * 2
+
+
+# The examples of a document go on from one another.
+DOCUMENTS = sorted(README.parent.glob("docs/*.md"))
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in DOCUMENTS])
+def test_documents(path: Path) -> None:
+    names: dict[str, object] = {}
+    for example in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        exec(example, names)
 
 
 def test_commands_are_the_makefile_s() -> None:

@@ -5,64 +5,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from chains import LENGTHS, SOURCE, Chain, chain
 from torch import Tensor
 
 from pyseq import search
-from pyseq.search import EncodedSource, Hypothesis, Step
+from pyseq.search import Hypothesis
 from pyseq.seq2seq import Seq2Seq
-from pyseq.types import PAD, START, STOP, UNK, DecoderState
-
-SOURCE = torch.zeros(3, 2, dtype=torch.int64)
-LENGTHS = torch.tensor([2, 2, 1])
+from pyseq.types import PAD, START, STOP, UNK
 
 
 @pytest.fixture(autouse=True)
 def one_thread(set_threads: Callable[[int], None]) -> None:
     """The tensors are tiny: more threads would only wait for one another."""
     set_threads(1)
-
-
-class Chain:
-    """A model whose next token depends on the last one and on the row's table only.
-
-    ``step`` finds the row's table by the state, and so checks how searches select states.
-    """
-
-    def __init__(self, logits: Tensor) -> None:
-        self.log_probs = torch.log_softmax(logits, -1)  # (B, V, V): row, last, next
-        self.calls: list[int] = []  # hypotheses of each step
-
-    def modules(self) -> Iterator[torch.nn.Module]:
-        return iter(())
-
-    def encode_source(self, source: Tensor, lengths: Tensor) -> tuple[EncodedSource, DecoderState]:
-        rows = torch.arange(len(source), dtype=self.log_probs.dtype)
-        # The number of the row, in every place where a search has to carry it along.
-        memory = rows.reshape(1, -1, 1)
-        state = DecoderState(memory, rows.unsqueeze(1))
-        return EncodedSource(memory, memory, rows.long()), state
-
-    def step(
-        self, tokens: Tensor, encoded: EncodedSource, state: DecoderState, *, need_weights: bool
-    ) -> Step:
-        self.calls.append(len(tokens))
-        rows = state.feed.squeeze(1).long()
-        for carried in (state.hidden, encoded.memory, encoded.keys):
-            assert isinstance(carried, Tensor)
-            assert torch.equal(carried.long().flatten(), rows)
-        assert encoded.lengths is not None
-        assert torch.equal(encoded.lengths, rows)
-        weights = tokens.to(state.feed).unsqueeze(1).expand(-1, 2) if need_weights else None
-        return Step(self.log_probs[rows, tokens], weights, state)
-
-
-def chain(vocab: int = 6, batch: int = 3, sharpness: float = 1.5) -> Chain:
-    return Chain(torch.randn(batch, vocab, vocab, dtype=torch.float64) * sharpness)
 
 
 def brute_force(model: Chain, row: int, max_length: int, alpha: float) -> tuple[list[int], float]:
