@@ -1,19 +1,50 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the operators hand to the kernels: a number of threads, and pointers that are null
-// where there is no tensor.
+// What the operators hand to the kernels: a number of threads, memory, and pointers that are null
+// where there is no tensor. A single step of a small layer takes as long as ten calls through the
+// dispatcher: what every call needs goes without.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
+#include <cstring>
 #include <optional>
 
 namespace pyseq {
 
 inline int thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-inline at::Tensor nothing(const at::Tensor& like) { return at::empty({0}, like.options()); }
+// A tensor on the CPU, not yet written.
+inline at::Tensor fresh(at::IntArrayRef sizes, const at::Tensor& like) {
+  return at::Tensor(at::detail::empty_cpu(sizes, like.scalar_type()));
+}
+
+inline at::Tensor nothing(const at::Tensor& like) { return fresh({0}, like); }
+
+inline char* slot_data(const at::Tensor& slots, int64_t slot) {
+  return static_cast<char*>(slots.data_ptr()) + slot * slots.stride(0) * slots.element_size();
+}
+
+// Writes `from`, or zeros, into one slot of a contiguous tensor.
+inline void fill_slot(const at::Tensor& slots, int64_t slot,
+                      const std::optional<at::Tensor>& from) {
+  const size_t bytes = static_cast<size_t>(slots.stride(0) * slots.element_size());
+  if (slots.numel() == 0) return;
+  if (!from.has_value()) {
+    std::memset(slot_data(slots, slot), 0, bytes);
+  } else if (from->is_contiguous()) {
+    std::memcpy(slot_data(slots, slot), from->const_data_ptr(), bytes);
+  } else {
+    slots.select(0, slot).copy_(*from);
+  }
+}
+
+inline at::Tensor copy_slot(const at::Tensor& slots, int64_t slot) {
+  const at::Tensor copy = fresh(slots.sizes().slice(1), slots);
+  if (copy.numel() > 0) std::memcpy(copy.data_ptr(), slot_data(slots, slot), copy.nbytes());
+  return copy;
+}
 
 inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? std::optional<at::Tensor>(tensor->contiguous()) : std::nullopt;

@@ -3,9 +3,9 @@
 // them, and the checks of layers and memory.
 #pragma once
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/zeros_like.h>
+#include <ATen/Dispatch.h>
 
+#include <algorithm>
 #include <string>
 
 #include "arguments.h"
@@ -52,13 +52,23 @@ struct Bias {
 inline Bias fold_bias(const OptionalTensor& b_ih, const OptionalTensor& b_hh, const CellShape& cell,
                       int64_t hidden) {
   if (!b_hh.has_value()) return {contiguous(b_ih), std::nullopt};
-  if (!cell.has_apart) {
-    return {b_ih.has_value() ? *b_ih + *b_hh : b_hh->contiguous(), std::nullopt};
-  }
-  const int64_t shared = (cell.gates - 1) * hidden;
-  Tensor sum = b_ih.has_value() ? b_ih->clone() : at::zeros_like(*b_hh);
-  sum.slice(0, 0, shared).add_(b_hh->slice(0, 0, shared));
-  return {sum, b_hh->slice(0, shared).contiguous()};
+  const Tensor recurrent = b_hh->contiguous(),
+               input = b_ih.has_value() ? b_ih->contiguous() : Tensor();
+  if (!cell.has_apart && !input.defined()) return {recurrent, std::nullopt};
+  const int64_t rows = cell.gates * hidden, shared = cell.has_apart ? rows - hidden : rows;
+  const Tensor sum = fresh({rows}, recurrent);
+  const Tensor apart = cell.has_apart ? fresh({hidden}, recurrent) : Tensor();
+  AT_DISPATCH_FLOATING_TYPES(recurrent.scalar_type(), "bias", [&] {
+    const scalar_t* const from = recurrent.const_data_ptr<scalar_t>();
+    const scalar_t* const beside = input.defined() ? input.const_data_ptr<scalar_t>() : nullptr;
+    scalar_t* const to = sum.data_ptr<scalar_t>();
+    for (int64_t i = 0; i < rows; ++i) {
+      const scalar_t own = i < shared ? from[i] : 0;
+      to[i] = beside == nullptr ? own : beside[i] + own;
+    }
+    if (apart.defined()) std::copy_n(from + shared, hidden, apart.data_ptr<scalar_t>());
+  });
+  return {sum, apart.defined() ? OptionalTensor(apart) : std::nullopt};
 }
 
 inline void check_memory(const Tensor& keys, const Tensor& memory, const OptionalTensor& weight_v,

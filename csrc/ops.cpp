@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty_like.h>
@@ -49,17 +50,22 @@ void multiply_into(const Tensor& c, const Tensor& a, const Tensor& b,
 }
 
 Tensor matrix_product(const Tensor& a, const Tensor& b, const OptionalTensor& bias = std::nullopt) {
-  const Tensor c = at::empty({a.size(0), b.size(1)}, a.options());
+  const Tensor c = fresh({a.size(0), b.size(1)}, a);
   multiply_into(c, a, b, bias);
   return c;
 }
 
-// x W^T + bias for all steps at once: (T, B, I) to a fresh (T, B, G*H). x takes the first I
-// columns of W.
+// x W^T + bias for rows x (N, I), which takes the first I columns of W. Contiguous, because how
+// few rows are multiplied depends on the layout.
+Tensor multiply_weight(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  return matrix_product(x.contiguous(), weight.contiguous().slice(1, 0, x.size(1)).t(), bias);
+}
+
+// The same for all steps at once: (T, B, I) to a fresh (T, B, G*H).
 Tensor project_input(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const Tensor product = is_quantized(weight)
                              ? quantized_product(flat(x), weight, /*index=*/0, bias)
-                             : matrix_product(flat(x), weight.slice(1, 0, x.size(2)).t(), bias);
+                             : multiply_weight(flat(x), weight, bias);
   return product.view({x.size(0), x.size(1), weight.size(0)});
 }
 
@@ -73,8 +79,8 @@ Tensor without_padding(const Tensor& x, const OptionalTensor& lengths) {
 
 // The gradients of a weight and its bias from those of its outputs, (N, rows), and its inputs.
 std::pair<Tensor, Tensor> weight_gradient(const Tensor& d_rows, const Tensor& inputs) {
-  const Tensor weight = at::empty({d_rows.size(1), inputs.size(1)}, d_rows.options());
-  const Tensor bias = at::empty({d_rows.size(1)}, d_rows.options());
+  const Tensor weight = fresh({d_rows.size(1), inputs.size(1)}, d_rows);
+  const Tensor bias = fresh({d_rows.size(1)}, d_rows);
   multiply_into(weight, d_rows.t(), inputs, std::nullopt, /*accumulate=*/false, bias);
   return {weight, bias};
 }
@@ -130,14 +136,9 @@ ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
 // The buffer of states with its first slot filled, cleared where the first step resets.
 Tensor first_state(const OptionalTensor& initial, const Tensor& like, int64_t slots, int64_t slot,
                    int64_t batch, int64_t size, const Tensor& cleared) {
-  Tensor states = at::empty({slots, batch, size}, like.options());
-  Tensor first = states.select(0, slot);
-  if (initial.has_value()) {
-    first.copy_(*initial);
-    if (cleared.defined()) first.masked_fill_(cleared, 0);
-  } else {
-    first.zero_();
-  }
+  const Tensor states = fresh({slots, batch, size}, like);
+  fill_slot(states, slot, initial);
+  if (initial.has_value() && cleared.defined()) states.select(0, slot).masked_fill_(cleared, 0);
   return states;
 }
 
@@ -155,10 +156,10 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const Bias bias = fold_bias(b_ih, b_hh, cell, H);
 
   if (save) check_differentiable(w_hh);
-  const bool reads_input = B >= cpu::kRowsToReadInput && !is_quantized(w_hh);
+  const bool reads_input = (B >= cpu::kRowsToReadInput || T_ == 1) && !is_quantized(w_hh);
   const Tensor x_rows = x.contiguous(), w_ih_rows = w_ih.contiguous();
   const Tensor gates = !reads_input ? project_input(x, w_ih, bias.sum)
-                       : save       ? at::empty({T_, B, cell.gates * H}, x.options())
+                       : save       ? fresh({T_, B, cell.gates * H}, x)
                                     : nothing(x);
   const int64_t slots = save ? T_ + 1 : 2, first = save && reverse ? T_ : 0;
   const int64_t last = save ? (reverse ? 0 : T_) : T_ % 2, first_step = reverse ? T_ - 1 : 0;
@@ -171,9 +172,9 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const Tensor states = first_state(h_0, x, slots, first, B, P, cleared);
   const Tensor cells =
       cell.has_cell ? first_state(c_0, x, slots, first, B, H, cleared) : nothing(x);
-  const Tensor apart = save && cell.has_apart ? at::empty({T_, B, H}, x.options()) : nothing(x);
-  const Tensor inner = projects ? at::empty({save ? T_ : 1, B, H}, x.options()) : nothing(x);
-  const Tensor y = at::empty({T_, B, P}, x.options());
+  const Tensor apart = save && cell.has_apart ? fresh({T_, B, H}, x) : nothing(x);
+  const Tensor inner = projects ? fresh({save ? T_ : 1, B, H}, x) : nothing(x);
+  const Tensor y = fresh({T_, B, P}, x);
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan", [&] {
     cpu::kernels<scalar_t>().scan_forward({
@@ -205,8 +206,8 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
     });
   });
   return {y,
-          states.select(0, last).clone(),
-          cell.has_cell ? cells.select(0, last).clone() : nothing(x),
+          copy_slot(states, last),
+          cell.has_cell ? copy_slot(cells, last) : nothing(x),
           gates,
           apart,
           states,
@@ -271,19 +272,19 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
   check_tensor(d_y, "d_y", "(T, B, P)", {T_, B, P}, x, "x");
 
   const Tensor d_output = d_y.has_value() ? d_y->contiguous() : at::zeros({T_, B, P}, x.options());
-  const Tensor d_h = at::empty({B, P}, x.options());
+  const Tensor d_h = fresh({B, P}, x);
   d_h_n.has_value() ? d_h.copy_(*d_h_n) : d_h.zero_();
   Tensor d_c = nothing(x);
   if (cell.has_cell) {
-    d_c = at::empty({B, H}, x.options());
+    d_c = fresh({B, H}, x);
     d_c_n.has_value() ? d_c.copy_(*d_c_n) : d_c.zero_();
   }
   const Tensor x_rows = without_padding(x, lengths).contiguous(), w_ih_rows = w_ih.contiguous();
-  const Tensor d_x = needs_x ? at::empty({T_, B, I}, x.options()) : nothing(x);
-  const Tensor d_w_ih = at::empty({rows, I}, x.options());
-  const Tensor d_w_hh = at::empty({rows, P}, x.options());
-  const Tensor d_w_hr = projects ? at::empty({P, H}, x.options()) : nothing(x);
-  const Tensor d_b_ih = at::empty({rows}, x.options()), d_b_hh = at::empty({rows}, x.options());
+  const Tensor d_x = needs_x ? fresh({T_, B, I}, x) : nothing(x);
+  const Tensor d_w_ih = fresh({rows, I}, x);
+  const Tensor d_w_hh = fresh({rows, P}, x);
+  const Tensor d_w_hr = projects ? fresh({P, H}, x) : nothing(x);
+  const Tensor d_b_ih = fresh({rows}, x), d_b_hh = fresh({rows}, x);
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan_backward", [&] {
     cpu::kernels<scalar_t>().scan_backward({
@@ -360,9 +361,9 @@ ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const std::vector<Stretch> list = stretches(T_, keep_every, reverse);
   const int64_t count = static_cast<int64_t>(list.size());
-  const Tensor y = at::empty({T_, B, P}, x.options());
-  const Tensor h_kept = at::empty({count, B, P}, x.options());
-  const Tensor c_kept = cell.has_cell ? at::empty({count, B, H}, x.options()) : nothing(x);
+  const Tensor y = fresh({T_, B, P}, x);
+  const Tensor h_kept = fresh({count, B, P}, x);
+  const Tensor c_kept = cell.has_cell ? fresh({count, B, H}, x) : nothing(x);
   const auto first = [&](const Tensor& kept, const OptionalTensor& given) {
     given.has_value() ? kept.select(0, 0).copy_(*given) : kept.select(0, 0).zero_();
   };
@@ -402,7 +403,7 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
   const int64_t count = static_cast<int64_t>(list.size());
   check_saved(h_kept, "h_kept", {count, B, P}, x);
   if (cell.has_cell) check_saved(c_kept, "c_kept", {count, B, H}, x);
-  const Tensor d_x = needs_x ? at::empty({T_, B, I}, x.options()) : nothing(x);
+  const Tensor d_x = needs_x ? fresh({T_, B, I}, x) : nothing(x);
   std::array<Tensor, 5> weights;  // w_ih, w_hh, b_ih, b_hh, w_hr
   OptionalTensor d_h = d_h_n, d_c = d_c_n;
   for (int64_t i = count - 1; i >= 0; --i) {
@@ -477,8 +478,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query_in, const Tensor& keys_in,
   const OptionalTensor v = contiguous(weight_v);
   const Tensor query = query_in.contiguous(), keys = rows_first(keys_in),
                memory = rows_first(memory_in);
-  const Tensor attn = at::empty({shape.steps, shape.batch, shape.source}, query.options());
-  const Tensor context = at::empty({shape.steps, shape.batch, shape.memory_size}, query.options());
+  const Tensor attn = fresh({shape.steps, shape.batch, shape.source}, query);
+  const Tensor context = fresh({shape.steps, shape.batch, shape.memory_size}, query);
   AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "attend", [&] {
     cpu::kernels<scalar_t>().attend_forward(attend_arguments<scalar_t>(
         shape, additive, query, keys, memory, v, lengths, attn, context.data_ptr<scalar_t>()));
@@ -502,10 +503,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(
                memory = rows_first(memory_in);
   const Tensor d_context = d_context_in.has_value() ? d_context_in->contiguous()
                                                     : at::zeros({T_, B, M}, query.options());
-  const Tensor d_scores = at::empty({T_, B, S}, query.options());
-  const Tensor d_query = at::empty({T_, B, A}, query.options());
-  Tensor d_keys = additive ? at::empty({B, S, A}, query.options()) : Tensor();
-  const Tensor d_v = additive ? at::empty({B, A}, query.options()) : nothing(query);
+  const Tensor d_scores = fresh({T_, B, S}, query);
+  const Tensor d_query = fresh({T_, B, A}, query);
+  Tensor d_keys = additive ? fresh({B, S, A}, query) : Tensor();
+  const Tensor d_v = additive ? fresh({B, A}, query) : nothing(query);
 
   AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "attend_backward", [&] {
     cpu::kernels<scalar_t>().attend_backward({
@@ -685,25 +686,24 @@ DecodeSaved run_decode(const Tensor& x, at::TensorList layers_in, const Tensor& 
                    dropout_masks, cell_name, score, input_feeding);
   const auto& [cell, additive, T_, B, I, H, L, S, A, M] = shape;
   if (save) check_differentiable(combine);
-  const auto options = x.options();
   DecodeTensors all = decode_inputs(shape, x, layers_in, keys, memory, combine, weight_query,
                                     weight_v, feed, lengths, dropout_masks);
   const int64_t rows = cell.gates * H, slots = save ? T_ + 1 : 2, kept = save ? T_ : 1;
   all.gates_first = project_input(x, all.w_ih[0], all.bias[0].sum);
-  all.gates_above = at::empty({L - 1, kept, B, rows}, options);
-  all.apart = save && cell.has_apart ? at::empty({L, T_, B, H}, options) : nothing(x);
+  all.gates_above = fresh({L - 1, kept, B, rows}, x);
+  all.apart = save && cell.has_apart ? fresh({L, T_, B, H}, x) : nothing(x);
   const auto stack = [&](const OptionalTensor& initial) {
-    Tensor states = at::empty({L, slots, B, H}, options);
+    Tensor states = fresh({L, slots, B, H}, x);
     Tensor first = states.select(1, 0);
     initial.has_value() ? first.copy_(*initial) : first.zero_();
     return states;
   };
   all.states = stack(h_0);
   all.cells = cell.has_cell ? stack(c_0) : nothing(x);
-  all.query = weight_query.has_value() ? at::empty({kept, B, A}, options) : nothing(x);
-  all.context = at::empty({kept, B, M}, options);
-  all.attn = at::empty({save || keep_attn ? T_ : 1, B, S}, options);
-  all.output = at::empty({T_, B, H}, options);
+  all.query = weight_query.has_value() ? fresh({kept, B, A}, x) : nothing(x);
+  all.context = fresh({kept, B, M}, x);
+  all.attn = fresh({save || keep_attn ? T_ : 1, B, S}, x);
+  all.output = fresh({T_, B, H}, x);
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "decode", [&] {
     const auto layers = decoder_layers<scalar_t>(shape, all, input_feeding);
@@ -784,21 +784,21 @@ DecodeGradients decode_backward(
       d_output_in.has_value() ? d_output_in->contiguous() : at::zeros({T_, B, H}, options);
   const OptionalTensor d_attn = contiguous(d_attn_in);
   const auto last_gradient = [&](const OptionalTensor& given) {
-    Tensor d = at::empty({L, B, H}, options);
+    Tensor d = fresh({L, B, H}, x);
     given.has_value() ? d.copy_(*given) : d.zero_();
     return d;
   };
   const Tensor d_h = last_gradient(d_h_n);
   const Tensor d_c = cell.has_cell ? last_gradient(d_c_n) : nothing(x);
-  const Tensor d_x_gates = at::empty({L, T_, B, rows}, options);
+  const Tensor d_x_gates = fresh({L, T_, B, rows}, x);
   const Tensor d_r_gates = cell.has_apart ? at::empty_like(d_x_gates) : d_x_gates;
-  const Tensor d_sum = at::empty({T_, B, H}, options);
-  const Tensor d_context = at::empty({T_, B, M}, options);
-  const Tensor d_scores = at::empty({T_, B, S}, options);
-  const Tensor d_query = additive ? at::empty({T_, B, A}, options) : nothing(x);
+  const Tensor d_sum = fresh({T_, B, H}, x);
+  const Tensor d_context = fresh({T_, B, M}, x);
+  const Tensor d_scores = fresh({T_, B, S}, x);
+  const Tensor d_query = additive ? fresh({T_, B, A}, x) : nothing(x);
   Tensor d_keys = additive ? at::zeros({B, S, A}, options) : Tensor();
   const Tensor d_v = additive ? at::zeros({B, A}, options) : nothing(x);
-  const Tensor d_feed = at::empty({B, H}, options);
+  const Tensor d_feed = fresh({B, H}, x);
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "decode_backward", [&] {
     auto layers = decoder_layers<scalar_t>(shape, all, input_feeding);
@@ -834,8 +834,8 @@ DecodeGradients decode_backward(
       if (all.masks.has_value()) below = below * all.masks->select(0, l - 1);
       std::tie(d_w_ih, d_b_ih) = weight_gradient(d_rows, flat(below));
     } else if (input_feeding) {
-      d_w_ih = at::empty({rows, I + H}, options);
-      d_b_ih = at::empty({rows}, options);
+      d_w_ih = fresh({rows, I + H}, x);
+      d_b_ih = fresh({rows}, x);
       Tensor d_w_x = d_w_ih.slice(1, 0, I), d_w_feed = d_w_ih.slice(1, I);
       multiply_into(d_w_x, d_rows.t(), flat(x), std::nullopt, /*accumulate=*/false, d_b_ih);
       const Tensor d_first = d_x_l.select(0, 0).t();
@@ -854,7 +854,7 @@ DecodeGradients decode_backward(
     d_layers.push_back(d_b_ih);
     d_layers.push_back(d_b_hh);
   }
-  const Tensor d_combine = at::empty({H, M + H}, options);
+  const Tensor d_combine = fresh({H, M + H}, x);
   const Tensor d_sum_rows = flat(d_sum).t();
   Tensor d_combine_context = d_combine.slice(1, 0, M), d_combine_hidden = d_combine.slice(1, M);
   multiply_into(d_combine_context, d_sum_rows, flat(all.context));
@@ -886,7 +886,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   sizes.pop_back();
   const Tensor rows = x.reshape({c10::multiply_integers(sizes), inputs});
   sizes.push_back(outputs);
-  return matrix_product(rows, weight.t(), contiguous(bias)).view(sizes);
+  return multiply_weight(rows, weight, contiguous(bias)).view(sizes);
 }
 
 namespace {

@@ -16,6 +16,9 @@ constexpr int64_t kDepth = 384;
 constexpr int kGroup = 4;  // panels
 // Rows of a whose columns are copied at a time.
 constexpr int64_t kCopiedRows = 480;
+// Weights of a product of few rows that repay another thread: reading them takes about as long as
+// to wake it.
+constexpr int64_t kWorkOfFewRows = 100000;
 
 template <class T>
 PYSEQ_FORCE_INLINE Vec<T> gather(const T* from, int64_t stride, int count) {
@@ -101,6 +104,27 @@ void copy_columns(const Gemm<T>& args, int64_t begin, int64_t count, int tiles, 
   }
 }
 
+// The product of a few rows, which would not repay packing b, whose columns lie as the rows of
+// weights do.
+template <class T>
+void gemm_of_few_rows(const Gemm<T>& args) {
+  const Weights<T> weights{args.b, args.b_column, args.n, 1, args.k, nullptr};
+  const Segment<T> segment{args.a, args.a_row, weights, {}};
+  const int64_t panels = vectors<T>(args.n);
+  const int wanted = static_cast<int>(smaller(args.threads, 1 + args.n * args.k / kWorkOfFewRows));
+  parallel(wanted, [&](int thread, int present) {
+    const Range mine = share(panels, thread, present);
+    product<T, 1, 1>(&segment, 1, 0, args.m, mine.begin, mine.end, false,
+                     [&](int64_t row, int64_t panel, const T* sums) {
+                       const int64_t column = panel * kLanes<T>;
+                       const int inside = lanes_inside<T>(args.n, panel);
+                       Vec<T> sum = load(sums);
+                       if (args.bias != nullptr) sum += load(args.bias + column, inside);
+                       store(args.c + row * args.c_row + column, sum, inside);
+                     });
+  });
+}
+
 }  // namespace detail
 
 // c = a b + bias, or c += a b. An element is summed in the order of k, cut into runs of
@@ -111,10 +135,13 @@ void gemm(const Gemm<T>& args) {
   using detail::kDepth;
   using detail::kGroup;
   constexpr int kRows = detail::kMaxRows<1>;
+  const bool copies_a = args.a_column != 1 || args.a_sums != nullptr;
+  if (!repays_packing(1, args.m) && args.b_row == 1 && !copies_a && !args.accumulate) {
+    return detail::gemm_of_few_rows(args);
+  }
   const int64_t panels = vectors<T>(args.n), groups = (panels + kGroup - 1) / kGroup;
   const int64_t work = args.m * args.n * args.k;
   const int wanted = static_cast<int>(smaller(args.threads, 1 + work / 1000000));
-  const bool copies_a = args.a_column != 1 || args.a_sums != nullptr;
   const int64_t packed_size = kDepth * kGroup * kLanes<T>;
   const int64_t block_tiles = (smaller(args.m, kCopiedRows) + kRows - 1) / kRows;
   const int64_t own_size = packed_size + (copies_a ? block_tiles * detail::copied_size(kDepth) : 0);

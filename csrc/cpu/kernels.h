@@ -34,7 +34,8 @@ struct alignas(64) QuantizedWeights {
 
 // With so many rows the scan itself multiplies the input, beside the state: a tile of a step
 // is full then, and what the product made ahead would write and the loop read again is much.
-// Only the shape decides, because the order of a sum depends on it.
+// So does a single step, which the product would only put off. Only the shape decides, because
+// the order of a sum depends on it.
 constexpr int64_t kRowsToReadInput = 8;
 
 template <class T>

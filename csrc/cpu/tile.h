@@ -180,10 +180,13 @@ PYSEQ_FORCE_INLINE Vec<T> fold_all(const Vec<T>* vectors) {
   }
 }
 
-// The same sums from weights that lie in rows and are not packed, as dot products along k: two
-// units at a time, since the hardware fetches few streams fastest, and two neighbouring vectors
-// of each side by side. More rows than kDotRows do not fit the registers.
-constexpr int kDotRows = kAccumulators / 4;
+// The same sums from weights that lie in rows and are not packed, as dot products along k: one
+// unit after the other, since the hardware fetches a single stream fastest, and four neighbouring
+// vectors of it side by side. More rows than kDotRows do not fit the registers.
+constexpr int kDotSides = 4, kDotRows = kAccumulators / kDotSides;
+// How far ahead weights are asked for, at least; a stream that ends with every row is foreseen
+// late.
+constexpr int64_t kAheadBytes = 1024;
 
 // A panel's dot products with Rows rows: a vector for each unit, row m's at parts + m * N.
 template <class T, int Rows>
@@ -191,30 +194,29 @@ template <class T, int Rows>
                                  int last, int64_t k_count, Vec<T>* parts) {
   using V = Vec<T>;
   constexpr int N = kLanes<T>;
-  for (int unit = 0; unit < N; unit += 2) {
+  const int64_t row_bytes = k_count * static_cast<int64_t>(sizeof(T));
+  const int64_t ahead = (kAheadBytes + row_bytes - 1) / larger(1, row_bytes) * stride;
+  for (int unit = 0; unit < N; ++unit) {
     // Units past the last are the last again; nobody reads their sums.
-    const T* const first = from + smaller(unit, last) * stride;
-    const T* const second = from + smaller(unit + 1, last) * stride;
-    V sum[Rows][2][2] = {};
+    const T* const weights = from + smaller(unit, last) * stride;
+    V sum[Rows][kDotSides] = {};
     const auto add = [&](int64_t k, int side, int inside) __attribute__((always_inline)) {
-      const V w_first = load(first + k, inside), w_second = load(second + k, inside);
+      const V weight = load(weights + k, inside);
 #pragma GCC unroll 8
-      for (int m = 0; m < Rows; ++m) {
-        const V value = load(a + m * a_stride + k, inside);
-        sum[m][0][side] += value * w_first;
-        sum[m][1][side] += value * w_second;
-      }
+      for (int m = 0; m < Rows; ++m) sum[m][side] += load(a + m * a_stride + k, inside) * weight;
     };
     int64_t k = 0;
-    for (; k + 2 * N <= k_count; k += 2 * N) {
-      add(k, 0, N);
-      add(k + N, 1, N);
+    for (; k + kDotSides * N <= k_count; k += kDotSides * N) {
+#pragma GCC unroll 4
+      for (int side = 0; side < kDotSides; ++side) {
+        __builtin_prefetch(weights + ahead + k + side * N);
+        add(k + side * N, side, N);
+      }
     }
     for (; k < k_count; k += N) add(k, 0, lanes_inside<T>(k_count, k / N));
 #pragma GCC unroll 8
     for (int m = 0; m < Rows; ++m) {
-      parts[m * N + unit] = sum[m][0][0] + sum[m][0][1];
-      parts[m * N + unit + 1] = sum[m][1][0] + sum[m][1][1];
+      parts[m * N + unit] = (sum[m][0] + sum[m][1]) + (sum[m][2] + sum[m][3]);
     }
   }
 }
