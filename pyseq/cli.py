@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, g2p, info, metrics, training
+from .averaging import AVERAGES
 from .bridge import BRIDGES
 from .errors import DataError, PyseqError
 from .plot import save_heatmap
@@ -239,6 +240,16 @@ def _add_train(commands: Any) -> None:
     _add_option(
         group, TrainingOptions, "patience", _positive, "epochs without a better one, then stop"
     )
+    _add_option(
+        group,
+        TrainingOptions,
+        "average",
+        str,
+        "of the weights, which is what DIR gets",
+        choices=AVERAGES,
+    )
+    _add_option(group, TrainingOptions, "average_decay", float, "of --average exponential")
+    _add_option(group, TrainingOptions, "average_epochs", _positive, "epochs of --average epochs")
     _add_option(group, TrainingOptions, "clip_norm", float, "largest norm of the gradients")
     _add_option(group, TrainingOptions, "label_smoothing", float, "share spread over all symbols")
     _add_option(group, TrainingOptions, "seed", int, "fixes everything random")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
+from .averaging import AVERAGES, AverageName, WeightAverage
 from .bridge import BridgeName
 from .errors import CheckpointError, DataError, TrainingError, require
 from .seq2seq import Seq2Seq
@@ -104,6 +105,12 @@ class TrainingOptions:
         optimizer: ``"adam"``, or ``"sgd"`` without momentum, which wants a learning rate near 1.
         patience: stop after this many epochs in a row that are not better than the best one
             before them, on the validation pairs. Default: never.
+        average: an average of the weights is judged after each epoch and saved as the best
+            model, while training goes on with the weights themselves: ``"exponential"`` over
+            the updates, or over the last ``"epochs"``; see
+            :class:`pyseq.averaging.WeightAverage`.
+        average_decay: of the exponential average.
+        average_epochs: epochs that count.
 
     Raises:
         ValueError: an option is out of its range.
@@ -130,6 +137,9 @@ class TrainingOptions:
     halve_after: float = 5
     halve_every: float = 1
     patience: int | None = None
+    average: AverageName = "none"
+    average_decay: float = 0.999
+    average_epochs: int = 5
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -138,18 +148,21 @@ class TrainingOptions:
             )
         if self.select not in SELECTIONS:
             raise ValueError(f"select must be one of {', '.join(SELECTIONS)}, got {self.select!r}")
+        if self.average not in AVERAGES:
+            raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {self.average!r}")
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "average_epochs"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "clip_norm", "halve_every"):
             value = getattr(self, name)
             _check(name, value, value > 0 and math.isfinite(value), "above 0 and finite")
         _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
-        smoothing = self.label_smoothing
-        _check("label_smoothing", smoothing, 0 <= smoothing < 1, "at least 0 and below 1")
+        for name in ("label_smoothing", "average_decay"):
+            value = getattr(self, name)
+            _check(name, value, 0 <= value < 1, "at least 0 and below 1")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         after = self.halve_after
         _check("halve_after", after, after >= 0 and math.isfinite(after), "at least 0 and finite")
@@ -293,6 +306,14 @@ def _optimizer(model: Seq2Seq, options: TrainingOptions) -> torch.optim.Optimize
     return torch.optim.Adam(model.parameters(), lr=rate, fused=True)
 
 
+def _average(model: Seq2Seq, options: TrainingOptions) -> WeightAverage | None:
+    if options.average == "none":
+        return None
+    return WeightAverage(
+        model, options.average, decay=options.average_decay, epochs=options.average_epochs
+    )
+
+
 class EpochReport(NamedTuple):
     """What one epoch came to."""
 
@@ -366,6 +387,7 @@ class Trainer:
             None if self.validation is None else self.validation.fingerprint()
         )
         self._optimizer = _optimizer(self.model, options)
+        self._average = _average(self.model, options)
         self._total_steps = options.epochs * len(self._batches)
         self._step = 0  # updates done in the whole run
         self._loss_sum, self._tokens = 0.0, 0  # of the epoch under way
@@ -447,6 +469,8 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise TrainingError(self._not_finite_text(loss, batch))
                 self._step += 1
+                if self._average is not None:
+                    self._average.after_update(self._step)
                 count = int((batch.target_out != PAD).sum())
                 self._loss_sum += loss * count
                 self._tokens += count
@@ -476,7 +500,27 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = options.learning_rate * factor
 
+    def take_average(self) -> None:
+        """Give the model the average of its weights, if one is kept: what :meth:`run` judged.
+
+        For the end of a run, since training would go on from the average.
+        """
+        if self._average is not None:
+            self._average.give()
+
     def _finish_epoch(self) -> None:
+        if self._average is None:
+            self._judge_epoch()
+        else:
+            self._average.after_epoch()
+            with self._average.given():
+                self._judge_epoch()
+        self._save_last()
+        if self._log is not None:
+            self._log(self._epoch_text(self.reports[-1]))
+
+    def _judge_epoch(self) -> None:
+        """Validate, report, and save the model if it is the best so far."""
         valid_loss, right, best = None, None, True
         if self.validation is not None:
             size = self.options.batch_size
@@ -496,9 +540,6 @@ class Trainer:
         # the one before this epoch, which then runs again and writes the same.
         if best and self.out is not None:
             self._save(self.out)
-        self._save_last()
-        if self._log is not None:
-            self._log(self._epoch_text(self.reports[-1]))
 
     # Checkpoints.
 
@@ -522,6 +563,8 @@ class Trainer:
         for name, values in self._optimizer_state().items():
             for key, value in values.items():
                 tensors[f"optimizer.{key}.{name}"] = value
+        if self._average is not None:
+            tensors.update(self._average.state())
         record = {
             "options": asdict(self.options),
             "data": self._data_fingerprint,
@@ -563,6 +606,8 @@ class Trainer:
         torch.set_rng_state(tensors["rng.torch"])
         self._batches.restore(tensors["rng.batches"], record["position"])
         self._restore_optimizer(tensors)
+        if self._average is not None:
+            self._average.restore(tensors)
         self._step = record["step"]
         self._loss_sum, self._tokens = record["loss_sum"], record["tokens"]
         self._best = math.inf if record["best"] is None else record["best"]
@@ -941,5 +986,6 @@ def train(
         ) from None
     if out is not None and validation is not None:
         return Translator.load(out)
+    trainer.take_average()
     trainer.model.eval()
     return trainer.translator

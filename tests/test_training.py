@@ -231,6 +231,55 @@ def test_resuming_with_a_reversed_source_is_exact(tmp_path: Path) -> None:
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", ["exponential", "epochs"])
+def test_the_average_is_judged_and_saved_and_resuming_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    options = replace(OPTIONS, average=kind, average_decay=0.9, average_epochs=3)
+    begin(tmp_path / "plain").run()
+    judged: list[torch.Tensor] = []
+
+    def loss(model: Seq2Seq, *_: object, **__: object) -> float:
+        judged.append(model.decoder.output.weight.detach().clone())
+        return -float(len(judged))
+
+    whole = begin(tmp_path / "whole", options)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "mean_loss", loss)
+        whole.run()
+    best, last = Translator.load(tmp_path / "whole"), Translator.load(tmp_path / "whole" / "last")
+    assert torch.equal(best.model.decoder.output.weight, judged[-1])
+    # The average is beside the weights: training does not see it.
+    plain = Translator.load(tmp_path / "plain" / "last").model.state_dict()
+    for name, weight in last.model.state_dict().items():
+        assert torch.equal(weight, plain[name]), name
+        assert torch.equal(weight, whole.model.state_dict()[name]), name
+    assert not torch.equal(best.model.decoder.output.weight, plain["decoder.output.weight"])
+    whole.take_average()
+    assert torch.equal(whole.model.decoder.output.weight, judged[-1])
+
+    begin(tmp_path / "again", options).run()
+    trainer = begin(tmp_path / "parts", options)
+    for step in (STEPS + 1, STEPS + 2):
+        at_step(trainer, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            trainer.run()
+        trainer = go_on(tmp_path / "parts")
+    trainer.run()
+    assert contents(tmp_path / "parts") == contents(tmp_path / "again")
+
+
+def test_train_gives_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = {"average": "epochs", "average_epochs": 2}
+    monkeypatch.setattr(
+        training, "TrainingOptions", lambda **given: TrainingOptions(**defaults, **given)
+    )
+    translator = training.train([("ab", "x"), ("ba", "y")], hidden_size=8, epochs=2, out=tmp_path)
+    saved = Translator.load(tmp_path).model.state_dict()
+    for name, weight in translator.model.state_dict().items():
+        assert torch.equal(weight, saved[name]), name
+
+
 def test_patience_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(losses: list[float], patience: int, trainer: Trainer | None = None) -> list[float]:
         values = iter(losses)
@@ -282,6 +331,9 @@ def test_patience_needs_validation() -> None:
         ("halve_after", math.inf),
         ("halve_every", 0),
         ("patience", 0),
+        ("average", "swa"),
+        ("average_decay", 1.0),
+        ("average_epochs", 0),
         ("label_smoothing", 1.0),
         ("warmup_steps", -1),
         ("seed", -1),
