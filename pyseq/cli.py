@@ -158,6 +158,9 @@ def _add_train(commands: Any) -> None:
     )
     command.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
     command.add_argument(
+        "--tensorboard", metavar="FOLDER", help="write curves there that TensorBoard shows"
+    )
+    command.add_argument(
         "--resume",
         action="store_true",
         help="go on from DIR/last with the options of that run; --epochs may be raised",
@@ -409,6 +412,7 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
             out=out,
             progress=True,
             log=_say,
+            tensorboard=arguments.tensorboard,
         )
     except PyseqError:
         raise
@@ -436,6 +440,7 @@ def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
         patience=getattr(arguments, "patience", None),
         progress=True,
         log=_say,
+        tensorboard=arguments.tensorboard,
     )
 
 

@@ -25,6 +25,7 @@ from . import checkpoint
 from .averaging import AVERAGES, AverageName, WeightAverage
 from .bridge import BridgeName
 from .errors import CheckpointError, DataError, TrainingError, require
+from .events import Events, require_tensorboard
 from .seq2seq import Seq2Seq
 from .text import (
     Batch,
@@ -355,8 +356,11 @@ class Trainer:
         out: the folder; without one nothing is saved.
         progress: show a progress bar on standard error if that is a terminal (needs tqdm).
         log: is called with a line of text after each epoch.
+        tensorboard: a folder for curves that TensorBoard shows: losses, accuracy, learning
+            rate, speed (extra ``tensorboard``). Default: none are written.
 
     Raises:
+        MissingExtraError: ``tensorboard`` was given and is not installed.
         DataError: there are no training pairs, or patience without validation pairs.
     """
 
@@ -370,7 +374,10 @@ class Trainer:
         out: str | Path | None = None,
         progress: bool = False,
         log: Callable[[str], None] | None = None,
+        tensorboard: str | Path | None = None,
     ) -> None:
+        if tensorboard is not None:
+            require_tensorboard()
         self.translator = translator
         self.model = translator.model
         self.options = options
@@ -395,6 +402,8 @@ class Trainer:
         self._rate = 0.0  # target tokens a second in the epoch under way, since it went on
         self._bar_class = require("tqdm", extra="train").tqdm if progress else None
         self._log = log
+        self._tensorboard = tensorboard
+        self._events: Events | None = None  # while the run goes on
 
     @property
     def examples(self) -> Examples:
@@ -410,7 +419,18 @@ class Trainer:
             Interrupted: a signal came. It is a KeyboardInterrupt.
             TrainingError: the loss or a gradient is no longer finite, or a checkpoint cannot
                 be written; the one before it is whole.
+            OSError: the folder for TensorBoard cannot be written.
         """
+        if self._tensorboard is None:
+            return self._run()
+        self._events = Events(self._tensorboard, step=self._step)
+        try:
+            return self._run()
+        finally:
+            self._events.close()
+            self._events = None
+
+    def _run(self) -> list[EpochReport]:
         if self._step == 0:
             # An unwritable folder shows now and not after the first epoch, and a run that
             # fails early has something to go back to.
@@ -476,6 +496,9 @@ class Trainer:
                 self._tokens += count
                 done += count
                 self._rate = done / (time.perf_counter() - begin)
+                if self._events is not None:
+                    rate = self._optimizer.param_groups[0]["lr"]
+                    self._events.add(self._step, {"loss/step": loss, "learning_rate": rate})
                 if bar is not None:
                     text = f"loss {loss:.3f}, {self._rate:,.0f} tokens/s"
                     bar.set_postfix_str(text, refresh=False)
@@ -516,8 +539,19 @@ class Trainer:
             with self._average.given():
                 self._judge_epoch()
         self._save_last()
+        report = self.reports[-1]
+        if self._events is not None:
+            self._events.add(
+                self._step,
+                {
+                    "loss/train": report.train_loss,
+                    "loss/validation": report.valid_loss,
+                    "accuracy/validation": report.valid_accuracy,
+                    "tokens_per_second": self._rate,
+                },
+            )
         if self._log is not None:
-            self._log(self._epoch_text(self.reports[-1]))
+            self._log(self._epoch_text(report))
 
     def _judge_epoch(self) -> None:
         """Validate, report, and save the model if it is the best so far."""
@@ -744,6 +778,7 @@ def start(
     out: str | Path | None = None,
     progress: bool = False,
     log: Callable[[str], None] | None = None,
+    tensorboard: str | Path | None = None,
 ) -> Trainer:
     """A trainer at the beginning of a run: vocabularies and model are new.
 
@@ -756,7 +791,7 @@ def start(
             first tokens close to those of the target (Sutskever et al. 2014, arXiv 1409.3215,
             section 3.3); for a model without attention and with an encoder of one direction.
         model: what the model is made of.
-        options, out, progress, log: as for :class:`Trainer`.
+        options, out, progress, log, tensorboard: as for :class:`Trainer`.
     """
     if not data.pairs:
         raise DataError(f"{data.name}: no pairs to train on")
@@ -774,7 +809,7 @@ def start(
         max_length=longest + longest // 2 + 1,
         reverse_source=reverse_source,
     )
-    return _trainer(translator, data, validation, options, out, progress, log)
+    return _trainer(translator, data, validation, options, out, progress, log, tensorboard)
 
 
 def last_checkpoint(out: str | Path) -> tuple[checkpoint.Saved, checkpoint.TrainingState]:
@@ -812,6 +847,7 @@ def resume(
     patience: int | None = None,
     progress: bool = False,
     log: Callable[[str], None] | None = None,
+    tensorboard: str | Path | None = None,
 ) -> Trainer:
     """A trainer that goes on from the last checkpoint in ``out``.
 
@@ -819,7 +855,7 @@ def resume(
 
     Args:
         data, validation: the pairs that the run was begun with.
-        out, progress, log: as for :class:`Trainer`.
+        out, progress, log, tensorboard: as for :class:`Trainer`.
         epochs: epochs of the whole run. Default: as begun.
         checkpoint_every: steps between checkpoints within an epoch. Default: as begun.
         patience: epochs without a better one until the run stops. Default: as begun.
@@ -838,7 +874,7 @@ def resume(
             checkpoint_every=checkpoint_every or options.checkpoint_every,
             patience=patience or options.patience,
         )
-        trainer = _trainer(translator, data, validation, options, out, progress, log)
+        trainer = _trainer(translator, data, validation, options, out, progress, log, tensorboard)
         trainer.restore(state)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: the training state is incomplete: {error}") from error
@@ -853,6 +889,7 @@ def _trainer(
     out: str | Path | None,
     progress: bool,
     log: Callable[[str], None] | None,
+    tensorboard: str | Path | None,
 ) -> Trainer:
     def encode(part: Data) -> Examples:
         pairs = [
@@ -870,6 +907,7 @@ def _trainer(
         out=out,
         progress=progress,
         log=log,
+        tensorboard=tensorboard,
     )
 
 

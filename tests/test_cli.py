@@ -172,6 +172,20 @@ def test_a_reversed_source(tmp_path: Path, pairs: Path, capsys: pytest.CaptureFi
     assert "goes on with sources as they stand" in capsys.readouterr().err
 
 
+def test_a_missing_tensorboard_is_one_sentence(
+    tmp_path: Path,
+    pairs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    train = ["train", str(pairs), "--out", str(tmp_path / "out"), *SMALL]
+    assert cli.main([*train, "--tensorboard", str(tmp_path / "curves")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("pyseq: this needs the package tensorboard (")
+    assert "pip install 'pyseq-torch[tensorboard]'" in last
+
+
 def test_the_recipes_of_the_documentation(
     tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,17 +10,19 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from pyseq import checkpoint, cli, training
-from pyseq.errors import CheckpointError, DataError, TrainingError
+from pyseq.errors import CheckpointError, DataError, MissingExtraError, TrainingError
 from pyseq.seq2seq import Seq2Seq
 from pyseq.text import Pair, ordered_batches
 from pyseq.training import (
@@ -278,6 +280,84 @@ def test_train_gives_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     saved = Translator.load(tmp_path).model.state_dict()
     for name, weight in translator.model.state_dict().items():
         assert torch.equal(weight, saved[name]), name
+
+
+class StubWriter:
+    """Stands for torch's SummaryWriter: remembers what it was told."""
+
+    made: ClassVar[list[StubWriter]] = []
+
+    def __init__(self, log_dir: str, purge_step: int) -> None:
+        self.log_dir, self.purge_step = log_dir, purge_step
+        self.values: dict[str, list[tuple[int, float]]] = {}
+        self.closed = False
+        self.made.append(self)
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        assert not self.closed
+        self.values.setdefault(tag, []).append((step, value))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def stub_tensorboard(monkeypatch: pytest.MonkeyPatch) -> list[StubWriter]:
+    """The package as far as it is used; the list gets every writer that is made."""
+    writer = types.ModuleType("torch.utils.tensorboard")
+    writer.SummaryWriter = StubWriter  # type: ignore[attr-defined]
+    monkeypatch.setattr(StubWriter, "made", [])
+    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
+    return StubWriter.made
+
+
+def test_curves_for_tensorboard(tmp_path: Path, stub_tensorboard: list[StubWriter]) -> None:
+    options = replace(OPTIONS, epochs=2, select="accuracy")
+    trainer = training.start(
+        TRAIN,
+        VALID,
+        tokens=("char", "char"),
+        model=MODEL,
+        options=options,
+        out=tmp_path,
+        tensorboard=tmp_path / "curves",
+    )
+    at_step(trainer, STEPS + 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        trainer.run()
+    reports = training.resume(TRAIN, VALID, out=tmp_path, tensorboard=tmp_path / "curves").run()
+    first, second = stub_tensorboard
+    assert first.log_dir == second.log_dir == str(tmp_path / "curves")
+    assert (first.purge_step, second.purge_step) == (1, STEPS + 3)
+    assert first.closed
+    assert second.closed
+    assert [step for step, _ in first.values["loss/step"]] == [*range(1, STEPS + 3)]
+    assert [step for step, _ in second.values["loss/step"]] == [*range(STEPS + 3, 2 * STEPS + 1)]
+    rates = [rate for _, rate in first.values["learning_rate"]]
+    assert rates[:2] == pytest.approx([0.01, 0.009])
+    for writer, report in zip((first, second), reports, strict=True):
+        step = report.epoch * STEPS
+        assert writer.values["loss/train"] == [(step, report.train_loss)]
+        assert writer.values["loss/validation"] == [(step, report.valid_loss)]
+        assert writer.values["accuracy/validation"] == [(step, report.valid_accuracy)]
+        assert writer.values["tokens_per_second"][0][1] > 0
+
+
+def test_a_missing_tensorboard_is_missed_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(MissingExtraError, match="this needs the package tensorboard"):
+        training.start(
+            TRAIN,
+            tokens=("char", "char"),
+            model=MODEL,
+            options=OPTIONS,
+            out=tmp_path / "out",
+            tensorboard=tmp_path,
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_patience_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
