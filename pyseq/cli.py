@@ -23,6 +23,7 @@ from .averaging import AVERAGES
 from .bridge import BRIDGES
 from .errors import DataError, PyseqError
 from .plot import save_heatmap
+from .search import SearchOptions
 from .text import SPECIALS, TOKENS, PairsFile, TextPair, Tokenizer, hold_out, read_lines, read_pairs
 from .text import tokenise_pairs as tokenise
 from .training import Data, Interrupted, ModelOptions, Trainer, TrainingOptions
@@ -119,18 +120,12 @@ def _add_threads(command: Any) -> None:
 
 def _add_search(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--beam-size",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="hypotheses that the search keeps (default: 1, greedy)",
-    )
-    command.add_argument(
-        "--max-length",
-        type=_positive,
-        metavar="N",
-        help="tokens an output may have (default: half as many again as the "
-        "longest target in training)",
+        "--with",
+        dest="others",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a further model that predicts together with the first; may be given again",
     )
     command.add_argument(
         "--batch-size",
@@ -138,6 +133,61 @@ def _add_search(command: argparse.ArgumentParser) -> None:
         default=64,
         metavar="N",
         help="lines computed together (default: 64)",
+    )
+    group = command.add_argument_group("search")
+    group.add_argument(
+        "--beam-size",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="hypotheses that the search keeps (default: 1, greedy)",
+    )
+    group.add_argument(
+        "--max-length",
+        type=_positive,
+        metavar="N",
+        help="tokens an output may have (default: half as many again as the "
+        "longest target in training)",
+    )
+    _add_search_option(group, "min_length", int, "tokens an output must have")
+    _add_search_option(
+        group, "length_penalty", float, "prefer longer outputs; 0.6 to 1 are usual"
+    )
+    _add_search_option(
+        group, "coverage_penalty", float, "prefer outputs that looked at the whole line"
+    )
+    _add_search_option(
+        group, "block_ngrams", _positive, "let no N tokens in a row occur twice in an output"
+    )
+    group.add_argument("--prefix", default="", metavar="TEXT", help="what every output begins with")
+    group.add_argument(
+        "--replace-unknown",
+        action="store_true",
+        help="put for each <unk> the symbol of the line that it looked at most",
+    )
+    group = command.add_argument_group("sampling")
+    group.add_argument(
+        "--sample", action="store_true", help="draw outputs at random instead of searching"
+    )
+    _add_search_option(group, "temperature", float, "below 1 the likely becomes likelier")
+    _add_search_option(group, "top_k", _positive, "draw from the N likeliest tokens")
+    _add_search_option(
+        group, "top_p", float, "draw from the likeliest tokens that make up this probability"
+    )
+    group.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="fixes what is drawn (default: 1)"
+    )
+
+
+def _add_search_option(group: Any, name: str, kind: Callable[[str], Any], text: str) -> None:
+    """An argument for one field of the search's options."""
+    default = getattr(SearchOptions, name)
+    group.add_argument(
+        f"--{name.replace('_', '-')}",
+        type=kind,
+        default=default,
+        metavar="N",
+        help=text if default is None else f"{text} (default: {default})",
     )
 
 
@@ -306,6 +356,13 @@ def _add_predict(commands: Any) -> None:
         metavar="FOLDER",
         help="write a picture of the attention weights for each line: FOLDER/line-000001.png ...",
     )
+    command.add_argument(
+        "--n-best",
+        type=_positive,
+        metavar="N",
+        help="write the N best outputs of each line instead of one, or N draws with --sample: "
+        "number of the line, log-probability in nats and output, separated by tabs",
+    )
     _add_search(command)
     _add_threads(command)
 
@@ -335,6 +392,45 @@ def _add_evaluate(commands: Any) -> None:
 def _begin(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+
+
+def _load(arguments: argparse.Namespace) -> Translator:
+    return Translator.load(arguments.model, *arguments.others)
+
+
+def _search(
+    arguments: argparse.Namespace, translator: Translator
+) -> Callable[[list[str]], list[list[Translation]]]:
+    """What finds the outputs for some lines, as the arguments say."""
+    names = {field.name for field in fields(SearchOptions)} - {"prefix"}  # which is text here
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    for name, default in (("max_length", translator.max_length), ("n_best", 1)):
+        if given.get(name) is None:
+            given[name] = default
+    generator = torch.Generator(next(translator.model.parameters()).device)
+    try:
+        options = SearchOptions(**given)
+        generator.manual_seed(arguments.seed)
+    except (ValueError, RuntimeError) as error:  # what argparse cannot judge
+        raise PyseqError(str(error)) from error
+
+    def search(lines: list[str]) -> list[list[Translation]]:
+        try:
+            return translator.search(
+                lines,
+                options,
+                prefix=arguments.prefix,
+                replace_unknown=arguments.replace_unknown,
+                batch_size=arguments.batch_size,
+                generator=generator,
+            )
+        except PyseqError:
+            raise
+        except ValueError as error:  # an option that does not go with the model
+            raise PyseqError(f"{arguments.model}: {error}") from error
+
+    search([])  # so that such an option is refused before there is anything to read
+    return search
 
 
 def _require_one_source(arguments: argparse.Namespace) -> None:
@@ -487,10 +583,11 @@ def _data(
 
 def _predict(arguments: argparse.Namespace) -> None:
     _begin(arguments)
-    translator = Translator.load(arguments.model)
+    translator = _load(arguments)
+    search = _search(arguments, translator)
     pictures = None if arguments.attention is None else Path(arguments.attention)
     if pictures is not None:
-        if translator.model.config["score"] is None:
+        if any(model.config["score"] is None for model in (translator.model, *translator.others)):
             raise PyseqError(f"{arguments.model}: this model has no attention to draw")
         pictures.mkdir(parents=True, exist_ok=True)
     # At a terminal each line is answered before the next one is typed.
@@ -506,16 +603,14 @@ def _predict(arguments: argparse.Namespace) -> None:
                     f"line {number}: {unknown[0]!r} was not in the training data and is read as "
                     "<unk>, like all such symbols from here on"
                 )
-        results = translator.translate(
-            texts,
-            beam_size=arguments.beam_size,
-            max_length=arguments.max_length,
-            batch_size=size,
-        )
-        for (number, text), result in zip(batch, results, strict=True):
-            print(result.text)
+        for (number, text), results in zip(batch, search(texts), strict=True):
+            if arguments.n_best is None:
+                print(results[0].text)
+            else:
+                for result in results:
+                    print(f"{number}\t{result.score:.4f}\t{result.text}")
             if pictures is not None:
-                _draw(pictures / f"line-{number:06}.png", text, result)
+                _draw(pictures / f"line-{number:06}.png", text, results[0])
         sys.stdout.flush()
 
 
@@ -552,7 +647,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _begin(arguments)
     _require_one_source(arguments)
     metrics.require_packages(text_scores=True)
-    translator = Translator.load(arguments.model)
+    translator = _load(arguments)
+    search = _search(arguments, translator)
     if arguments.task == "g2p":
         answers = {
             entry.word: [" ".join(phonemes) for phonemes in entry.pronunciations]
@@ -562,12 +658,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         answers = {}
         for pair in _read(arguments.pairs, skip_bad_lines=arguments.skip_bad_lines):
             answers.setdefault(pair.source, []).append(pair.target)
-    results = translator.translate(
-        list(answers),
-        beam_size=arguments.beam_size,
-        max_length=arguments.max_length,
-        batch_size=arguments.batch_size,
-    )
+    results = [found[0] for found in search(list(answers))]
     references = list(answers.values())
     tokenizer = translator.target_tokenizer
     rates = metrics.error_rates(

@@ -6,7 +6,8 @@ What ``pyseq.train`` returns and what ``pyseq predict`` and ``pyseq evaluate`` u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .errors import CheckpointError
+from . import search as searches
+from .errors import CheckpointError, DataError
+from .search import Ensemble, Hypothesis, SearchModel, SearchOptions
 from .seq2seq import Seq2Seq
 from .text import Tokenizer, Vocab, encode_sources
+from .types import UNK
 
 
 class Translation(NamedTuple):
@@ -43,6 +47,8 @@ class Translator:
         max_length: tokens an output may have, ``<stop>`` included.
         reverse_source: whether the model was trained on sources read backwards; results are
             in the order of the text all the same.
+        others: further models with the same vocabularies, which predict together with
+            ``model``; see :class:`pyseq.Ensemble`.
 
     Raises:
         ValueError: an unknown way to split, or ``max_length`` below 1.
@@ -58,10 +64,12 @@ class Translator:
         target_tokens: str = "char",
         max_length: int = 100,
         reverse_source: bool = False,
+        others: Sequence[Seq2Seq] = (),
     ) -> None:
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         self.model = model
+        self.others = tuple(others)
         self.source_vocab = source_vocab
         self.target_vocab = target_vocab
         self.source_tokenizer = Tokenizer(source_tokens)
@@ -81,9 +89,9 @@ class Translator:
         max_length: int | None = None,
         batch_size: int = 256,
     ) -> list[Translation]:
-        """Translate lines, in batches of similar length.
+        """The best output for each line.
 
-        An unknown symbol is read as ``<unk>``; a blank line gives an empty output.
+        The short form of :meth:`search`, which has more options and gives more outputs.
 
         Args:
             lines: the lines.
@@ -94,44 +102,151 @@ class Translator:
         Returns:
             One translation for each line, in their order.
         """
+        options = SearchOptions(
+            max_length=self.max_length if max_length is None else max_length, beam_size=beam_size
+        )
+        return [found[0] for found in self.search(lines, options, batch_size=batch_size)]
+
+    def search(
+        self,
+        lines: Sequence[str],
+        options: SearchOptions | None = None,
+        *,
+        prefix: str = "",
+        replace_unknown: bool = False,
+        batch_size: int = 256,
+        generator: torch.Generator | None = None,
+    ) -> list[list[Translation]]:
+        """The outputs that a search finds for each line, in batches of similar length.
+
+        An unknown symbol is read as ``<unk>``; a blank line gives an empty output.
+
+        Args:
+            lines: the lines.
+            options: what to look for and how. Default: greedy search, up to the translator's
+                own ``max_length``.
+            prefix: text that every output begins with, in place of ``options.prefix``.
+            replace_unknown: put for every ``<unk>`` of an output the source token that it
+                looked at most.
+            batch_size: lines of one batch.
+            generator: source of randomness for ``options.sample``, on the device of the model.
+                Draws depend on how lines are put into batches. Default: torch's.
+
+        Returns:
+            For each line, in their order, what :func:`pyseq.search.search` gives for a row.
+
+        Raises:
+            ValueError: ``options.prefix`` is given, or the options do not go with the model.
+            DataError: the prefix holds a symbol that the model does not know.
+
+        Reference:
+            Luong et al. 2015, arXiv 1508.04025, section 4.1 (replacing unknown words), without
+            its dictionary.
+        """
+        options = self._text_options(options, prefix, replace_unknown=replace_unknown)
         sources = [self.source_tokenizer.split(line) for line in lines]
-        results: list[Translation | None] = [None] * len(lines)
+        results: list[list[Translation]] = [[Translation("", [], [], 0.0, None)] for _ in lines]
         order = sorted(range(len(lines)), key=lambda i: len(sources[i]))
-        blank = [i for i in order if not sources[i]]
-        for i in blank:
-            results[i] = Translation("", [], [], 0.0, None)
-        order = order[len(blank) :]
+        order = [i for i in order if sources[i]]
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = [sources[i] for i in rows]
-            found = self._translate_batch(batch, beam_size, max_length)
-            for i, result in zip(rows, found, strict=True):
-                results[i] = result
-        return [result for result in results if result is not None]
+            found = searches.search(
+                self._searched(),
+                *self._encode([sources[i] for i in rows]),
+                options,
+                generator=generator,
+            )
+            for i, hypotheses in zip(rows, found, strict=True):
+                results[i] = [
+                    self._translation(sources[i], hypothesis, replace_unknown)
+                    for hypothesis in hypotheses
+                ]
+        return results
 
-    def _translate_batch(
-        self, sources: list[list[str]], beam_size: int, max_length: int | None
-    ) -> list[Translation]:
+    def stream(
+        self,
+        line: str,
+        options: SearchOptions | None = None,
+        *,
+        prefix: str = "",
+        replace_unknown: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[str]:
+        """The output for one line, piece by piece as it is found.
+
+        Put together, the pieces are the text that :meth:`search` gives.
+
+        Args, Raises: see :meth:`search`; the options are those of :func:`pyseq.search.stream`.
+        """
+        options = self._text_options(options, prefix, replace_unknown=replace_unknown)
+        source = self.source_tokenizer.split(line)
+        if not source:
+            return iter(())
+        tokens = searches.stream(
+            self._searched(), *self._encode([source]), options, generator=generator
+        )
+        return self._pieces(source, tokens, replace_unknown)
+
+    def _pieces(
+        self, source: list[str], tokens: Iterator[searches.StreamedToken], replace_unknown: bool
+    ) -> Iterator[str]:
+        output: list[str] = []
+        said = ""
+        for item in tokens:
+            weights = None if item.weights is None else item.weights.unsqueeze(0)
+            one = Hypothesis([item.token], item.score, weights)
+            output += self._translation(source, one, replace_unknown).tokens
+            text = self.target_tokenizer.join(output)
+            yield text[len(said) :]
+            said = text
+
+    def _searched(self) -> SearchModel:
+        return Ensemble([self.model, *self.others]) if self.others else self.model
+
+    def _text_options(
+        self, options: SearchOptions | None, prefix: str, *, replace_unknown: bool
+    ) -> SearchOptions:
+        """The options of a search, with the prefix as ids."""
+        if options is None:
+            options = SearchOptions(max_length=self.max_length)
+        if any(options.prefix):
+            raise ValueError("give the prefix as text, by prefix=, not as ids in the options")
+        if replace_unknown and any(
+            model.config["score"] is None for model in (self.model, *self.others)
+        ):
+            raise ValueError("replace_unknown needs a model with attention, got one without")
+        if replace_unknown:
+            options = replace(options, need_weights=True)
+        tokens = self.target_tokenizer.split(prefix)
+        for token in tokens:
+            if token not in self.target_vocab:
+                raise DataError(f"prefix: {token!r} was not in the training data")
+        return replace(options, prefix=[self.target_vocab.encode(tokens)])
+
+    def _encode(self, sources: list[list[str]]) -> tuple[Tensor, Tensor]:
+        """The sources as the model reads them, and their lengths."""
         device = next(self.model.parameters()).device
         source, lengths = encode_sources(
             self.source_vocab, [self.in_reading_order(source) for source in sources]
         )
-        hypotheses = self.model.generate(
-            source.to(device),
-            lengths.to(device),
-            max_length=self.max_length if max_length is None else max_length,
-            beam_size=beam_size,
-        )
-        results = []
-        for tokens, hypothesis in zip(sources, hypotheses, strict=True):
-            output = self.target_vocab.decode(hypothesis.tokens)
-            text = self.target_tokenizer.join(output)
-            weights = hypothesis.weights
-            if weights is not None and self.reverse_source:
-                # Back to the order of the text; <stop> stays last.
-                weights = torch.cat([weights[:, :-1].flip(1), weights[:, -1:]], 1)
-            results.append(Translation(text, output, tokens, hypothesis.score, weights))
-        return results
+        return source.to(device), lengths.to(device)
+
+    def _translation(
+        self, source: list[str], hypothesis: Hypothesis, replace_unknown: bool
+    ) -> Translation:
+        weights = hypothesis.weights
+        if weights is not None and self.reverse_source:
+            # Back to the order of the text; <stop> stays last.
+            weights = torch.cat([weights[:, :-1].flip(1), weights[:, -1:]], 1)
+        output = self.target_vocab.decode(hypothesis.tokens)
+        if replace_unknown and weights is not None and output:
+            looked_at = weights[:, :-1].argmax(1).tolist()
+            output = [
+                source[place] if index == UNK else token
+                for token, index, place in zip(output, hypothesis.tokens, looked_at, strict=True)
+            ]
+        text = self.target_tokenizer.join(output)
+        return Translation(text, output, source, hypothesis.score, weights)
 
     def in_reading_order(self, source: list[str]) -> list[str]:
         """The tokens of a source as the model reads them: backwards with ``reverse_source``."""
@@ -142,7 +257,16 @@ class Translator:
         return [t for t in self.source_tokenizer.split(line) if t not in self.source_vocab]
 
     def save(self, path: str | Path, *, training: checkpoint.TrainingState | None = None) -> None:
-        """Save as a folder; see :func:`pyseq.save`."""
+        """Save as a folder; see :func:`pyseq.save`.
+
+        Raises:
+            ValueError: there are ``others``, which have folders of their own.
+        """
+        if self.others:
+            raise ValueError(
+                f"one folder holds one model: save the {1 + len(self.others)} models of an "
+                "ensemble one by one"
+            )
         checkpoint.save(
             path,
             self.model,
@@ -156,14 +280,38 @@ class Translator:
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> Translator:
+    def load(cls, path: str | Path, *others: str | Path) -> Translator:
         """Load what :meth:`save` wrote.
 
+        Args:
+            path: the folder.
+            others: folders of further models that predict together with the first.
+
         Raises:
-            CheckpointError: there is no saved model, it is damaged, or it was saved
-                without vocabularies.
+            CheckpointError: there is no saved model, it is damaged, it was saved without
+                vocabularies, or the others do not read and write text as the first does.
         """
-        return cls.from_saved(checkpoint.load(path), path)
+        first = cls.from_saved(checkpoint.load(path), path)
+        models = []
+        for other in others:
+            one = cls.from_saved(checkpoint.load(other), other)
+            for what in ("source_vocab", "target_vocab", "reverse_source"):
+                if getattr(one, what) != getattr(first, what):
+                    raise CheckpointError(
+                        f"{other}: the models of an ensemble must have the same {what}, "
+                        f"got another one than that of {path}"
+                    )
+            names = [
+                (each.source_tokenizer.name, each.target_tokenizer.name) for each in (first, one)
+            ]
+            if names[0] != names[1]:
+                raise CheckpointError(
+                    f"{other}: the models of an ensemble must split text alike, "
+                    f"{' and '.join(names[0])} as in {path}, got {' and '.join(names[1])}"
+                )
+            models.append(one.model)
+        first.others = tuple(models)
+        return first
 
     @classmethod
     def from_saved(cls, saved: checkpoint.Saved, path: str | Path) -> Translator:

@@ -118,6 +118,64 @@ def test_an_empty_output_is_drawn_too(
     assert (pictures / "line-000001.png").read_bytes().startswith(b"\x89PNG")
 
 
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    data: bytes,
+    *arguments: str | Path,
+) -> list[str]:
+    """The lines that ``pyseq predict`` writes for these."""
+    feed(monkeypatch, data)
+    assert cli.main(["predict", *map(str, arguments)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_predict_writes_the_n_best(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def predict(*options: str) -> list[tuple[int, float, str]]:
+        lines = run(monkeypatch, capsys, b"ab\nbb\n", model, *options)
+        rows = [line.split("\t") for line in lines]
+        return [(int(number), float(score), text) for number, score, text in rows]
+
+    found = predict("--n-best", "3", "--beam-size", "5")
+    assert [number for number, _, _ in found] == [1, 1, 1, 2, 2, 2]
+    assert [text for _, _, text in found][::3] == ["x y", "y y"]
+    scores = [score for _, score, _ in found]
+    assert scores == sorted(scores[:3], reverse=True) + sorted(scores[3:], reverse=True)
+    assert all(score < 0 for score in scores)
+    draws = ["--n-best", "20", "--sample", "--temperature", "3"]
+    first = predict(*draws)
+    assert len(first) == 40
+    assert first == predict(*draws)
+    assert first != predict(*draws, "--seed", "2")
+    sure = predict("--n-best", "2", "--sample", "--top-k", "1")
+    assert [text for _, _, text in sure] == ["x y", "x y", "y y", "y y"]
+
+
+def test_predict_with_rules(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--min-length", "3", "--max-length", "6", "--prefix", "y x", "--beam-size", "3"]
+    more = ["--length-penalty", "1", "--coverage-penalty", "0.2", "--replace-unknown"]
+    for extra in ([], more):
+        (text,) = run(monkeypatch, capsys, b"ab\n", model, *options, *extra)
+        assert text.startswith("y x ")
+        assert len(text.split()) >= 3
+    (text,) = run(monkeypatch, capsys, b"bb\n", model, "--block-ngrams", "1")
+    assert text.split().count("y") == 1
+    two = run(monkeypatch, capsys, b"ab\nbb\n", model, "--with", model, "--with", model)
+    assert two == ["x y", "y y"]
+
+
+def test_evaluate_with_an_ensemble(
+    model: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--with", str(model), "--beam-size", "2", "--length-penalty", "0.6"]
+    assert cli.main(["evaluate", str(model), str(pairs), *arguments]) == 0
+    assert "WER    0.00%" in capsys.readouterr().out
+
+
 def test_evaluate(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "test.tsv"
     path.write_text("ab\tq q\nab\tx y\nba\ty x\nbb\tx y\n")
@@ -309,6 +367,11 @@ def test_skip_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["predict", "{tmp}"], 1, "no saved model here"),
         (["predict", "{pairs}"], 1, "not a folder"),
         (["predict", "{model}", "--attention", "{pairs}"], 1, "pairs.tsv: File exists"),
+        (["predict", "{model}", "--with", "{tmp}"], 1, "no saved model here"),
+        (["predict", "{model}", "--top-k", "3"], 1, "top_k must be None without sample=True"),
+        (["predict", "{model}", "--n-best", "2"], 1, "n_best must be at most beam_size = 1, got 2"),
+        (["predict", "{model}", "--prefix", "x q"], 1, "prefix: 'q' was not in the training"),
+        (["predict", "{model}", "--min-length", "99"], 1, "min_length must be between 0 and"),
         (["evaluate", "{model}", "{tmp}/missing.tsv"], 1, "missing.tsv: No such file"),
         (["evaluate", "{model}", "{empty}"], 1, "no pairs in this file"),
         (["evaluate", "{model}"], 1, "give either a file of pairs or --task g2p"),
