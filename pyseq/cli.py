@@ -150,9 +150,7 @@ def _add_search(command: argparse.ArgumentParser) -> None:
         "longest target in training)",
     )
     _add_search_option(group, "min_length", int, "tokens an output must have")
-    _add_search_option(
-        group, "length_penalty", float, "prefer longer outputs; 0.6 to 1 are usual"
-    )
+    _add_search_option(group, "length_penalty", float, "prefer longer outputs; 0.6 to 1 are usual")
     _add_search_option(
         group, "coverage_penalty", float, "prefer outputs that looked at the whole line"
     )
