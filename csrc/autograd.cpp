@@ -77,18 +77,35 @@ variable_list gradients(const char* name, variable_list list, const variable_lis
 // A gradient that belongs to an optional argument.
 Tensor if_given(bool present, const Tensor& gradient) { return present ? gradient : Tensor(); }
 
+// Says which of the results of a scan are tensors without use, which take no gradient.
+void mark_scan_results(AutogradContext* context, const std::string& cell, bool return_states,
+                       const Tensor& c_n, const Tensor& c_steps) {
+  const bool has_c = cell == "lstm";
+  variable_list without_use;
+  if (!has_c) without_use.push_back(c_n);
+  if (!has_c || !return_states) without_use.push_back(c_steps);
+  context->mark_non_differentiable(without_use);
+  context->saved_data["has_c"] = has_c;
+  context->saved_data["has_c_steps"] = has_c && return_states;
+}
+
+// The gradient of such a result, if it has a use.
+OptionalTensor if_used(const c10::IValue& used, const Tensor& gradient) {
+  return used.toBool() ? given(gradient) : std::nullopt;
+}
+
 struct Scan : Function<Scan> {
   static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& w_ih,
                                const Tensor& w_hh, const OptionalTensor& b_ih,
                                const OptionalTensor& b_hh, const OptionalTensor& w_hr,
                                const OptionalTensor& h_0, const OptionalTensor& c_0,
                                const OptionalTensor& lengths, const OptionalTensor& resets,
-                               std::string cell, bool reverse) {
+                               std::string cell, bool reverse, bool return_states) {
     const bool needs_x = x.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&scan_forward>("pyseq::scan_forward");
-    const auto [y, h_n, c_n, gates, apart, states, cells, inner] =
-        op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse);
+    const auto [y, h_n, c_n, gates, apart, states, cells, inner, c_steps] = op.call(
+        x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse, return_states);
     // The last four only to say which gradients there are, and what these depend on.
     context->save_for_backward({x, w_ih, w_hh, or_undefined(w_hr), or_undefined(lengths),
                                 or_undefined(resets), gates, apart, states, cells, inner,
@@ -99,24 +116,23 @@ struct Scan : Function<Scan> {
     options["reverse"] = reverse;
     options["needs_x"] = needs_x;
     context->set_materialize_grads(false);
-    if (cell != "lstm") context->mark_non_differentiable({c_n});
-    return {y, h_n, c_n};
+    mark_scan_results(context, cell, return_states, c_n, c_steps);
+    return {y, h_n, c_n, c_steps};
   }
 
   static variable_list backward(AutogradContext* context, variable_list d) {
     const variable_list saved = context->get_saved_variables();
     auto& options = context->saved_data;
-    const bool is_lstm = options["cell"].toStringView() == "lstm";
     const OptionalTensor w_hr = given(saved[3]);
-    variable_list result(12);
+    variable_list result(13);
     {
       const at::NoGradGuard constant;
       static const auto op = find_operator<&scan_backward>("pyseq::scan_backward");
       const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0] =
-          op.call(given(d[0]), given(d[1]), is_lstm ? given(d[2]) : std::nullopt, saved[0],
-                  saved[1], saved[2], w_hr, given(saved[4]), given(saved[5]), saved[6], saved[7],
-                  saved[8], saved[9], saved[10], options["cell"].toStringView(),
-                  options["reverse"].toBool(), options["needs_x"].toBool());
+          op.call(given(d[0]), given(d[1]), if_used(options["has_c"], d[2]), saved[0], saved[1],
+                  saved[2], w_hr, given(saved[4]), given(saved[5]), saved[6], saved[7], saved[8],
+                  saved[9], saved[10], options["cell"].toStringView(), options["reverse"].toBool(),
+                  options["needs_x"].toBool(), if_used(options["has_c_steps"], d[3]));
       result[0] = if_given(options["needs_x"].toBool(), d_x);
       result[1] = d_w_ih;
       result[2] = d_w_hh;
@@ -136,12 +152,14 @@ struct ScanKeeping : Function<ScanKeeping> {
                                const OptionalTensor& b_hh, const OptionalTensor& w_hr,
                                const OptionalTensor& h_0, const OptionalTensor& c_0,
                                const OptionalTensor& lengths, const OptionalTensor& resets,
-                               std::string cell, bool reverse, int64_t keep_every) {
+                               std::string cell, bool reverse, int64_t keep_every,
+                               bool return_states) {
     const bool needs_x = x.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&scan_kept_forward>("pyseq::scan_kept_forward");
-    const auto [y, h_n, c_n, h_kept, c_kept] = op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0,
-                                                       lengths, resets, cell, reverse, keep_every);
+    const auto [y, h_n, c_n, h_kept, c_kept, c_steps] =
+        op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
+                keep_every, return_states);
     // The last two only to say which gradients there are.
     context->save_for_backward({x, w_ih, w_hh, or_undefined(b_ih), or_undefined(b_hh),
                                 or_undefined(w_hr), or_undefined(lengths), or_undefined(resets),
@@ -152,23 +170,23 @@ struct ScanKeeping : Function<ScanKeeping> {
     options["keep_every"] = keep_every;
     options["needs_x"] = needs_x;
     context->set_materialize_grads(false);
-    if (cell != "lstm") context->mark_non_differentiable({c_n});
-    return {y, h_n, c_n};
+    mark_scan_results(context, cell, return_states, c_n, c_steps);
+    return {y, h_n, c_n, c_steps};
   }
 
   static variable_list backward(AutogradContext* context, variable_list d) {
     const variable_list saved = context->get_saved_variables();
     auto& options = context->saved_data;
-    const bool is_lstm = options["cell"].toStringView() == "lstm";
-    variable_list result(13);
+    variable_list result(14);
     {
       const at::NoGradGuard constant;
       static const auto op = find_operator<&scan_kept_backward>("pyseq::scan_kept_backward");
-      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0] = op.call(
-          given(d[0]), given(d[1]), is_lstm ? given(d[2]) : std::nullopt, saved[0], saved[1],
-          saved[2], given(saved[3]), given(saved[4]), given(saved[5]), given(saved[6]),
-          given(saved[7]), saved[8], saved[9], options["cell"].toStringView(),
-          options["reverse"].toBool(), options["keep_every"].toInt(), options["needs_x"].toBool());
+      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0] =
+          op.call(given(d[0]), given(d[1]), if_used(options["has_c"], d[2]), saved[0], saved[1],
+                  saved[2], given(saved[3]), given(saved[4]), given(saved[5]), given(saved[6]),
+                  given(saved[7]), saved[8], saved[9], options["cell"].toStringView(),
+                  options["reverse"].toBool(), options["keep_every"].toInt(),
+                  options["needs_x"].toBool(), if_used(options["has_c_steps"], d[3]));
       result[0] = if_given(options["needs_x"].toBool(), d_x);
       result[1] = d_w_ih;
       result[2] = d_w_hh;
@@ -363,27 +381,26 @@ struct Linear : Function<Linear> {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
-                                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
-                                        const OptionalTensor& c_0, const OptionalTensor& lengths,
-                                        const OptionalTensor& resets, std::string_view cell,
-                                        bool reverse, int64_t keep_every) {
+ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                const OptionalTensor& b_hh, const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                const OptionalTensor& c_0, const OptionalTensor& lengths,
+                const OptionalTensor& resets, std::string_view cell, bool reverse,
+                int64_t keep_every, bool return_states) {
   const OptionalTensor x_(x), w_ih_(w_ih), w_hh_(w_hh);
   if (!needs_grad("scan", {&x_, &w_ih_, &w_hh_, &b_ih, &b_hh, &w_hr, &h_0, &c_0})) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::scan>("pyseq::scan");
     return op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
-                   keep_every);
+                   keep_every, return_states);
   }
   check_differentiable(w_hh);
   const std::string name(cell);
   const variable_list result =
-      keep_every == 1
-          ? Scan::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, name, reverse)
-          : ScanKeeping::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, name,
-                               reverse, keep_every);
-  return {result[0], result[1], result[2]};
+      keep_every == 1 ? Scan::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets,
+                                    name, reverse, return_states)
+                      : ScanKeeping::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths,
+                                           resets, name, reverse, keep_every, return_states);
+  return {result[0], result[1], result[2], result[3]};
 }
 
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,

@@ -146,8 +146,8 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                    const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                    const OptionalTensor& w_hr_in, const OptionalTensor& h_0,
                    const OptionalTensor& c_0, const OptionalTensor& lengths_in,
-                   const OptionalTensor& resets_in, std::string_view name, bool reverse,
-                   bool save) {
+                   const OptionalTensor& resets_in, std::string_view name, bool reverse, bool save,
+                   bool return_states) {
   const ScanShape shape = check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr_in, h_0, c_0, resets_in, name);
   const auto& [cell, T_, B, I, H, P, projects] = shape;
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
@@ -175,6 +175,8 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const Tensor apart = save && cell.has_apart ? fresh({T_, B, H}, x) : nothing(x);
   const Tensor inner = projects ? fresh({save ? T_ : 1, B, H}, x) : nothing(x);
   const Tensor y = fresh({T_, B, P}, x);
+  const bool keeps_c = return_states && cell.has_cell;
+  const Tensor c_steps = keeps_c ? fresh({T_, B, H}, x) : nothing(x);
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan", [&] {
     cpu::kernels<scalar_t>().scan_forward({
@@ -203,6 +205,7 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
         .cells = data_or_null<scalar_t>(cells, cell.has_cell),
         .inner = data_or_null<scalar_t>(inner, projects),
         .y = y.data_ptr<scalar_t>(),
+        .c_steps = data_or_null<scalar_t>(c_steps, keeps_c),
     });
   });
   return {y,
@@ -212,17 +215,17 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
           apart,
           states,
           cells,
-          inner};
+          inner,
+          c_steps};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
-                                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
-                                        const OptionalTensor& c_0, const OptionalTensor& lengths,
-                                        const OptionalTensor& resets, std::string_view cell,
-                                        bool reverse, int64_t /*keep_every*/) {
+ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                const OptionalTensor& b_hh, const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                const OptionalTensor& c_0, const OptionalTensor& lengths,
+                const OptionalTensor& resets, std::string_view cell, bool reverse,
+                int64_t /*keep_every*/, bool return_states) {
   // With few rows the input is multiplied ahead. Of a long sequence a stretch at a time, so that
   // what is written is read again from the cache.
   constexpr int64_t kAhead = 1 << 19, kLeast = 64;  // numbers; steps
@@ -230,23 +233,25 @@ std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, con
     const int64_t stretch =
         std::max(kLeast, kAhead / std::max<int64_t>(1, x.size(1) * w_hh.size(0)));
     if (x.size(0) > 2 * stretch) {
-      const ScanKept all = scan_kept_forward(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths,
-                                             resets, cell, reverse, stretch);
-      return {std::get<0>(all), std::get<1>(all), std::get<2>(all)};
+      const auto [y, h_n, c_n, h_kept, c_kept, c_steps] =
+          scan_kept_forward(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell,
+                            reverse, stretch, return_states);
+      return {y, h_n, c_n, c_steps};
     }
   }
   const ScanSaved all = run_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell,
-                                 reverse, /*save=*/false);
-  return {std::get<0>(all), std::get<1>(all), std::get<2>(all)};
+                                 reverse, /*save=*/false, return_states);
+  return {std::get<0>(all), std::get<1>(all), std::get<2>(all), std::get<8>(all)};
 }
 
 ScanSaved scan_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
                        const OptionalTensor& c_0, const OptionalTensor& lengths,
-                       const OptionalTensor& resets, std::string_view cell, bool reverse) {
+                       const OptionalTensor& resets, std::string_view cell, bool reverse,
+                       bool return_states) {
   return run_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
-                  /*save=*/true);
+                  /*save=*/true, return_states);
 }
 
 ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
@@ -255,7 +260,7 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
                             const OptionalTensor& lengths_in, const OptionalTensor& resets_in,
                             const Tensor& gates_in, const Tensor& apart_in, const Tensor& states_in,
                             const Tensor& cells_in, const Tensor& inner_in, std::string_view name,
-                            bool reverse, bool needs_x) {
+                            bool reverse, bool needs_x, const OptionalTensor& d_c_steps_in) {
   const ScanShape shape =
       check_scan(x, w_ih, w_hh, std::nullopt, std::nullopt, w_hr_in, d_h_n, d_c_n, resets_in, name);
   const auto& [cell, T_, B, I, H, P, projects] = shape;
@@ -270,6 +275,8 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
   const Tensor cells = check_saved(cells_in, "cells", cell.has_cell ? slots_hidden : none, x);
   const Tensor inner = check_saved(inner_in, "inner", projects ? steps_hidden : none, x);
   check_tensor(d_y, "d_y", "(T, B, P)", {T_, B, P}, x, "x");
+  check_tensor(d_c_steps_in, "d_c_steps", "(T, B, H)", {T_, B, H}, x, "x");
+  const OptionalTensor d_c_steps = contiguous(d_c_steps_in);
 
   const Tensor d_output = d_y.has_value() ? d_y->contiguous() : at::zeros({T_, B, P}, x.options());
   const Tensor d_h = fresh({B, P}, x);
@@ -316,6 +323,7 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
         .d_w_hr = data_or_null<scalar_t>(d_w_hr, projects),
         .d_b_ih = d_b_ih.data_ptr<scalar_t>(),
         .d_b_hh = d_b_hh.data_ptr<scalar_t>(),
+        .d_c_steps = data<scalar_t>(d_c_steps),
     });
   });
   return {d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h, d_c};
@@ -354,7 +362,7 @@ ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_
                            const OptionalTensor& w_hr, const OptionalTensor& h_0,
                            const OptionalTensor& c_0, const OptionalTensor& lengths_in,
                            const OptionalTensor& resets, std::string_view name, bool reverse,
-                           int64_t keep_every) {
+                           int64_t keep_every, bool return_states) {
   const auto [cell, T_, B, I, H, P, projects] =
       check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, resets, name);
   TORCH_CHECK_VALUE(keep_every > 0, "keep_every must be at least 1, got ", keep_every);
@@ -364,6 +372,8 @@ ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_
   const Tensor y = fresh({T_, B, P}, x);
   const Tensor h_kept = fresh({count, B, P}, x);
   const Tensor c_kept = cell.has_cell ? fresh({count, B, H}, x) : nothing(x);
+  const bool keeps_c = return_states && cell.has_cell;
+  const Tensor c_steps = keeps_c ? fresh({T_, B, H}, x) : nothing(x);
   const auto first = [&](const Tensor& kept, const OptionalTensor& given) {
     given.has_value() ? kept.select(0, 0).copy_(*given) : kept.select(0, 0).zero_();
   };
@@ -373,10 +383,11 @@ ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_
   for (int64_t i = 0; i < count; ++i) {
     const Stretch& stretch = list[i];
     const OptionalTensor c = cell.has_cell ? OptionalTensor(c_kept.select(0, i)) : std::nullopt;
-    const ScanSaved run =
-        run_scan(stretch.of(x), w_ih, w_hh, b_ih, b_hh, w_hr, h_kept.select(0, i), c,
-                 stretch.lengths(lengths), stretch.of(resets), name, reverse, /*save=*/false);
+    const ScanSaved run = run_scan(stretch.of(x), w_ih, w_hh, b_ih, b_hh, w_hr, h_kept.select(0, i),
+                                   c, stretch.lengths(lengths), stretch.of(resets), name, reverse,
+                                   /*save=*/false, return_states);
     stretch.of(y).copy_(std::get<0>(run));
+    if (keeps_c) stretch.of(c_steps).copy_(std::get<8>(run));
     h_n = std::get<1>(run);
     c_n = std::get<2>(run);
     if (i + 1 < count) {
@@ -384,7 +395,7 @@ ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_
       if (cell.has_cell) c_kept.select(0, i + 1).copy_(c_n);
     }
   }
-  return {y, h_n, c_n, h_kept, c_kept};
+  return {y, h_n, c_n, h_kept, c_kept, c_steps};
 }
 
 ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
@@ -393,12 +404,14 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
                                  const OptionalTensor& b_hh, const OptionalTensor& w_hr,
                                  const OptionalTensor& lengths_in, const OptionalTensor& resets,
                                  const Tensor& h_kept, const Tensor& c_kept, std::string_view name,
-                                 bool reverse, int64_t keep_every, bool needs_x) {
+                                 bool reverse, int64_t keep_every, bool needs_x,
+                                 const OptionalTensor& d_c_steps) {
   const auto [cell, T_, B, I, H, P, projects] =
       check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, d_h_n, d_c_n, resets, name);
   TORCH_CHECK_VALUE(keep_every > 0, "keep_every must be at least 1, got ", keep_every);
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   check_tensor(d_y, "d_y", "(T, B, P)", {T_, B, P}, x, "x");
+  check_tensor(d_c_steps, "d_c_steps", "(T, B, H)", {T_, B, H}, x, "x");
   const std::vector<Stretch> list = stretches(T_, keep_every, reverse);
   const int64_t count = static_cast<int64_t>(list.size());
   check_saved(h_kept, "h_kept", {count, B, P}, x);
@@ -411,12 +424,12 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
     const OptionalTensor c = cell.has_cell ? OptionalTensor(c_kept.select(0, i)) : std::nullopt;
     const OptionalTensor own_lengths = stretch.lengths(lengths), own_resets = stretch.of(resets);
     const Tensor own_x = stretch.of(x);
-    const auto [y, h_n, c_n, gates, apart, states, cells, inner] =
+    const auto [y, h_n, c_n, gates, apart, states, cells, inner, c_steps] =
         run_scan(own_x, w_ih, w_hh, b_ih, b_hh, w_hr, h_kept.select(0, i), c, own_lengths,
-                 own_resets, name, reverse, /*save=*/true);
-    const auto [d_own_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0] =
-        scan_backward(stretch.of(d_y), d_h, d_c, own_x, w_ih, w_hh, w_hr, own_lengths, own_resets,
-                      gates, apart, states, cells, inner, name, reverse, needs_x);
+                 own_resets, name, reverse, /*save=*/true, /*return_states=*/false);
+    const auto [d_own_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0] = scan_backward(
+        stretch.of(d_y), d_h, d_c, own_x, w_ih, w_hh, w_hr, own_lengths, own_resets, gates, apart,
+        states, cells, inner, name, reverse, needs_x, stretch.of(d_c_steps));
     if (needs_x) stretch.of(d_x).copy_(d_own_x);
     const std::array<Tensor, 5> own{d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr};
     for (size_t w = 0; w < own.size(); ++w) {

@@ -18,21 +18,23 @@ using OptionalTensor = std::optional<Tensor>;
 // A result that a call cannot have (c_n of a GRU, say) is a tensor without elements:
 // operators may return neither nothing nor the same memory twice.
 
-// (y, h_n, c_n)
-std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
-                                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
-                                        const OptionalTensor& c_0, const OptionalTensor& lengths,
-                                        const OptionalTensor& resets, std::string_view cell,
-                                        bool reverse, int64_t keep_every);
+// (y, h_n, c_n, c_steps): the last, c after every step, only with `return_states`.
+using ScanResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                const OptionalTensor& b_hh, const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                const OptionalTensor& c_0, const OptionalTensor& lengths,
+                const OptionalTensor& resets, std::string_view cell, bool reverse,
+                int64_t keep_every, bool return_states);
 
-// (y, h_n, c_n) and, for backward, (gates, apart, states, cells, inner); see kernels.h.
-using ScanSaved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// (y, h_n, c_n), for backward (gates, apart, states, cells, inner), see kernels.h, and c_steps.
+using ScanSaved =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 ScanSaved scan_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
                        const OptionalTensor& c_0, const OptionalTensor& lengths,
-                       const OptionalTensor& resets, std::string_view cell, bool reverse);
+                       const OptionalTensor& resets, std::string_view cell, bool reverse,
+                       bool return_states);
 
 // (d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0)
 using ScanGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -42,18 +44,19 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
                             const OptionalTensor& lengths, const OptionalTensor& resets,
                             const Tensor& gates, const Tensor& apart, const Tensor& states,
                             const Tensor& cells, const Tensor& inner, std::string_view cell,
-                            bool reverse, bool needs_x);
+                            bool reverse, bool needs_x, const OptionalTensor& d_c_steps);
 
 // The same for long sequences: of the steps only every `keep_every`-th state is kept, and
 // backward runs each stretch between two of them forward once more.
-// (y, h_n, c_n, h_kept, c_kept): the states before each stretch, in the order of processing.
-using ScanKept = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// (y, h_n, c_n, h_kept, c_kept, c_steps): kept are the states before each stretch, in the order
+// of processing.
+using ScanKept = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                            const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                            const OptionalTensor& w_hr, const OptionalTensor& h_0,
                            const OptionalTensor& c_0, const OptionalTensor& lengths,
                            const OptionalTensor& resets, std::string_view cell, bool reverse,
-                           int64_t keep_every);
+                           int64_t keep_every, bool return_states);
 
 ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
                                  const OptionalTensor& d_c_n, const Tensor& x, const Tensor& w_ih,
@@ -61,7 +64,8 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
                                  const OptionalTensor& b_hh, const OptionalTensor& w_hr,
                                  const OptionalTensor& lengths, const OptionalTensor& resets,
                                  const Tensor& h_kept, const Tensor& c_kept, std::string_view cell,
-                                 bool reverse, int64_t keep_every, bool needs_x);
+                                 bool reverse, int64_t keep_every, bool needs_x,
+                                 const OptionalTensor& d_c_steps);
 
 // (context, attn)
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,

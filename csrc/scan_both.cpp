@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
     TORCH_CHECK((*state)->dim() == 3 && (*state)->size(0) == kDirections, name,
                 " must be (2, B, .), got ", shape_text((*state)->sizes()));
   }
-  std::tuple<Tensor, Tensor, Tensor> results[kDirections];
+  ScanResult results[kDirections];
   const auto run = [&](int64_t direction) {
     const auto weight = [&](int64_t i) {
       return weights.get(static_cast<size_t>(direction * kPerDirection + i));
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
     TORCH_CHECK(w_ih.has_value() && w_hh.has_value(), "w_ih and w_hh must be given");
     results[direction] =
         scan(x, *w_ih, *w_hh, weight(2), weight(3), weight(4), state(h_0), state(c_0), lengths,
-             resets, cell, /*reverse=*/direction == 1, /*keep_every=*/1);
+             resets, cell, /*reverse=*/direction == 1, /*keep_every=*/1, /*return_states=*/false);
   };
   const OptionalTensor w_hh = weights.get(1);
   if (one_thread_each(x.size(1), w_hh.has_value() ? w_hh->numel() : 0, thread_count())) {
@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
   } else {
     for (int64_t direction = 0; direction < kDirections; ++direction) run(direction);
   }
-  const auto& [y, h_n, c_n] = results[0];
-  const auto& [y_reverse, h_n_reverse, c_n_reverse] = results[1];
+  const auto& [y, h_n, c_n, c_steps] = results[0];
+  const auto& [y_reverse, h_n_reverse, c_n_reverse, c_steps_reverse] = results[1];
   return {at::cat({y, y_reverse}, 2), at::stack({h_n, h_n_reverse}),
           has_cell ? at::stack({c_n, c_n_reverse}) : nothing(x)};
 }

@@ -46,6 +46,11 @@ def _fake(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return register
 
 
+def _steps_size(cell: str, steps: int, batch: int, hidden: int, wanted: bool) -> tuple[int, ...]:
+    """The shape of c after every step."""
+    return (steps, *_cell_size(cell, batch, hidden)) if wanted and cell == "lstm" else (0,)
+
+
 def _cell_size(cell: str, batch: int, hidden: int) -> tuple[int, ...]:
     return (batch, hidden) if cell == "lstm" else (0,)
 
@@ -71,6 +76,7 @@ def _scan(
     cell: str,
     reverse: bool,
     keep_every: int = 1,
+    return_states: bool = False,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
     # Quantized weights have the rows of the matrix, but other columns.
@@ -80,6 +86,7 @@ def _scan(
         x.new_empty(steps, batch, size),
         x.new_empty(batch, size),
         x.new_empty(_cell_size(cell, batch, hidden)),
+        x.new_empty(_steps_size(cell, steps, batch, hidden, return_states)),
     )
 
 
@@ -97,17 +104,19 @@ def _scan_forward(
     resets: Tensor | None,
     cell: str,
     reverse: bool,
+    return_states: bool = False,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
     rows, size = w_hh.shape
     hidden = rows // GATES[cell]
     return (
-        *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse),
+        *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse)[:3],
         x.new_empty(steps, batch, rows),
         x.new_empty((steps, batch, hidden) if cell == "gru" else 0),
         x.new_empty(steps + 1, batch, size),
         x.new_empty((steps + 1, batch, hidden) if cell == "lstm" else 0),
         x.new_empty(0 if w_hr is None else (steps, batch, hidden)),
+        x.new_empty(_steps_size(cell, steps, batch, hidden, return_states)),
     )
 
 
@@ -130,6 +139,7 @@ def _scan_backward(
     cell: str,
     reverse: bool,
     needs_x: bool,
+    d_c_steps: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x)
 
@@ -166,14 +176,17 @@ def _scan_kept_forward(
     cell: str,
     reverse: bool,
     keep_every: int,
+    return_states: bool = False,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
     rows, size = w_hh.shape
+    hidden = rows // GATES[cell]
     kept = (steps + keep_every - 1) // keep_every
     return (
-        *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse),
+        *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse)[:3],
         x.new_empty(kept, batch, size),
-        x.new_empty((kept, batch, rows // GATES[cell]) if cell == "lstm" else 0),
+        x.new_empty((kept, batch, hidden) if cell == "lstm" else 0),
+        x.new_empty(_steps_size(cell, steps, batch, hidden, return_states)),
     )
 
 
@@ -196,6 +209,7 @@ def _scan_kept_backward(
     reverse: bool,
     keep_every: int,
     needs_x: bool,
+    d_c_steps: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x)
 

@@ -9,6 +9,7 @@ torch and is what these must agree with.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from .types import (
     GenerateOutput,
     LayerWeights,
     ScanOutput,
+    ScanStates,
     ScoreName,
     State,
     decoder_parts,
@@ -54,6 +56,7 @@ def _beside(name: str, indices: Tensor | None, x: Tensor) -> Tensor | None:
     return indices.to(x.device)
 
 
+@overload
 def scan(
     x: Tensor,
     w_ih: Tensor,
@@ -68,7 +71,64 @@ def scan(
     resets: Tensor | None = None,
     reverse: bool = False,
     keep_every: int = 1,
-) -> ScanOutput:
+    return_states: Literal[False] = False,
+) -> ScanOutput: ...
+
+
+@overload
+def scan(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    state: State | None = None,
+    *,
+    cell: CellName = "lstm",
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+    keep_every: int = 1,
+    return_states: Literal[True],
+) -> ScanStates: ...
+
+
+@overload
+def scan(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    state: State | None = None,
+    *,
+    cell: CellName = "lstm",
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+    keep_every: int = 1,
+    return_states: bool,
+) -> ScanOutput | ScanStates: ...
+
+
+def scan(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    state: State | None = None,
+    *,
+    cell: CellName = "lstm",
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+    keep_every: int = 1,
+    return_states: bool = False,
+) -> ScanOutput | ScanStates:
     """Run one recurrent layer over a sequence, in one direction.
 
     ``h_t, c_t = cell(W_ih x_t + b_ih, W_hh h_{t-1} + b_hh, h_{t-1}, c_{t-1})`` with the
@@ -92,9 +152,13 @@ def scan(
         keep_every: k above 1 keeps for backward, besides x, the state at every k-th step
             only, instead of gates and states of all; backward runs each stretch of k steps
             forward once more. For long sequences, whose memory binds.
+        return_states: also return the state after every step.
 
     Returns:
-        ``output`` (T, B, P), and ``state`` after the last valid step, shaped as given.
+        ``output`` (T, B, P), and ``state`` after the last valid step, shaped as given. With
+        ``return_states`` a third, ``states``: the state after every step, h (T, B, P), which
+        is ``output``, or for LSTM the pair of it and c (T, B, H), zero at padded steps.
+        Gradients flow back from all of it.
 
     Raises:
         ValueError: an option is unknown or out of its range, or the state has the wrong form.
@@ -111,7 +175,7 @@ def scan(
     if keep_every < 1:
         raise ValueError(f"keep_every must be at least 1, got {keep_every!r}")
     h_0, c_0 = _h_and_c(state_parts(cell, state))
-    output, h_n, c_n = torch.ops.pyseq.scan(
+    output, h_n, c_n, c_steps = torch.ops.pyseq.scan(
         x,
         w_ih,
         w_hh,
@@ -125,8 +189,12 @@ def scan(
         cell,
         reverse,
         keep_every,
+        return_states,
     )
-    return ScanOutput(output, (h_n, c_n) if cell == "lstm" else h_n)
+    state = (h_n, c_n) if cell == "lstm" else h_n
+    if not return_states:
+        return ScanOutput(output, state)
+    return ScanStates(output, state, (output, c_steps) if cell == "lstm" else output)
 
 
 def scan_both(

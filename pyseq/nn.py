@@ -8,7 +8,7 @@ initialisation. Modules keep parameters and check arguments; ``functional`` comp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -28,6 +28,7 @@ from .types import (
     DecoderOutput,
     DecoderState,
     LayerWeights,
+    ScanStates,
     ScoreName,
     State,
     decoder_parts,
@@ -114,22 +115,25 @@ def _scan_layers(
     dropout: float = 0.0,
     keep_every: int = 1,
     regularization: _Regularization = _PLAIN,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return_states: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Stacked layers, one scan for each layer and direction.
 
     Args:
         x: (T, B, I).
         weights: those of each layer, and in it of each direction.
         parts: the initial state, ``()`` for zero, else h (L*D, B, P) and for LSTM c.
-        cell, lengths, resets, keep_every: as in ``functional.scan``.
+        cell, lengths, resets, keep_every, return_states: as in ``functional.scan``.
         directions: D, 1 or 2.
         dropout: probability of zeroing an output of a layer that is not the last one.
         regularization: what else to do to them.
 
     Returns:
-        The output (T, B, D*P) of the last layer, and the last state in parts.
+        The output (T, B, D*P) of the last layer, the last state in parts, and the states after
+        every step in parts (L*D, T, B, .), ``()`` unless they are wanted.
     """
     states: list[tuple[Tensor, ...]] = []
+    all_steps: list[tuple[Tensor, ...]] = []
     for first in range(0, len(weights), directions):
         below = x
         if states and dropout > 0:
@@ -138,7 +142,7 @@ def _scan_layers(
             shape = x.shape[1:]
             x = x * apply_dropout(x.new_ones(shape), regularization.variational_dropout)
         own = slice(first, first + directions)
-        x, last = _scan_layer(
+        x, last, steps = _scan_layer(
             x,
             [regularization.weights(each) for each in weights[own]],
             tuple(part[own] for part in parts),
@@ -146,14 +150,23 @@ def _scan_layers(
             lengths=lengths,
             resets=resets,
             keep_every=keep_every,
+            return_states=return_states,
         )
         if regularization.residual and below.shape[-1] == x.shape[-1]:
             # Padding above the first layer is zero already.
             x = x + (below if states else without_padding(below, lengths))
         states.append(last)
+        all_steps.append(steps)
     if len(states) == 1:
-        return x, states[0]
-    return x, tuple(torch.cat(part) for part in zip(*states, strict=True))
+        return x, states[0], all_steps[0]
+    return x, _join_layers(torch.cat, states), _join_layers(torch.cat, all_steps)
+
+
+def _join_layers(
+    join: Callable[[list[Tensor]], Tensor], states: list[tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """States in parts, each part of all layers or directions as one tensor."""
+    return tuple(join(list(part)) for part in zip(*states, strict=True))
 
 
 def _scan_layer(
@@ -165,17 +178,19 @@ def _scan_layer(
     lengths: Tensor | None,
     resets: Tensor | None,
     keep_every: int,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return_states: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """One layer of :func:`_scan_layers`, whose states are (D, B, P)."""
-    if len(weights) == 2 and not torch.is_grad_enabled():
+    if len(weights) == 2 and not torch.is_grad_enabled() and not return_states:
         state = _join_parts(parts) if parts else None
         output, last = functional.scan_both(
             x, weights[0], weights[1], state, cell=cell, lengths=lengths, resets=resets
         )
-        return output, state_parts(cell, last)
+        return output, state_parts(cell, last), ()
     outputs, states = [], []
+    all_steps: list[tuple[Tensor, ...]] = []
     for direction, own in enumerate(weights):
-        output, last = functional.scan(
+        result = functional.scan(
             x,
             *own,
             _join_parts(tuple(part[direction] for part in parts)) if parts else None,
@@ -184,11 +199,13 @@ def _scan_layer(
             resets=resets,
             reverse=direction == 1,
             keep_every=keep_every,
+            return_states=return_states,
         )
-        outputs.append(output)
-        states.append(state_parts(cell, last))
+        outputs.append(result.output)
+        states.append(state_parts(cell, result.state))
+        all_steps.append(state_parts(cell, result.states) if isinstance(result, ScanStates) else ())
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-    return output, tuple(torch.stack(part) for part in zip(*states, strict=True))
+    return output, _join_layers(torch.stack, states), _join_layers(torch.stack, all_steps)
 
 
 class _Recurrent(torch.nn.RNNBase):
@@ -351,8 +368,9 @@ class _Recurrent(torch.nn.RNNBase):
         parts: tuple[Tensor, ...],
         lengths: Tensor | None,
         resets: Tensor | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Time-major and batched: the output and the last state in parts."""
+        return_states: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Time-major and batched: the output, the last state and those of every step in parts."""
         if not parts:
             parts = tuple(part.unsqueeze(1).expand(-1, x.shape[1], -1) for part in self._learned())
         return _scan_layers(
@@ -370,6 +388,7 @@ class _Recurrent(torch.nn.RNNBase):
                 self.variational_dropout if self.training else 0.0,
                 self.weight_dropout if self.training else 0.0,
             ),
+            return_states=return_states,
         )
 
     def forward(
@@ -378,7 +397,9 @@ class _Recurrent(torch.nn.RNNBase):
         hx: State | None = None,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, State]:
+        *,
+        return_states: bool = False,
+    ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, State]:
         """Run all layers and directions over ``input``.
 
         Args:
@@ -394,10 +415,16 @@ class _Recurrent(torch.nn.RNNBase):
             resets: bool, True where the row's state is set to zero before that step (as
                 each direction meets it); (T, B), (B, T) with ``batch_first``, (T,) for one
                 sequence; rows in the order before packing for a PackedSequence.
+            return_states: also return the state of every layer and direction after every step.
 
         Returns:
             The output, (T, B, D*P) or in the form of the input, and the last state in the
-            form of ``hx``.
+            form of ``hx``. With ``return_states`` a third: the states after every step in the
+            form of ``hx`` with a dimension for the steps, h (L*D, T, B, P) and for LSTM c
+            (L*D, T, B, H); (L*D, B, T, .) with ``batch_first``, (L*D, T, .) for one sequence;
+            padded, rows in the order before packing, for a PackedSequence. Layers lie as in
+            ``hx``: layer 0 forward, layer 0 reverse, layer 1 forward. They are zero at steps
+            beyond a row's length. Gradients flow back from all of it.
 
         Raises:
             ValueError: the dtype of the input, its number of dimensions or the form of
@@ -412,8 +439,8 @@ class _Recurrent(torch.nn.RNNBase):
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths must be None for a PackedSequence, which has its own")
-            packed, parts = self._forward_packed(input, parts, resets)
-            return packed, _join_parts(parts)
+            packed, parts, steps = self._forward_packed(input, parts, resets, return_states)
+            return self._result(packed, parts, steps, batched=True)
 
         if input.dim() not in (2, 3):
             raise ValueError(
@@ -444,17 +471,38 @@ class _Recurrent(torch.nn.RNNBase):
         if self.batch_first:
             input = input.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
-        output, parts = self._scan(input, parts, lengths, resets)
+        output, parts, steps = self._scan(input, parts, lengths, resets, return_states)
         if self.batch_first:
             output = output.transpose(0, 1)
         if not batched:
             output = output.squeeze(batch_dim)
             parts = tuple(part.squeeze(1) for part in parts)
-        return output, _join_parts(parts)
+        return self._result(output, parts, steps, batched=batched)
+
+    def _result(
+        self,
+        output: Tensor | PackedSequence,
+        parts: tuple[Tensor, ...],
+        steps: tuple[Tensor, ...],
+        *,
+        batched: bool,
+    ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, State]:
+        """What ``forward`` returns; ``steps``, (L*D, T, B, .) each, is empty if not wanted."""
+        if not steps:
+            return output, _join_parts(parts)
+        if not batched:
+            steps = tuple(part.squeeze(2) for part in steps)
+        elif self.batch_first:
+            steps = tuple(part.transpose(1, 2) for part in steps)
+        return output, _join_parts(parts), _join_parts(steps)
 
     def _forward_packed(
-        self, input: PackedSequence, parts: tuple[Tensor, ...], resets: Tensor | None
-    ) -> tuple[PackedSequence, tuple[Tensor, ...]]:
+        self,
+        input: PackedSequence,
+        parts: tuple[Tensor, ...],
+        resets: Tensor | None,
+        return_states: bool,
+    ) -> tuple[PackedSequence, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The same for packed rows. They stay in their sorted order inside, so that only
         the states, which are small, need permuting."""
         data, batch_sizes, order, inverse = input
@@ -466,11 +514,12 @@ class _Recurrent(torch.nn.RNNBase):
         if order is not None:
             parts = tuple(part.index_select(1, order) for part in parts)
             resets = None if resets is None else resets.index_select(1, order)
-        output, parts = self._scan(x, parts, lengths, resets)
+        output, parts, steps = self._scan(x, parts, lengths, resets, return_states)
         if inverse is not None:
             parts = tuple(part.index_select(1, inverse) for part in parts)
+            steps = tuple(part.index_select(2, inverse) for part in steps)
         packed = pack_padded_sequence(output, lengths)
-        return PackedSequence(packed.data, batch_sizes, order, inverse), parts
+        return PackedSequence(packed.data, batch_sizes, order, inverse), parts, steps
 
 
 class RNN(_Recurrent):
@@ -1155,7 +1204,7 @@ class AttentionDecoder(torch.nn.Module):
         return DecoderOutput(result.output.transpose(0, 1), weights, result.state)
 
     def _forward_plain(self, x: Tensor, parts: tuple[Tensor, ...]) -> DecoderOutput:
-        output, parts = _scan_layers(
+        output, parts, _ = _scan_layers(
             x,
             [(*layer, None) for layer in self.layer_weights()],
             parts,

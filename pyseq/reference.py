@@ -27,6 +27,7 @@ from .types import (
     GenerateOutput,
     LayerWeights,
     ScanOutput,
+    ScanStates,
     ScoreName,
     State,
     decoder_parts,
@@ -105,7 +106,8 @@ def scan(
     resets: Tensor | None = None,
     reverse: bool = False,
     keep_every: int = 1,
-) -> ScanOutput:
+    return_states: bool = False,
+) -> ScanOutput | ScanStates:
     """One recurrent layer in one direction; see :func:`pyseq.functional.scan`.
 
     ``keep_every`` changes what is kept in memory, which here is everything, and no result.
@@ -120,6 +122,7 @@ def scan(
         c = parts[1] if parts else x.new_zeros(batch, hidden)
 
     outputs: list[Tensor] = [h] * steps
+    cells: list[Tensor] = [h] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
         valid = torch.ones(batch, 1, dtype=torch.bool, device=x.device)
         if lengths is not None:
@@ -134,8 +137,13 @@ def scan(
         h = torch.where(valid, new_h, h)
         c = None if c is None or new_c is None else torch.where(valid, new_c, c)
         outputs[t] = torch.where(valid, h, torch.zeros_like(h))
+        if c is not None:
+            cells[t] = torch.where(valid, c, torch.zeros_like(c))
     output = torch.stack(outputs)
-    return ScanOutput(output, h if c is None else (h, c))
+    last = h if c is None else (h, c)
+    if not return_states:
+        return ScanOutput(output, last)
+    return ScanStates(output, last, output if c is None else (output, torch.stack(cells)))
 
 
 def scan_both(
@@ -155,7 +163,7 @@ def scan_both(
         assert w_ih is not None
         assert w_hh is not None
         own = tuple(part[direction] for part in parts)
-        output, last = scan(
+        result = scan(
             x,
             w_ih,
             w_hh,
@@ -168,8 +176,8 @@ def scan_both(
             resets=resets,
             reverse=direction == 1,
         )
-        outputs.append(output)
-        states.append(state_parts(cell, last))
+        outputs.append(result.output)
+        states.append(state_parts(cell, result.state))
     h_n, *c_n = (torch.stack(part) for part in zip(*states, strict=True))
     return ScanOutput(torch.cat(outputs, -1), (h_n, c_n[0]) if c_n else h_n)
 

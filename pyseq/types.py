@@ -81,6 +81,14 @@ class ScanOutput(NamedTuple):
     state: State  # the state after each row's last valid step
 
 
+class ScanStates(NamedTuple):
+    """What ``scan`` returns with ``return_states``."""
+
+    output: Tensor  # (T, B, P), zero at padded steps
+    state: State  # the state after each row's last valid step
+    states: State  # the state after every step, (T, B, .) each, zero at padded steps
+
+
 class AttendOutput(NamedTuple):
     """What ``attend`` returns."""
 

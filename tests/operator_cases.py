@@ -259,6 +259,7 @@ class ScanCase:
     state: bool = True
     bias: str = "both"
     keep_every: int = 1
+    return_states: bool = False
 
     @property
     def id(self) -> str:
@@ -275,6 +276,7 @@ class ScanCase:
             not self.state and "nostate",
             self.bias != "both" and f"bias_{self.bias}",
             self.keep_every > 1 and f"keep{self.keep_every}",
+            self.return_states and "states",
         )
 
     def call(self) -> Call:
@@ -299,7 +301,12 @@ class ScanCase:
             tensors["lengths"] = make_lengths(self.lengths, steps, batch)
         if self.resets:
             tensors["resets"] = make_resets(self.resets, steps, batch)
-        options = {"cell": self.cell, "reverse": self.reverse, "keep_every": self.keep_every}
+        options = {
+            "cell": self.cell,
+            "reverse": self.reverse,
+            "keep_every": self.keep_every,
+            "return_states": self.return_states,
+        }
         return Call("scan", tensors, options)
 
 
@@ -585,6 +592,7 @@ def scan_cases() -> list[ScanCase]:
             "state": (True, False),
             "bias": ("both", "none", "ih"),
             "keep_every": (1, 2, 100),
+            "return_states": (False, True),
         }
     )
     cases = []
@@ -653,9 +661,16 @@ def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
         for reverse in (False, True)
     ]
     scans.append(
-        ScanCase(lengths="holes", resets="random", reverse=True, keep_every=2, dtype=dtype)
+        ScanCase(
+            lengths="holes",
+            resets="random",
+            reverse=True,
+            keep_every=2,
+            return_states=True,
+            dtype=dtype,
+        )
     )
-    base = ScanCase(projection=3, lengths="ragged", dtype=dtype)
+    base = ScanCase(projection=3, lengths="ragged", return_states=True, dtype=dtype)
     attends = [
         AttendCase(score=score, lengths="holes", need_weights=True, dtype=dtype)
         for score in ("dot", "general", "concat")

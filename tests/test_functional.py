@@ -1135,7 +1135,7 @@ def test_saved_tensors_may_come_back_in_another_layout(case: Case) -> None:
 
 def test_backward_operator_checks_what_forward_saved() -> None:
     x, w = torch.randn(3, 2, 4), torch.randn(16, 4)
-    _, _, _, *saved = torch.ops.pyseq.scan_forward(*[x, w, w], *[None] * 7, "lstm", False)
+    _, _, _, *saved, _ = torch.ops.pyseq.scan_forward(*[x, w, w], *[None] * 7, "lstm", False)
     saved[0] = saved[0][:2]
     with pytest.raises(RuntimeError, match=r"gates must be .*\(3, 2, 16\), got \(2, 2, 16\)"):
         torch.ops.pyseq.scan_backward(

@@ -254,6 +254,57 @@ def test_resets_of_one_sequence_and_of_packed_rows() -> None:
     assert_close({"y": single, "h": single_last}, {"y": output[:, 1], "h": last[:, 1]})
 
 
+@pytest.mark.parametrize("batch_first", [False, True], ids=["TB", "BT"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_of_every_step_are_the_last_of_a_shorter_sequence(
+    kind: str, batch_first: bool
+) -> None:
+    _, ours = twins(kind, num_layers=2, bidirectional=True)
+    ours.batch_first = batch_first
+    lengths = torch.tensor([2, 6, 0, 5])
+    x, state = torch.randn(T, B, I, dtype=torch.float64), random_state(ours, B)
+    given = x.transpose(0, 1) if batch_first else x
+    output, last, states = ours(given, state, lengths=lengths, return_states=True)
+    plain = ours(given, state, lengths=lengths)
+    assert_close(
+        dict(enumerate([output, *flat(last)])), dict(enumerate([plain[0], *flat(plain[1])]))
+    )
+    for part, end, first in zip(flat(states), flat(last), flat(state), strict=True):
+        steps = part.transpose(1, 2) if batch_first else part
+        assert steps.shape == (4, T, B, end.shape[-1])
+        for row, length in enumerate(lengths.tolist()):
+            assert (steps[:, length:, row] == 0).all()
+            # Forward ends at the last valid step, reverse at the first one.
+            for i, direction in enumerate((0, 1, 0, 1)):
+                want = end[i, row] if length else first[i, row]
+                got = steps[i, 0 if direction else length - 1, row] if length else want
+                assert_close({"end": got}, {"end": want})
+    # The first layer forward does not know of later steps.
+    short = ours(given[:, :3] if batch_first else x[:3], state, lengths=lengths.clamp(max=3))[1]
+    for part, end in zip(flat(states), flat(short), strict=True):
+        steps = part.transpose(1, 2) if batch_first else part
+        assert_close({"state": steps[0, 2, [1, 3]]}, {"state": end[0, [1, 3]]})
+
+
+def test_states_of_every_step_carry_gradients_and_take_other_inputs() -> None:
+    _, ours = twins("lstm", num_layers=2)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    lengths = torch.tensor([2, 6, 1, 5])
+    _, _, (h, c) = ours(x, lengths=lengths, return_states=True)
+    grads = torch.autograd.grad((h * c).sum(), list(ours.parameters()))
+    assert all(grad.abs().sum() > 0 for grad in grads)
+    ours.keep_every = 2
+    _, _, (h_kept, c_kept) = ours(x, lengths=lengths, return_states=True)
+    kept = torch.autograd.grad((h_kept * c_kept).sum(), list(ours.parameters()))
+    assert_close(dict(enumerate(kept)), dict(enumerate(grads)))
+    with torch.no_grad():
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        _, _, (h_packed, c_packed) = ours(packed, return_states=True)
+        assert_close({"h": h_packed, "c": c_packed}, {"h": h, "c": c})
+        _, _, (h_one, c_one) = ours(x[:, 1], return_states=True)
+        assert_close({"h": h_one, "c": c_one}, {"h": h[:, :, 1], "c": c[:, :, 1]})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_batch(kind: str) -> None:
     _, ours = twins(kind, num_layers=2, bidirectional=True)

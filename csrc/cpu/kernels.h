@@ -62,6 +62,7 @@ struct ScanForward {
   T* cells;                // (slots, B, H) or null
   T* inner;                // with w_hr: (T or 1, B, H), h before the projection
   T* y;                    // (T, B, P)
+  T* c_steps;              // (T, B, H) or null: out, c after every step, zero where it is padding
 };
 
 template <class T>
@@ -90,6 +91,7 @@ struct ScanBackward {
   T* d_w_hr;  // or null
   T* d_b_ih;
   T* d_b_hh;
+  const T* d_c_steps;  // (T, B, H) or null
 };
 
 template <class T>

@@ -120,6 +120,10 @@ void scan_forward_cell(const ScanForward<T>& args) {
               store(c_next, load(c_prev, count), count);
             }
             if constexpr (Cell::kHasCell) {
+              if (args.c_steps != nullptr) {
+                store(args.c_steps + t * B * H + offset, active ? load(c_next, count) : Vec<T>{},
+                      count);
+              }
               if (steps.cleared(n + 1, row)) store(c_next, Vec<T>{}, count);
             }
             if (projects) {
@@ -192,6 +196,9 @@ void scan_backward_run(const ScanBackward<T>& args, const ScanGradientRun<T>& ru
       if constexpr (Cell::kHasCell) {
         c_prev = args.cells + before * B * H + offset;
         d_c = args.d_c + offset;
+        if (args.d_c_steps != nullptr) {
+          store(d_c, load(d_c, count) + load(args.d_c_steps + t * B * H + offset, count), count);
+        }
       }
       T unused[kLanes<T>];
       cell_backward<Cell>(
