@@ -4,7 +4,7 @@
 # Before all else: it checks the build, and loads the extension that the others call.
 from . import _library as _library  # isort: split
 
-from . import functional, nn, reference
+from . import embeddings, functional, nn, reference
 from .checkpoint import load, save
 from .quantized import quantize
 from .search import Ensemble, Hypothesis, SearchOptions
@@ -23,6 +23,7 @@ __all__ = [
     "Translator",
     "Vocab",
     "__version__",
+    "embeddings",
     "functional",
     "load",
     "nn",

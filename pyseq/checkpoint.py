@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import embeddings
 from ._packed import is_quantized
 from .errors import CheckpointError, require
 from .seq2seq import Seq2Seq
@@ -125,6 +126,9 @@ def save(
         "target_tokens": target_tokens,
         "max_length": max_length,
         "reverse_source": reverse_source,
+        "embeddings": _embedding_fingerprints(
+            model, {"source": source_vocab, "target": target_vocab}
+        ),
         "fingerprints": {name: _fingerprint(name, data) for name, data in files.items()},
     }
     # config.json goes last: it names the others.
@@ -155,6 +159,7 @@ def load(path: str | Path) -> Saved:
             raise CheckpointError(
                 f"{path / name}: has {len(vocab)} symbols, but the model was built for {size}"
             )
+    _check_embeddings(path, config.get("embeddings", {}), model, vocabs)
     training = None
     if TRAINING_RECORD in files and TRAINING_TENSORS in files:
         training = TrainingState(
@@ -212,6 +217,34 @@ def _build_model(path: Path, config: dict[str, Any], weights: dict[str, Tensor])
             f"{path}: the options in {CONFIG} do not go with {WEIGHTS}: {reason}"
         ) from error
     return model.eval()
+
+
+def _embedding_fingerprints(model: Seq2Seq, vocabs: Mapping[str, Vocab | None]) -> dict[str, str]:
+    """By side, the fingerprint of a vocabulary together with its matrix."""
+    found = {}
+    for side, table in model.embeddings().items():
+        vocab = vocabs[side]
+        if vocab is not None:
+            found[side] = embeddings.fingerprint(vocab, table.weight)
+    return found
+
+
+def _check_embeddings(
+    path: Path, expected: object, model: Seq2Seq, vocabs: Mapping[str, Vocab | None]
+) -> None:
+    """Refuse a vocabulary and a matrix that do not belong together.
+
+    The fingerprints of the files only say that each is one that ``config.json`` lists.
+    """
+    if not isinstance(expected, dict):
+        raise CheckpointError(f"{path / CONFIG}: not the settings of a pyseq model")
+    for side, fingerprint in _embedding_fingerprints(model, vocabs).items():
+        if expected.get(side, fingerprint) != fingerprint:  # older files do not say
+            raise CheckpointError(
+                f"{path}: the {side} vocabulary and the matrix of its embeddings do not have the "
+                f"fingerprint that {CONFIG} gives: they are not those that this model was trained "
+                "with"
+            )
 
 
 def _read_vocab(path: Path, name: str, data: bytes | None) -> Vocab | None:

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, g2p, info, metrics, training
+from . import checkpoint, embeddings, g2p, info, metrics, training
 from .averaging import AVERAGES
 from .bridge import BRIDGES
+from .embeddings import EmbeddingsFile
 from .errors import DataError, PyseqError
 from .plot import save_heatmap
 from .search import SearchOptions
@@ -267,6 +268,35 @@ def _add_train(commands: Any) -> None:
         help="one matrix as the decoder's embedding and in its output layer",
     )
 
+    group = command.add_argument_group("pretrained embeddings")
+    for side in ("source", "target"):
+        group.add_argument(
+            f"--{side}-embeddings",
+            metavar="FILE",
+            help=f"vectors with which the embeddings of the {side} begin: word2vec, GloVe, or "
+            "X.npy with the words in X.txt; FILE may end in .gz",
+        )
+        group.add_argument(
+            f"--freeze-{side}",
+            type=_positive,
+            nargs="?",
+            const=None,
+            default=argparse.SUPPRESS,
+            metavar="EPOCHS",
+            help=f"do not train the embeddings of the {side}: in the first epochs, or without a "
+            "number in all",
+        )
+    group.add_argument(
+        "--embeddings-format",
+        choices=embeddings.FORMATS,
+        help="of both files (default: by the name or the first line)",
+    )
+    group.add_argument(
+        "--fold-case",
+        action="store_true",
+        help="a word may take the vector of another that differs in upper and lower case",
+    )
+
     group = command.add_argument_group("training")
     _add_option(group, TrainingOptions, "epochs", _positive, "passes over the data")
     _add_option(group, TrainingOptions, "batch_size", _positive, "pairs of a batch")
@@ -482,6 +512,13 @@ def _given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
     return given
 
 
+def _embeddings_file(arguments: argparse.Namespace, side: str) -> EmbeddingsFile | None:
+    path = getattr(arguments, f"{side}_embeddings")
+    if path is None:
+        return None
+    return EmbeddingsFile(path, format=arguments.embeddings_format, fold_case=arguments.fold_case)
+
+
 def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
     tokens = (
         arguments.source_tokens or arguments.tokens or "char",
@@ -507,6 +544,8 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
             progress=True,
             log=_say,
             tensorboard=arguments.tensorboard,
+            source_embeddings=_embeddings_file(arguments, "source"),
+            target_embeddings=_embeddings_file(arguments, "target"),
         )
     except PyseqError:
         raise
@@ -535,6 +574,8 @@ def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
         progress=True,
         log=_say,
         tensorboard=arguments.tensorboard,
+        source_embeddings=_embeddings_file(arguments, "source"),
+        target_embeddings=_embeddings_file(arguments, "target"),
     )
 
 

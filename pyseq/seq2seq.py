@@ -521,6 +521,13 @@ class Seq2Seq(torch.nn.Module):
         """The constructor's arguments by name: ``Seq2Seq(**model.config)`` is its like."""
         return dict(self._config)
 
+    def embeddings(self) -> dict[str, torch.nn.Embedding]:
+        """The tables of the tokens of ``"source"`` (unless it is features) and ``"target"``."""
+        tables = {"source": self.encoder.embedding, "target": self.decoder.embedding}
+        return {
+            side: table for side, table in tables.items() if isinstance(table, torch.nn.Embedding)
+        }
+
     def forward(self, source: Tensor, source_lengths: Tensor, target_in: Tensor) -> Tensor:
         """Logits of every next target token, with teacher forcing.
 

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor
 from . import checkpoint
 from .averaging import AVERAGES, AverageName, WeightAverage
 from .bridge import BridgeName
+from .embeddings import Embeddings, EmbeddingsFile
 from .errors import CheckpointError, DataError, TrainingError, require
 from .events import Events, require_tensorboard
 from .seq2seq import Seq2Seq
@@ -104,6 +105,9 @@ class TrainingOptions:
             whole outputs are right or wrong, of the highest :func:`accuracy`: a model that
             grows surer of itself may have a rising loss and still get more outputs right.
         optimizer: ``"adam"``, or ``"sgd"`` without momentum, which wants a learning rate near 1.
+        freeze_source, freeze_target: for so many epochs at the beginning the embeddings of that
+            side stay as they are, as suits pretrained ones; None for all epochs. A tied matrix
+            is frozen in the output layer, too.
         patience: stop after this many epochs in a row that are not better than the best one
             before them, on the validation pairs. Default: never.
         average: an average of the weights is judged after each epoch and saved as the best
@@ -142,6 +146,9 @@ class TrainingOptions:
     average_decay: float = 0.999
     average_epochs: int = 5
 
+    freeze_source: int | None = 0
+    freeze_target: int | None = 0
+
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(
@@ -167,6 +174,9 @@ class TrainingOptions:
         _check("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         after = self.halve_after
         _check("halve_after", after, after >= 0 and math.isfinite(after), "at least 0 and finite")
+        for name in ("freeze_source", "freeze_target"):
+            value = getattr(self, name)
+            _check(name, value, value is None or value >= 0, "at least 0 or None")
         for name in ("checkpoint_every", "patience"):
             value = getattr(self, name)
             _check(name, value, value is None or value >= 1, "at least 1 or None")
@@ -358,6 +368,7 @@ class Trainer:
         log: is called with a line of text after each epoch.
         tensorboard: a folder for curves that TensorBoard shows: losses, accuracy, learning
             rate, speed (extra ``tensorboard``). Default: none are written.
+        embeddings: by side, the fingerprints of pretrained matrices with which the run begins.
 
     Raises:
         MissingExtraError: ``tensorboard`` was given and is not installed.
@@ -375,6 +386,7 @@ class Trainer:
         progress: bool = False,
         log: Callable[[str], None] | None = None,
         tensorboard: str | Path | None = None,
+        embeddings: Mapping[str, str] | None = None,
     ) -> None:
         if tensorboard is not None:
             require_tensorboard()
@@ -404,6 +416,7 @@ class Trainer:
         self._log = log
         self._tensorboard = tensorboard
         self._events: Events | None = None  # while the run goes on
+        self._embeddings = dict(embeddings or {})
 
     @property
     def examples(self) -> Examples:
@@ -474,6 +487,7 @@ class Trainer:
         """The rest of an epoch, or as much of it as there is before a signal."""
         options, device = self.options, _device(self.model)
         self.model.train()
+        self._freeze_embeddings()
         begin, done = time.perf_counter(), 0
         with self._bar() as bar:
             for batch in self._batches:
@@ -508,6 +522,14 @@ class Trainer:
                 every = options.checkpoint_every
                 if every is not None and self._step % every == 0:
                     self._save_last()
+
+    def _freeze_embeddings(self) -> None:
+        """Decide which tables this epoch trains; those that no option names are left alone."""
+        for side, table in self.model.embeddings().items():
+            epochs = getattr(self.options, f"freeze_{side}")
+            if epochs != 0:
+                done = len(self.reports)
+                table.weight.requires_grad_(epochs is not None and done >= epochs)
 
     def _set_learning_rate(self) -> None:
         """The optimiser's for the next step: the schedule is a function of the steps done."""
@@ -603,6 +625,7 @@ class Trainer:
             "options": asdict(self.options),
             "data": self._data_fingerprint,
             "validation": self._validation_fingerprint,
+            "embeddings": self._embeddings,
             "step": self._step,
             "position": position,
             "loss_sum": self._loss_sum,
@@ -637,6 +660,16 @@ class Trainer:
                 "give --valid as it was given then"
             )
         self._check_options(begun_options(state))
+        begun = record.get("embeddings", {})  # older files do not say
+        for side, fingerprint in self._embeddings.items():
+            if begun.get(side) != fingerprint:
+                held = "other ones" if side in begun else "none"
+                raise CheckpointError(
+                    f"the pretrained embeddings of the {side} must be those that the run to be "
+                    f"resumed was begun with, but that had {held}: leave them out, since the "
+                    "checkpoint holds the matrix"
+                )
+        self._embeddings = dict(begun)
         torch.set_rng_state(tensors["rng.torch"])
         self._batches.restore(tensors["rng.batches"], record["position"])
         self._restore_optimizer(tensors)
@@ -779,6 +812,8 @@ def start(
     progress: bool = False,
     log: Callable[[str], None] | None = None,
     tensorboard: str | Path | None = None,
+    source_embeddings: EmbeddingsFile | None = None,
+    target_embeddings: EmbeddingsFile | None = None,
 ) -> Trainer:
     """A trainer at the beginning of a run: vocabularies and model are new.
 
@@ -792,11 +827,24 @@ def start(
             section 3.3); for a model without attention and with an encoder of one direction.
         model: what the model is made of.
         options, out, progress, log, tensorboard: as for :class:`Trainer`.
+        source_embeddings, target_embeddings: pretrained vectors with which the embeddings of
+            that side begin; they set its embedding size.
+
+    Raises:
+        DataError: there are no pairs, or a file of vectors cannot be used.
+        ValueError: the model asks for another embedding size than a file has.
     """
     if not data.pairs:
         raise DataError(f"{data.name}: no pairs to train on")
     source_vocab = Vocab.build(pair.source for pair in data.pairs)
     target_vocab = Vocab.build(pair.target for pair in data.pairs)
+    pretrained = _read_embeddings(
+        {"source": (source_embeddings, source_vocab), "target": (target_embeddings, target_vocab)},
+        options.seed,
+        log,
+    )
+    for side, found in pretrained.items():
+        model = _with_embedding_size(model, side, found)
     torch.manual_seed(options.seed)
     longest = max(len(pair.target) for pair in data.pairs)
     translator = Translator(
@@ -809,7 +857,51 @@ def start(
         max_length=longest + longest // 2 + 1,
         reverse_source=reverse_source,
     )
-    return _trainer(translator, data, validation, options, out, progress, log, tensorboard)
+    tables = translator.model.embeddings()
+    for side, found in pretrained.items():
+        found.copy_to(tables[side])
+    return _trainer(
+        translator,
+        data,
+        validation,
+        options,
+        out,
+        progress,
+        log,
+        tensorboard,
+        _fingerprints(pretrained),
+    )
+
+
+def _read_embeddings(
+    files: Mapping[str, tuple[EmbeddingsFile | None, Vocab]],
+    seed: int,
+    log: Callable[[str], None] | None,
+) -> dict[str, Embeddings]:
+    """By side, what the files that are given hold for the vocabularies."""
+    found = {}
+    for side, (file, vocab) in files.items():
+        if file is not None:
+            found[side] = file.read(vocab, seed=seed)
+            if log is not None:
+                log(f"{side} embeddings: {found[side].report}")
+    return found
+
+
+def _fingerprints(pretrained: Mapping[str, Embeddings]) -> dict[str, str]:
+    return {side: found.fingerprint for side, found in pretrained.items()}
+
+
+def _with_embedding_size(model: ModelOptions, side: str, found: Embeddings) -> ModelOptions:
+    name, size = f"{side}_embedding_size", found.matrix.shape[1]
+    asked = getattr(model, name)
+    if asked not in (None, size):
+        raise ValueError(
+            f"{name} must be that of the vectors in {found.report.name}, {size}, got {asked}"
+        )
+    if side == "source":
+        return replace(model, source_embedding_size=size)
+    return replace(model, target_embedding_size=size)
 
 
 def last_checkpoint(out: str | Path) -> tuple[checkpoint.Saved, checkpoint.TrainingState]:
@@ -848,6 +940,8 @@ def resume(
     progress: bool = False,
     log: Callable[[str], None] | None = None,
     tensorboard: str | Path | None = None,
+    source_embeddings: EmbeddingsFile | None = None,
+    target_embeddings: EmbeddingsFile | None = None,
 ) -> Trainer:
     """A trainer that goes on from the last checkpoint in ``out``.
 
@@ -859,9 +953,13 @@ def resume(
         epochs: epochs of the whole run. Default: as begun.
         checkpoint_every: steps between checkpoints within an epoch. Default: as begun.
         patience: epochs without a better one until the run stops. Default: as begun.
+        source_embeddings, target_embeddings: need not be given, since the checkpoint has the
+            matrices; if they are, they must be those that the run was begun with.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is not one of this data.
+        CheckpointError: there is no such checkpoint, or it is not one of this data or of
+            these vectors.
+        DataError: a file of vectors cannot be used.
     """
     saved, state = last_checkpoint(out)
     folder = Path(out) / LAST
@@ -874,7 +972,25 @@ def resume(
             checkpoint_every=checkpoint_every or options.checkpoint_every,
             patience=patience or options.patience,
         )
-        trainer = _trainer(translator, data, validation, options, out, progress, log, tensorboard)
+        given = _read_embeddings(
+            {
+                "source": (source_embeddings, translator.source_vocab),
+                "target": (target_embeddings, translator.target_vocab),
+            },
+            options.seed,
+            None,
+        )
+        trainer = _trainer(
+            translator,
+            data,
+            validation,
+            options,
+            out,
+            progress,
+            log,
+            tensorboard,
+            _fingerprints(given),
+        )
         trainer.restore(state)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: the training state is incomplete: {error}") from error
@@ -890,6 +1006,7 @@ def _trainer(
     progress: bool,
     log: Callable[[str], None] | None,
     tensorboard: str | Path | None,
+    embeddings: Mapping[str, str],
 ) -> Trainer:
     def encode(part: Data) -> Examples:
         pairs = [
@@ -908,6 +1025,7 @@ def _trainer(
         progress=progress,
         log=log,
         tensorboard=tensorboard,
+        embeddings=embeddings,
     )
 
 
@@ -919,6 +1037,10 @@ def _text_pair(pair: Any, line: int, *, name: str) -> TextPair:
     ):
         raise DataError(f"{name}:{line}: a pair must be two strings, got {pair!r}")
     return make_pair(pair[0], pair[1], line, name=name)
+
+
+def _embeddings_file(given: EmbeddingsFile | str | Path | None) -> EmbeddingsFile | None:
+    return EmbeddingsFile(given) if isinstance(given, (str, Path)) else given
 
 
 def train(
@@ -945,6 +1067,10 @@ def train(
     batch_size: int = TrainingOptions.batch_size,
     learning_rate: float = TrainingOptions.learning_rate,
     seed: int = TrainingOptions.seed,
+    freeze_source: int | None = TrainingOptions.freeze_source,
+    freeze_target: int | None = TrainingOptions.freeze_target,
+    source_embeddings: EmbeddingsFile | str | Path | None = None,
+    target_embeddings: EmbeddingsFile | str | Path | None = None,
     out: str | Path | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Translator:
@@ -959,7 +1085,10 @@ def train(
         embedding_size, hidden_size, num_layers, cell, bidirectional, score, input_feeding,
             dropout, source_embedding_size, target_embedding_size, encoder_hidden_size,
             encoder_num_layers, bridge, tie_embeddings: as for :class:`pyseq.Seq2Seq`.
-        epochs, batch_size, learning_rate, seed: see :class:`TrainingOptions`.
+        epochs, batch_size, learning_rate, seed, freeze_source, freeze_target: see
+            :class:`TrainingOptions`.
+        source_embeddings, target_embeddings: a file of pretrained vectors for that side, or how
+            it is read, :class:`pyseq.embeddings.EmbeddingsFile`.
         out: save the best model there and checkpoints in its subfolder ``last``.
         log: is called with a line of text after each epoch, ``print`` for example.
 
@@ -968,8 +1097,8 @@ def train(
         given and of the last epoch otherwise.
 
     Raises:
-        DataError: a pair is not two strings, a side is empty, or there are no pairs. It is a
-            ValueError.
+        DataError: a pair is not two strings, a side is empty, there are no pairs, or a file of
+            vectors cannot be used. It is a ValueError.
         ValueError: an option is out of its range.
         TrainingError: the loss is no longer finite.
         Interrupted: Ctrl-C; a KeyboardInterrupt.
@@ -1006,10 +1135,17 @@ def train(
             tie_embeddings=tie_embeddings,
         ),
         options=TrainingOptions(
-            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            freeze_source=freeze_source,
+            freeze_target=freeze_target,
         ),
         out=out,
         log=log,
+        source_embeddings=_embeddings_file(source_embeddings),
+        target_embeddings=_embeddings_file(target_embeddings),
     )
     try:
         trainer.run()
