@@ -8,7 +8,7 @@ torch and is what these must agree with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, overload
 
 import torch
@@ -38,7 +38,7 @@ from .types import (
 )
 
 
-def _check_option(name: str, value: object, allowed: Sequence[str]) -> None:
+def _check_option(name: str, value: object, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
@@ -171,7 +171,7 @@ def scan(
         et al. 2000 (LSTM); Sak et al. 2014, arXiv 1402.1128, eq. 7 (projection); Chen et al.
         2016, arXiv 1604.06174 (keeping some states).
     """
-    _check_option("cell", cell, tuple(GATES))
+    _check_option("cell", cell, GATES)
     if keep_every < 1:
         raise ValueError(f"keep_every must be at least 1, got {keep_every!r}")
     h_0, c_0 = _h_and_c(state_parts(cell, state))
@@ -232,7 +232,7 @@ def scan_both(
     Reference:
         Schuster & Paliwal 1997, Bidirectional recurrent neural networks.
     """
-    _check_option("cell", cell, tuple(GATES))
+    _check_option("cell", cell, GATES)
     h_0, c_0 = _h_and_c(state_parts(cell, state))
     output, h_n, c_n = torch.ops.pyseq.scan_both(
         x,
@@ -360,7 +360,7 @@ def decode(
     Reference:
         Luong et al. 2015, arXiv 1508.04025, eq. 5 to 8 and section 3.3 (input feeding).
     """
-    _check_option("cell", cell, tuple(GATES))
+    _check_option("cell", cell, GATES)
     # The query is the top state, made inside the loop, so its projection happens there.
     _check_score(score, weight, weight_query, weight_v)
     if weight is not None:
@@ -454,7 +454,7 @@ def generate(
     Reference:
         As :func:`decode`; Wu et al. 2016, arXiv 1609.08144, eq. 14 (length penalty).
     """
-    _check_option("cell", cell, tuple(GATES))
+    _check_option("cell", cell, GATES)
     if score is not None:
         _check_score(score, weight, weight_query, weight_v)
     if weight is not None and keys is not None:

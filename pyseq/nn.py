@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -66,6 +66,20 @@ def cell_name(cell: str) -> CellName:
     return cast(CellName, name)
 
 
+#: Cells by the mode of RNNBase.
+_CELLS = {name.upper(): cell_name(name) for name in GATES}
+
+
+def _check_nonlinearity(nonlinearity: object) -> None:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+
+
+def _refuse_projection(proj_size: object) -> None:
+    if proj_size is not None:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
 def _join_parts(parts: tuple[Tensor, ...]) -> State:
     """The inverse of :func:`state_parts` for a state that is there."""
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
@@ -73,12 +87,13 @@ def _join_parts(parts: tuple[Tensor, ...]) -> State:
 
 def _check_input(name: str, tensor: Tensor, weight: Tensor, training: bool) -> None:
     """Raise unless a module with this weight can compute with ``tensor``, in this mode."""
+    if tensor.dtype == weight.dtype:
+        return
     dtype = computing_dtype(weight)
     if tensor.dtype != dtype and not autocasts(tensor.device):
         raise ValueError(
-            f"{name} dtype ({tensor.dtype}) does not match weight dtype ({dtype}); "
-            f"convert it with {name}.to({dtype}) or the module with "
-            f"module.to({tensor.dtype})"
+            f"RNN {name} dtype ({tensor.dtype}) does not match weight dtype ({dtype}). "
+            f"Convert {name}: {name}.to({dtype}), or convert model: model.to({tensor.dtype})"
         )
     if training and is_quantized(weight):
         raise RuntimeError("a quantized module is for inference: call eval() on it, got train()")
@@ -187,7 +202,8 @@ def _scan_layer(
             x, weights[0], weights[1], state, cell=cell, lengths=lengths, resets=resets
         )
         return output, state_parts(cell, last), ()
-    outputs, states = [], []
+    outputs: list[Tensor] = []
+    states: list[tuple[Tensor, ...]] = []
     all_steps: list[tuple[Tensor, ...]] = []
     for direction, own in enumerate(weights):
         result = functional.scan(
@@ -204,8 +220,22 @@ def _scan_layer(
         outputs.append(result.output)
         states.append(state_parts(cell, result.state))
         all_steps.append(state_parts(cell, result.states) if isinstance(result, ScanStates) else ())
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    if len(outputs) == 1:
+        # The same as stacking, without a copy.
+        ends, steps = (tuple(p.unsqueeze(0) for p in each[0]) for each in (states, all_steps))
+        return outputs[0], ends, steps
+    output = torch.cat(outputs, -1)
     return output, _join_layers(torch.stack, states), _join_layers(torch.stack, all_steps)
+
+
+def _weights_now(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """The attributes ``names`` of ``module`` as they are now.
+
+    A parameter is found in its dictionary five times faster than by ``getattr``; what stands
+    in for one (a parametrization, a pruned or normalised weight) is not in there.
+    """
+    parameters = cast(dict[str, Tensor], module._parameters)
+    return [parameters[n] if n in parameters else getattr(module, n) for n in names]
 
 
 class _Recurrent(torch.nn.RNNBase):
@@ -299,16 +329,32 @@ class _Recurrent(torch.nn.RNNBase):
                 text += f", {name}={getattr(self, name)}"
         return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias}"
 
+    # RNNBase keeps a list of the weights for cuDNN and watches it at each assignment and call.
+    # Here they are read by name at each call, which is what makes parametrizations,
+    # functional_call and deepcopy of them work; the list is made for those who ask for it.
+
+    @property
+    def _flat_weights(self) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """All weights as they are now, in the order of torch.nn; a tuple, as changing it would
+        change nothing else."""
+        return tuple(getattr(self, name, None) for names in self._all_weights for name in names)
+
     def _init_flat_weights(self) -> None:
-        """Keep no list of the weights, as RNNBase does for cuDNN: reading them by name is
-        what makes parametrizations, functional_call and deepcopy of them work."""
-        self._flat_weights_names = []
-        super()._init_flat_weights()
+        self._flat_weight_refs = []
+
+    def _update_flat_weights(self) -> None:
+        """Do nothing: there is no list that could be out of date."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        torch.nn.Module.__setattr__(self, name, value)
+
+    def _replicate_for_data_parallel(self) -> _Recurrent:
+        return torch.nn.Module._replicate_for_data_parallel(self)
 
     @property
     def cell(self) -> CellName:
         """The cell's name in ``pyseq.functional``."""
-        return cell_name(self.mode.lower())
+        return _CELLS[self.mode]
 
     def flatten_parameters(self) -> None:
         """Do nothing; the operators read the weights where they lie."""
@@ -336,6 +382,31 @@ class _Recurrent(torch.nn.RNNBase):
             expected = (count, batch, self.hidden_size)
             self.check_hidden_size(parts[1], expected, "Expected hidden[1] size {}, got {}")
 
+    def _refuse_state_dim(self, dim: int, parts: tuple[Tensor, ...]) -> NoReturn:
+        kind = "batched" if dim == 3 else "unbatched"
+        got = [f"{part.dim()}-D" for part in parts]
+        what, tensors = "hx", f"{got[0]} tensor"
+        if len(parts) > 1:
+            what, tensors = "hx and cx", f"({', '.join(got)}) tensors"
+        raise RuntimeError(
+            f"For {kind} {dim}-D input, {what} should also be {dim}-D but got {tensors}"
+        )
+
+    def _explain(self, x: Tensor, parts: tuple[Tensor, ...]) -> None:
+        """Raise what torch.nn says of tensors that the operators refuse, where it has words.
+
+        Asked only when they did: a check of devices before would take as long as a small cell.
+        """
+        if x.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        others = [("parameter", self.weight_ih_l0), *(("hidden", part) for part in parts)]
+        for name, tensor in others:
+            if tensor.device != x.device:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, found input tensor at "
+                    f"{x.device} and {name} tensor at {tensor.device}"
+                )
+
     def _suffixes(self) -> list[str]:
         """How the names of the weights of each layer and direction end."""
         return [
@@ -351,16 +422,13 @@ class _Recurrent(torch.nn.RNNBase):
 
     def _weights(self) -> list[_ScanWeights]:
         """The weights of each layer and direction as they are now."""
-        return [
-            (
-                getattr(self, f"weight_ih_{suffix}"),
-                getattr(self, f"weight_hh_{suffix}"),
-                getattr(self, f"bias_ih_{suffix}", None),
-                getattr(self, f"bias_hh_{suffix}", None),
-                getattr(self, f"weight_hr_{suffix}", None),
-            )
-            for suffix in self._suffixes()
-        ]
+        layers: list[_ScanWeights] = []
+        for names in self._all_weights:
+            w_ih, w_hh, *rest = _weights_now(self, names)
+            w_hr = rest.pop() if self.proj_size else None
+            b_ih, b_hh = rest or (None, None)
+            layers.append((w_ih, w_hh, b_ih, b_hh, w_hr))
+        return layers
 
     def _scan(
         self,
@@ -373,23 +441,27 @@ class _Recurrent(torch.nn.RNNBase):
         """Time-major and batched: the output, the last state and those of every step in parts."""
         if not parts:
             parts = tuple(part.unsqueeze(1).expand(-1, x.shape[1], -1) for part in self._learned())
-        return _scan_layers(
-            x,
-            self._weights(),
-            parts,
-            cell=self.cell,
-            directions=2 if self.bidirectional else 1,
-            lengths=lengths,
-            resets=resets,
-            dropout=self.dropout if self.training else 0.0,
-            keep_every=self.keep_every,
-            regularization=_Regularization(
-                self.residual,
-                self.variational_dropout if self.training else 0.0,
-                self.weight_dropout if self.training else 0.0,
-            ),
-            return_states=return_states,
-        )
+        try:
+            return _scan_layers(
+                x,
+                self._weights(),
+                parts,
+                cell=self.cell,
+                directions=2 if self.bidirectional else 1,
+                lengths=lengths,
+                resets=resets,
+                dropout=self.dropout if self.training else 0.0,
+                keep_every=self.keep_every,
+                regularization=_Regularization(
+                    self.residual,
+                    self.variational_dropout if self.training else 0.0,
+                    self.weight_dropout if self.training else 0.0,
+                ),
+                return_states=return_states,
+            )
+        except RuntimeError:
+            self._explain(x, parts)
+            raise
 
     def forward(
         self,
@@ -429,31 +501,31 @@ class _Recurrent(torch.nn.RNNBase):
         Raises:
             ValueError: the dtype of the input, its number of dimensions or the form of
                 ``hx`` is wrong.
-            RuntimeError: a size is wrong.
+            RuntimeError: a size or a device is wrong.
             TypeError: ``lengths`` or ``resets`` is not a tensor.
         """
         parts = state_parts(self.cell, hx)
-        for name, indices in (("lengths", lengths), ("resets", resets)):
-            if indices is not None:
-                check_tensor(name, indices)
+        if lengths is not None:
+            check_tensor("lengths", lengths)
+        if resets is not None:
+            check_tensor("resets", resets)
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths must be None for a PackedSequence, which has its own")
             packed, parts, steps = self._forward_packed(input, parts, resets, return_states)
             return self._result(packed, parts, steps, batched=True)
 
-        if input.dim() not in (2, 3):
+        dim = input.dim()
+        if dim not in (2, 3):
+            # torch.nn's words, which are not the same for all three.
+            tensor = " tensor" if self.mode.startswith("RNN") else ""
             raise ValueError(
-                f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
+                f"{self.mode.split('_')[0]}: Expected input to be 2D or 3D, "
+                f"got {dim}D{tensor} instead"
             )
-        batched = input.dim() == 3
-        for part in parts:
-            if part.dim() != input.dim():
-                kind = "batched" if batched else "unbatched"
-                raise RuntimeError(
-                    f"For {kind} {input.dim()}-D input, hx should also be {input.dim()}-D "
-                    f"but got {part.dim()}-D tensor"
-                )
+        batched = dim == 3
+        if any(part.dim() != dim for part in parts):
+            self._refuse_state_dim(dim, parts)
         batch_dim = 0 if self.batch_first else 1
         if not batched:
             input = input.unsqueeze(batch_dim)
@@ -537,6 +609,7 @@ class RNN(_Recurrent):
         dropout: probability of zeroing an output of any layer but the last, in training.
         bidirectional: run each layer in both directions and concatenate their outputs.
         device, dtype: of the parameters.
+        proj_size: refused with torch.nn's words, as there.
         residual: add a layer's input, as it was before any dropout, to its output. Layers whose
             input has another size than their output stay plain; above the first there are none.
         variational_dropout: probability of zeroing a feature of a layer's input, of every
@@ -548,6 +621,7 @@ class RNN(_Recurrent):
 
     Raises:
         ValueError: an argument is out of its range.
+        TypeError: an argument has the wrong type.
 
     Reference:
         Elman 1990, Finding Structure in Time; Gal & Ghahramani 2016, arXiv 1512.05287
@@ -567,13 +641,14 @@ class RNN(_Recurrent):
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        proj_size: None = None,
         residual: bool = False,
         variational_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         learned_state: bool = False,
     ) -> None:
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"nonlinearity must be one of tanh, relu, got {nonlinearity!r}")
+        _refuse_projection(proj_size)
+        _check_nonlinearity(nonlinearity)
         super().__init__(
             f"RNN_{nonlinearity.upper()}",
             input_size,
@@ -622,11 +697,13 @@ class GRU(_Recurrent):
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        proj_size: None = None,
         residual: bool = False,
         variational_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         learned_state: bool = False,
     ) -> None:
+        _refuse_projection(proj_size)
         super().__init__(
             "GRU",
             input_size,
@@ -708,6 +785,9 @@ class LSTM(_Recurrent):
         )
 
 
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 class _Cell(torch.nn.RNNCellBase):
     """What the cells share: one step is a scan with T = 1."""
 
@@ -716,37 +796,58 @@ class _Cell(torch.nn.RNNCellBase):
         return ["weight_ih", "weight_hh"]
 
     def _step(self, cell: CellName, input: Tensor, hx: State | None) -> State:
-        name = type(self).__name__
-        if input.dim() not in (1, 2):
-            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        _check_input("input", input, self.weight_ih, self.training)
-        if input.size(-1) != self.input_size:
-            raise RuntimeError(
-                f"{name}: Expected input.size(-1) to be {self.input_size}, got {input.size(-1)}"
-            )
-        batched = input.dim() == 2
-        parts = state_parts(cell, hx)
-        for part in parts:
-            if part.dim() != input.dim():
+        if input.dim() != 2:
+            parts = state_parts(cell, hx)
+            self._check_dim(input, parts)
+            rows = tuple(part.unsqueeze(0) for part in parts)
+            last = self._step(cell, input.unsqueeze(0), _join_parts(rows) if rows else None)
+            return _join_parts(tuple(part.squeeze(0) for part in state_parts(cell, last)))
+        w_ih, w_hh, b_ih, b_hh = _weights_now(self, _CELL_WEIGHTS)
+        _check_input("input", input, w_ih, self.training)
+        try:
+            return functional.scan(
+                input.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, state=hx, cell=cell
+            ).state
+        except RuntimeError:
+            self._explain(input, state_parts(cell, hx))
+            raise
+
+    def _check_dim(self, input: Tensor, parts: tuple[Tensor, ...]) -> None:
+        """Raise unless the input is one row or a batch of them, and the state likewise."""
+        name, dim = type(self).__name__, input.dim()
+        if dim not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {dim}D instead")
+        for index, part in enumerate(parts):
+            what = "hidden" if len(parts) == 1 else f"hx[{index}]"
+            if part.dim() not in (1, 2):
                 raise ValueError(
-                    f"{name}: Expected hx to be {input.dim()}D like the input, "
+                    f"{name}: Expected {what} to be 1D or 2D, got {part.dim()}D instead"
+                )
+            if part.dim() != dim:
+                raise ValueError(
+                    f"{name}: Expected {what} to be {dim}D like the input, "
                     f"got {part.dim()}D instead"
                 )
-        if not batched:
-            input = input.unsqueeze(0)
-            parts = tuple(part.unsqueeze(0) for part in parts)
-        _, last = functional.scan(
-            input.unsqueeze(0),
-            self.weight_ih,
-            self.weight_hh,
-            self.bias_ih,
-            self.bias_hh,
-            state=_join_parts(parts) if parts else None,
-            cell=cell,
-        )
-        if batched:
-            return last
-        return _join_parts(tuple(part.squeeze(0) for part in state_parts(cell, last)))
+
+    def _explain(self, input: Tensor, parts: tuple[Tensor, ...]) -> None:
+        """Raise what torch.nn says of a batch (B, I) and state that the operators refuse; asked
+        only when they did, as in :class:`_Recurrent`."""
+        self._check_dim(input, parts)
+        if input.size(1) != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
+            )
+        for index, part in enumerate(parts):
+            if part.size(0) != input.size(0):
+                raise RuntimeError(
+                    f"Input batch size {input.size(0)} doesn't match hidden{index} batch size "
+                    f"{part.size(0)}"
+                )
+            if part.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{index} has inconsistent hidden_size: got {part.size(1)}, "
+                    f"expected {self.hidden_size}"
+                )
 
 
 class RNNCell(_Cell):
@@ -772,14 +873,13 @@ class RNNCell(_Cell):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"nonlinearity must be one of tanh, relu, got {nonlinearity!r}")
+        _check_nonlinearity(nonlinearity)
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
-        h = self._step(cell_name(f"rnn_{self.nonlinearity}"), input, hx)
+        h = self._step("rnn_tanh" if self.nonlinearity == "tanh" else "rnn_relu", input, hx)
         assert isinstance(h, Tensor)
         return h
 
