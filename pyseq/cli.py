@@ -11,14 +11,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import checkpoint, embeddings, g2p, info, metrics, training
+from . import checkpoint, embeddings, g2p, info, metrics, scheduled, training
 from .averaging import AVERAGES
 from .bridge import BRIDGES
 from .embeddings import EmbeddingsFile
@@ -106,6 +106,13 @@ def _share(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {value}")
     return value
+
+
+def _schedule(text: str) -> scheduled.Schedule:
+    try:
+        return scheduled.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 # argparse prints the name of the function when a text is not a number.
@@ -333,6 +340,25 @@ def _add_train(commands: Any) -> None:
     _add_option(group, TrainingOptions, "average_epochs", _positive, "epochs of --average epochs")
     _add_option(group, TrainingOptions, "clip_norm", float, "largest norm of the gradients")
     _add_option(group, TrainingOptions, "label_smoothing", float, "share spread over all symbols")
+    _add_option(
+        group,
+        TrainingOptions,
+        "scheduled_sampling",
+        _schedule,
+        "how often the decoder reads the truth: constant:EPSILON, linear:SLOPE[,BEGIN[,LEAST]], "
+        "exponential:K or inverse-sigmoid:K, by the number of updates",
+    )
+    _add_option(
+        group,
+        TrainingOptions,
+        "sampling_choice",
+        str,
+        "what it reads else",
+        choices=scheduled.CHOICES,
+    )
+    _add_option(
+        group, TrainingOptions, "sampling_coin", str, "thrown for each", choices=scheduled.COINS
+    )
     _add_option(group, TrainingOptions, "seed", int, "fixes everything random")
     _add_option(group, TrainingOptions, "checkpoint_every", _positive, "steps between checkpoints")
     _add_threads(group)
@@ -556,7 +582,7 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
 def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
     saved, state = training.last_checkpoint(out)
     tokens = (saved.source_tokens or "char", saved.target_tokens or "char")
-    begun = asdict(training.begun_options(state))
+    begun = vars(training.begun_options(state))
     _refuse_changes(arguments, {**saved.model.config, **begun}, tokens)
     if arguments.reverse_source and not saved.reverse_source:
         raise PyseqError(

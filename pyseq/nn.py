@@ -128,6 +128,7 @@ def _scan_layers(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     dropout: float = 0.0,
+    dropout_masks: Tensor | None = None,
     keep_every: int = 1,
     regularization: _Regularization = _PLAIN,
     return_states: bool = False,
@@ -141,6 +142,7 @@ def _scan_layers(
         cell, lengths, resets, keep_every, return_states: as in ``functional.scan``.
         directions: D, 1 or 2.
         dropout: probability of zeroing an output of a layer that is not the last one.
+        dropout_masks: (L-1, T, B, D*P), what to multiply such outputs with, in its place.
         regularization: what else to do to them.
 
     Returns:
@@ -151,7 +153,9 @@ def _scan_layers(
     all_steps: list[tuple[Tensor, ...]] = []
     for first in range(0, len(weights), directions):
         below = x
-        if states and dropout > 0:
+        if first > 0 and dropout_masks is not None:
+            x = x * dropout_masks[first // directions - 1]
+        elif first > 0 and dropout > 0:
             x = apply_dropout(x, dropout)
         if regularization.variational_dropout > 0:
             shape = x.shape[1:]
@@ -1261,6 +1265,7 @@ class AttentionDecoder(torch.nn.Module):
         state: tuple[State | None, Tensor | None] | None = None,
         need_weights: bool = False,
         keys: Tensor | None = None,
+        dropout_masks: Tensor | None = None,
     ) -> DecoderOutput:
         """Run all steps of ``x``.
 
@@ -1273,6 +1278,8 @@ class AttentionDecoder(torch.nn.Module):
                 (B, H), either of them None for zero. Default: all zero.
             need_weights: also return the attention weights.
             keys: what :meth:`project` gave for this memory. Default: computed here.
+            dropout_masks: (L-1, T, B, H), what :meth:`draw_dropout_masks` gave, where several
+                calls are to drop the same. Default: drawn here, in training.
 
         Returns:
             The output (T, B, H), the weights (T, B, S) or None, and the state from which
@@ -1289,7 +1296,7 @@ class AttentionDecoder(torch.nn.Module):
         _check_input("x", x, self.weight_ih_l0, self.training)
         parts, feed = self._check_state(state, x.shape[1])
         if self.score is None:
-            result = self._forward_plain(x, parts)
+            result = self._forward_plain(x, parts, dropout_masks)
         else:
             if memory is None:
                 raise RuntimeError("memory must be given unless score is None, got None")
@@ -1297,19 +1304,38 @@ class AttentionDecoder(torch.nn.Module):
                 memory = memory.transpose(0, 1)
                 keys = None if keys is None else keys.transpose(0, 1)
             check_shape("memory", memory, "(S, B, M)", (-1, x.shape[1], self.memory_size))
-            result = self._forward_attentive(x, memory, keys, lengths, parts, feed, need_weights)
+            result = self._forward_attentive(
+                x, memory, keys, lengths, parts, feed, need_weights, dropout_masks
+            )
         if not self.batch_first:
             return result
         weights = None if result.weights is None else result.weights.transpose(0, 1)
         return DecoderOutput(result.output.transpose(0, 1), weights, result.state)
 
-    def _forward_plain(self, x: Tensor, parts: tuple[Tensor, ...]) -> DecoderOutput:
+    def draw_dropout_masks(self, steps: int, batch: int) -> Tensor | None:
+        """What the outputs of all layers but the last are multiplied with in a call.
+
+        Args:
+            steps, batch: T and B of the call.
+
+        Returns:
+            (L-1, T, B, H); None if nothing is dropped.
+        """
+        if not self.training or self.dropout == 0 or self.num_layers == 1:
+            return None
+        shape = (self.num_layers - 1, steps, batch, self.hidden_size)
+        return apply_dropout(self.weight_ih_l0.new_ones(shape), self.dropout)
+
+    def _forward_plain(
+        self, x: Tensor, parts: tuple[Tensor, ...], dropout_masks: Tensor | None
+    ) -> DecoderOutput:
         output, parts, _ = _scan_layers(
             x,
             [(*layer, None) for layer in self.layer_weights()],
             parts,
             cell=self.cell,
             dropout=self.dropout if self.training else 0.0,
+            dropout_masks=dropout_masks,
         )
         return DecoderOutput(output, None, DecoderState(_join_parts(parts), output[-1]))
 
@@ -1322,13 +1348,12 @@ class AttentionDecoder(torch.nn.Module):
         parts: tuple[Tensor, ...],
         feed: Tensor | None,
         need_weights: bool,
+        dropout_masks: Tensor | None,
     ) -> DecoderOutput:
         assert self.score is not None
         assert self.combine is not None
-        masks = None
-        if self.training and self.dropout > 0 and self.num_layers > 1:
-            shape = (self.num_layers - 1, x.shape[0], x.shape[1], self.hidden_size)
-            masks = apply_dropout(x.new_ones(shape), self.dropout)
+        if dropout_masks is None:
+            dropout_masks = self.draw_dropout_masks(x.shape[0], x.shape[1])
         return functional.decode(
             x,
             self.layer_weights(),
@@ -1342,7 +1367,7 @@ class AttentionDecoder(torch.nn.Module):
             state=(_join_parts(parts) if parts else None, feed),
             lengths=lengths,
             input_feeding=self.input_feeding,
-            dropout_masks=masks,
+            dropout_masks=dropout_masks,
             need_weights=need_weights,
         )
 

@@ -239,6 +239,22 @@ def _stack_step(
             below = below * dropout_masks[k]
 
 
+def _plain_step(
+    cell: CellName,
+    layers: Sequence[LayerWeights],
+    x: Tensor,
+    before: DecoderState,
+    masks: Tensor | None,
+) -> tuple[Tensor, DecoderState]:
+    """One step without attention: the top state, and the state after the step."""
+    h_0, c_0 = (*decoder_parts(cell, before)[0], before.feed.unsqueeze(0))[:2]
+    h, c = list(h_0.unbind(0)), list(c_0.expand_as(h_0).unbind(0))
+    _stack_step(cell, layers, x, h, c, masks)
+    h_n = torch.stack(h)
+    hidden = (h_n, torch.stack(c)) if cell == "lstm" else h_n
+    return h[-1], DecoderState(hidden, h[-1])
+
+
 def decode(
     x: Tensor,
     layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
@@ -375,11 +391,7 @@ def generate(
         x = embedding[tokens]
         weights: Tensor | None = None
         if score is None:
-            h_0, c_0 = (*decoder_parts(cell, before)[0], before.feed.unsqueeze(0))[:2]
-            h, c = list(h_0.unbind(0)), list(c_0.expand_as(h_0).unbind(0))
-            _stack_step(cell, weights_of, x, h, c)
-            output, h_n = h[-1], torch.stack(h)
-            after = DecoderState((h_n, torch.stack(c)) if cell == "lstm" else h_n, output)
+            output, after = _plain_step(cell, weights_of, x, before, None)
         else:
             assert encoded.keys is not None
             assert encoded.memory is not None
@@ -430,3 +442,71 @@ def generate(
             kept[row, : sizes[row], : source_lengths[row]] = hypothesis.weights
     scores = embedding.new_tensor([hypothesis.score for hypothesis in found])
     return GenerateOutput(tokens, torch.tensor(sizes, dtype=torch.int64), scores, kept)
+
+
+def scheduled_inputs(
+    tokens: Tensor,
+    coins: Tensor,
+    embedding: Tensor,
+    layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
+    state: tuple[State, Tensor | None],
+    output_weight: Tensor,
+    output_bias: Tensor | None = None,
+    keys: Tensor | None = None,
+    memory: Tensor | None = None,
+    combine: Tensor | None = None,
+    *,
+    draws: Tensor | None = None,
+    cell: CellName = "lstm",
+    score: ScoreName | None = "dot",
+    weight: Tensor | None = None,
+    weight_query: Tensor | None = None,
+    weight_v: Tensor | None = None,
+    lengths: Tensor | None = None,
+    input_feeding: bool = True,
+    embedding_masks: Tensor | None = None,
+    dropout_masks: Tensor | None = None,
+    output_masks: Tensor | None = None,
+) -> Tensor:
+    """What scheduled sampling reads, step by step; see
+    :func:`pyseq.functional.scheduled_inputs`."""
+    weights_of = [LayerWeights(*layer) for layer in layers]
+    parts, feed = decoder_parts(cell, state)
+    batch, size = parts[0].shape[1:]
+    before = DecoderState(state[0], parts[0].new_zeros(batch, size) if feed is None else feed)
+    fed = tokens.clone()
+    for t in range(len(tokens) - 1):
+        x = embedding[fed[t]]
+        if embedding_masks is not None:
+            x = x * embedding_masks[t]
+        masks = None if dropout_masks is None else dropout_masks[:, t]
+        if score is None:
+            output, before = _plain_step(cell, weights_of, x, before, masks)
+        else:
+            assert keys is not None
+            assert memory is not None
+            assert combine is not None
+            decoded = decode(
+                x.unsqueeze(0),
+                weights_of,
+                keys,
+                memory,
+                combine,
+                cell=cell,
+                score=score,
+                weight=weight,
+                weight_query=weight_query,
+                weight_v=weight_v,
+                state=before,
+                lengths=lengths,
+                input_feeding=input_feeding,
+                dropout_masks=None if masks is None else masks.unsqueeze(1),
+            )
+            output, before = decoded.output[0], decoded.state
+        if output_masks is not None:
+            output = output * output_masks[t]
+        chosen = search.choose(
+            linear(output, output_weight, output_bias), None if draws is None else draws[t + 1]
+        )
+        fed[t + 1] = torch.where(coins[t + 1], fed[t + 1], chosen)
+    return fed

@@ -32,6 +32,7 @@ __all__ = [
     "Step",
     "StreamedToken",
     "beam",
+    "choose",
     "greedy",
     "sample",
     "search",
@@ -570,6 +571,26 @@ def _search_fused(
 # Which tokens may be emitted
 
 
+def choose(logits: Tensor, draws: Tensor | None = None) -> Tensor:
+    """A token (N,) for each row of logits (N, V): the likeliest, or by a draw.
+
+    The draw is by inversion: of the tokens in their order it takes the first up to which the
+    probabilities, of all that may be emitted, add up to more than ``draws``. ``<pad>`` and
+    ``<start>`` may not. Whatever the logits hold, the result is a token id.
+
+    Args:
+        logits: (N, V); log-probabilities will do.
+        draws: (N,), uniform in [0, 1). Default: the likeliest, of equal ones the first.
+    """
+    if draws is None:
+        return logits[:, STOP:].argmax(1) + STOP
+    sums = torch.softmax(logits[:, STOP:], 1).cumsum(1)
+    tokens = (sums <= draws.unsqueeze(1) * sums[:, -1:]).sum(1)
+    # Should rounding have made it all of them, the last one with a share of the sum.
+    last = (sums < sums[:, -1:]).sum(1)
+    return torch.minimum(tokens, last) + STOP
+
+
 class _Rules(NamedTuple):
     """What the options say of the next token."""
 
@@ -671,11 +692,7 @@ def _walk(
         with _search_mode(model):
             step = model.step(tokens, encoded, state, need_weights=options.need_weights)
             log_probs = rules.apply(step.log_probs, rows // draws, history, emitted)
-            tokens = (
-                _draw(log_probs, options, generator)
-                if options.sample
-                else log_probs[:, STOP:].argmax(1) + STOP
-            )
+            tokens = _draw(log_probs, options, generator) if options.sample else choose(log_probs)
             scores = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
         yield _Emission(rows, tokens, scores, step.weights)
         state = step.state

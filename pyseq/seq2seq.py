@@ -8,7 +8,7 @@ batch-first; everything between the embeddings and the logits is time-major.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ._checks import check_like, check_positive, check_shape
 from ._dropout import apply_dropout
 from .bridge import Bridge
 from .nn import GRU, LSTM, RNN, AttentionDecoder, Score, cell_name
+from .scheduled import Sampling
 from .search import EncodedSource, FusedSearch, Hypothesis, SearchOptions, Step, StreamedToken
 from .types import PAD, UNK, CellName, DecoderOutput, DecoderState, GenerateOutput, State
 
@@ -196,6 +197,26 @@ class Encoder(torch.nn.Module):
         return memory, (self._join_directions(h), self._join_directions(c))
 
 
+class _Masks(NamedTuple):
+    """What dropout multiplies with in one pass of a decoder; None where nothing is dropped."""
+
+    embedding: Tensor | None  # (T, B, E)
+    layers: Tensor | None  # (L-1, T, B, H), the outputs of all layers but the last
+    output: Tensor | None  # (T, B, H)
+
+    def step(self, t: int) -> _Masks:
+        """Those of one step."""
+        return _Masks(
+            None if self.embedding is None else self.embedding[t : t + 1],
+            None if self.layers is None else self.layers[:, t : t + 1],
+            None if self.output is None else self.output[t : t + 1],
+        )
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
 class Decoder(torch.nn.Module):
     """Embedding, :class:`pyseq.nn.AttentionDecoder` and the linear layer to the logits.
 
@@ -293,15 +314,28 @@ class Decoder(torch.nn.Module):
         lengths: Tensor | None = None,
         state: tuple[State | None, Tensor | None] | None = None,
         label_smoothing: float = 0.0,
+        sampling: Sampling | None = None,
     ) -> Tensor:
         """The cross entropy of what :meth:`forward` predicts; see :meth:`Seq2Seq.loss`.
 
         Args:
-            target_in, target_out, label_smoothing: as in :meth:`Seq2Seq.loss`.
+            target_in, target_out, label_smoothing, sampling: as in :meth:`Seq2Seq.loss`.
             memory, lengths, state: as in :meth:`pyseq.nn.AttentionDecoder.forward`, time-major.
         """
-        hidden, _ = self._hidden(target_in, memory, lengths=lengths, state=state)
+        _check_tokens("target_in", target_in)
         check_shape("target_out", target_out, "(B, T)", tuple(target_in.shape))
+        masks = self._draw_masks(target_in)
+        if sampling is not None:
+            target_in = self.scheduled_inputs(
+                target_in,
+                memory,
+                sampling,
+                lengths=lengths,
+                state=state,
+                masks=masks,
+                unread=target_out == PAD,
+            )
+        hidden, _ = self._hidden(target_in, memory, lengths=lengths, state=state, masks=masks)
         return functional.linear_cross_entropy(
             hidden.flatten(0, 1),
             self.output.weight,
@@ -320,14 +354,109 @@ class Decoder(torch.nn.Module):
         state: tuple[State | None, Tensor | None] | None,
         need_weights: bool = False,
         keys: Tensor | None = None,
+        masks: _Masks | None = None,
     ) -> tuple[Tensor, DecoderOutput]:
         """What the output layer reads (T, B, H), and what the recurrent decoder gave."""
         _check_tokens("target_in", target_in)
-        x = apply_dropout(self.embedding(target_in.t()), self.dropout, self.training)
+        if masks is None:
+            masks = self._draw_masks(target_in)
         decoded = self.rnn(
-            x, memory, lengths=lengths, state=state, need_weights=need_weights, keys=keys
+            _masked(self.embedding(target_in.t()), masks.embedding),
+            memory,
+            lengths=lengths,
+            state=state,
+            need_weights=need_weights,
+            keys=keys,
+            dropout_masks=masks.layers,
         )
-        return apply_dropout(decoded.output, self.dropout, self.training), decoded
+        return _masked(decoded.output, masks.output), decoded
+
+    def _draw_masks(self, target_in: Tensor) -> _Masks:
+        """What dropout zeroes in one pass over ``target_in`` (B, T)."""
+        batch, steps = target_in.shape
+        layers = self.rnn.draw_dropout_masks(steps, batch)
+        if not self.training or self.dropout == 0:
+            return _Masks(None, layers, None)
+        like = self.embedding.weight
+        return _Masks(
+            apply_dropout(like.new_ones(steps, batch, like.shape[1]), self.dropout),
+            layers,
+            apply_dropout(like.new_ones(steps, batch, self.rnn.hidden_size), self.dropout),
+        )
+
+    @torch.no_grad()
+    def scheduled_inputs(
+        self,
+        target_in: Tensor,
+        memory: Tensor | None,
+        sampling: Sampling,
+        *,
+        lengths: Tensor | None = None,
+        state: tuple[State | None, Tensor | None] | None = None,
+        masks: _Masks | None = None,
+        unread: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """What the decoder reads by scheduled sampling; see :meth:`Seq2Seq.scheduled_inputs`.
+
+        Args:
+            target_in, sampling, generator: as in :meth:`Seq2Seq.scheduled_inputs`.
+            memory, lengths, state: as in :meth:`pyseq.nn.AttentionDecoder.forward`, time-major.
+            masks: what dropout zeroes. Default: drawn here, in training.
+            unread: (B, T) bool, where it does not matter what is read.
+
+        Returns:
+            (B, T) int64.
+        """
+        _check_tokens("target_in", target_in)
+        if sampling.epsilon >= 1:
+            return target_in
+        batch, steps = target_in.shape
+        if masks is None:
+            masks = self._draw_masks(target_in)
+        device = target_in.device
+        thrown = (1 if sampling.coin == "sequence" else steps, batch)
+        coins = torch.rand(thrown, generator=generator, device=device) < sampling.epsilon
+        coins = coins.expand(steps, batch)
+        if unread is not None:
+            coins = coins | unread.t()
+        draws = None
+        if sampling.choice == "sample":
+            like = self.embedding.weight
+            draws = torch.rand((steps, batch), generator=generator, dtype=like.dtype, device=device)
+        return self._inputs_step_by_step(
+            target_in.t(), coins, draws, memory, lengths=lengths, state=state, masks=masks
+        ).t()
+
+    def _inputs_step_by_step(
+        self,
+        tokens: Tensor,
+        coins: Tensor,
+        draws: Tensor | None,
+        memory: Tensor | None,
+        *,
+        lengths: Tensor | None,
+        state: tuple[State | None, Tensor | None] | None,
+        masks: _Masks,
+    ) -> Tensor:
+        """See :func:`pyseq.functional.scheduled_inputs`; for any decoder."""
+        fed = tokens.clone()
+        keys = None if memory is None else self.rnn.project(memory, lengths)
+        # Where all rows read the truth to the end nothing is to be found out.
+        ends = (~coins).any(1).nonzero()
+        for t in range(int(ends.max()) if len(ends) else 0):
+            hidden, decoded = self._hidden(
+                fed[t].unsqueeze(1),
+                memory,
+                lengths=lengths,
+                state=state,
+                keys=keys,
+                masks=masks.step(t),
+            )
+            chosen = search.choose(self.output(hidden[0]), None if draws is None else draws[t + 1])
+            fed[t + 1] = torch.where(coins[t + 1], fed[t + 1], chosen)
+            state = decoded.state
+        return fed
 
     def generate(
         self,
@@ -555,6 +684,7 @@ class Seq2Seq(torch.nn.Module):
         target_out: Tensor,
         *,
         label_smoothing: float = 0.0,
+        sampling: Sampling | None = None,
     ) -> Tensor:
         """Cross entropy in nats, averaged over the target tokens that are not ``<pad>``.
 
@@ -565,6 +695,9 @@ class Seq2Seq(torch.nn.Module):
             source, source_lengths, target_in: as in :meth:`forward`.
             target_out: (B, T) int64, token ids: the target with its end, ``<pad>`` after it.
             label_smoothing: share of the target probability that is spread over all tokens.
+            sampling: what the decoder reads, in place of ``target_in``: see
+                :meth:`scheduled_inputs`, with the same dropout as here. No gradient passes
+                through the choice. Default: ``target_in``, which is teacher forcing.
 
         Returns:
             0-dimensional; NaN if every token of ``target_out`` is ``<pad>``.
@@ -581,6 +714,50 @@ class Seq2Seq(torch.nn.Module):
             lengths=source_lengths,
             state=(hidden, None),
             label_smoothing=label_smoothing,
+            sampling=sampling,
+        )
+
+    @torch.no_grad()
+    def scheduled_inputs(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        target_in: Tensor,
+        sampling: Sampling,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """What the decoder reads where it is shown the truth only now and then.
+
+        After ``<start>``, each token is that of ``target_in`` if its coin says so, which it does
+        with probability epsilon; otherwise it is the model's own: the likeliest after what it
+        has read until then, or a draw from its distribution. What is fed then decides what is
+        chosen next, so this goes step by step; what :meth:`forward` makes of the result has the
+        gradient of scheduled sampling, since none passes through a choice.
+
+        Args:
+            source, source_lengths, target_in: as in :meth:`forward`.
+            sampling: epsilon, how the model chooses, and whether each token has a coin or each
+                row one for all its tokens.
+            generator: source of randomness on the device of the model. Default: torch's.
+
+        Returns:
+            (B, T) int64. It does not depend on the number of threads.
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+
+        Reference:
+            Bengio et al. 2015, arXiv 1506.03099, section 2.4.
+        """
+        memory, hidden = self._encode(source, source_lengths, target_in)
+        return self.decoder.scheduled_inputs(
+            target_in,
+            memory,
+            sampling,
+            lengths=source_lengths,
+            state=(hidden, None),
+            generator=generator,
         )
 
     def _encode(

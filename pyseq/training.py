@@ -27,6 +27,15 @@ from .bridge import BridgeName
 from .embeddings import Embeddings, EmbeddingsFile
 from .errors import CheckpointError, DataError, TrainingError, require
 from .events import Events, require_tensorboard
+from .scheduled import (
+    CHOICES,
+    COINS,
+    ChoiceName,
+    CoinName,
+    Sampling,
+    Schedule,
+    from_record,
+)
 from .seq2seq import Seq2Seq
 from .text import (
     Batch,
@@ -116,6 +125,12 @@ class TrainingOptions:
             :class:`pyseq.averaging.WeightAverage`.
         average_decay: of the exponential average.
         average_epochs: epochs that count.
+        scheduled_sampling: a schedule of :mod:`pyseq.scheduled`, such as
+            ``InverseSigmoid(2000)``: how often the decoder reads the truth, by the number of
+            updates done. Default: always, which is teacher forcing.
+        sampling_choice: what it reads else: its likeliest token, ``"argmax"``, or one drawn
+            from its distribution, ``"sample"``.
+        sampling_coin: whether that is decided for each ``"token"`` or for each ``"sequence"``.
 
     Raises:
         ValueError: an option is out of its range.
@@ -145,11 +160,28 @@ class TrainingOptions:
     average: AverageName = "none"
     average_decay: float = 0.999
     average_epochs: int = 5
+    scheduled_sampling: Schedule | None = None
+    sampling_choice: ChoiceName = "argmax"
+    sampling_coin: CoinName = "token"
+
+    def sampling(self, updates: int) -> Sampling | None:
+        """What the decoder reads after so many updates; None for the truth alone."""
+        if self.scheduled_sampling is None:
+            return None
+        return Sampling(self.scheduled_sampling(updates), self.sampling_choice, self.sampling_coin)
 
     freeze_source: int | None = 0
     freeze_target: int | None = 0
 
     def __post_init__(self) -> None:
+        if self.sampling_choice not in CHOICES:
+            raise ValueError(
+                f"sampling_choice must be one of {', '.join(CHOICES)}, got {self.sampling_choice!r}"
+            )
+        if self.sampling_coin not in COINS:
+            raise ValueError(
+                f"sampling_coin must be one of {', '.join(COINS)}, got {self.sampling_coin!r}"
+            )
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(
                 f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
@@ -230,6 +262,7 @@ def training_step(
     *,
     clip_norm: float,
     label_smoothing: float = 0.0,
+    sampling: Sampling | None = None,
 ) -> float:
     """One update of the weights; returns the loss in nats per token.
 
@@ -243,6 +276,7 @@ def training_step(
         batch.target_in,
         batch.target_out,
         label_smoothing=label_smoothing,
+        sampling=sampling,
     )
     value = loss.item()
     if not math.isfinite(value):
@@ -294,6 +328,40 @@ def accuracy(model: Seq2Seq, examples: Examples, *, batch_size: int) -> float:
         count += len(fits)
     model.train(training)
     return right / max(1, count)
+
+
+@torch.no_grad()
+def errors_by_position(
+    model: Seq2Seq, examples: Examples, *, batch_size: int, free_running: bool
+) -> list[float]:
+    """Share of wrong tokens, 0 to 1, at each place of the target, the first one first.
+
+    Args:
+        model, examples: as in :func:`accuracy`.
+        batch_size: examples computed together.
+        free_running: the model reads its own likeliest tokens, as in greedy search (which goes
+            on here to the end of the target), and not the truth. The difference of the two is
+            what scheduled sampling is for.
+    """
+    training = model.training
+    model.eval()
+    sampling = Sampling(0.0 if free_running else 1.0)
+    wrong: list[int] = []
+    count: list[int] = []
+    for batch in ordered_batches(examples, batch_size):
+        source, lengths, target_in, target_out, _ = _to(batch, _device(model))
+        target_in = model.scheduled_inputs(source, lengths, target_in, sampling)
+        likeliest = model(source, lengths, target_in).argmax(-1)
+        valid = target_out != PAD
+        more = target_out.shape[1] - len(count)
+        wrong += [0] * more
+        count += [0] * more
+        missed = ((likeliest != target_out) & valid).sum(0).tolist()
+        for place, (missing, all_) in enumerate(zip(missed, valid.sum(0).tolist(), strict=True)):
+            wrong[place] += missing
+            count[place] += all_
+    model.train(training)
+    return [missing / all_ for missing, all_ in zip(wrong, count, strict=True)]
 
 
 def _device(model: Seq2Seq) -> torch.device:
@@ -499,6 +567,7 @@ class Trainer:
                     self._optimizer,
                     clip_norm=options.clip_norm,
                     label_smoothing=options.label_smoothing,
+                    sampling=options.sampling(self._step),
                 )
                 if not math.isfinite(loss):
                     raise TrainingError(self._not_finite_text(loss, batch))
@@ -924,7 +993,10 @@ def begun_options(state: checkpoint.TrainingState) -> TrainingOptions:
         CheckpointError: the state has options that this version does not know.
     """
     try:
-        return TrainingOptions(**state.record["options"])
+        options = dict(state.record["options"])
+        if options.get("scheduled_sampling") is not None:
+            options["scheduled_sampling"] = from_record(options["scheduled_sampling"])
+        return TrainingOptions(**options)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the training state has no valid options: {error}") from error
 
