@@ -6,6 +6,7 @@ from . import _library as _library  # isort: split
 
 from . import embeddings, functional, nn, reference
 from .checkpoint import load, save
+from .conversion import convert, revert
 from .quantized import quantize
 from .search import Ensemble, Hypothesis, SearchOptions
 from .seq2seq import Seq2Seq
@@ -23,12 +24,14 @@ __all__ = [
     "Translator",
     "Vocab",
     "__version__",
+    "convert",
     "embeddings",
     "functional",
     "load",
     "nn",
     "quantize",
     "reference",
+    "revert",
     "save",
     "train",
 ]
