@@ -5,8 +5,8 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 
 #include <string>
 
@@ -15,6 +15,7 @@
 #include "loss.h"
 #include "scan_both.h"
 #include "search.h"
+#include "second_order.h"
 
 namespace pyseq::autograd {
 
@@ -47,31 +48,10 @@ bool needs_grad(const char* name, std::initializer_list<const OptionalTensor*> t
   return needed && at::GradMode::is_enabled();
 }
 
-// What a Function's backward returns: a gradient for each argument of forward, undefined
-// for those that are no tensors or were not given. Under create_graph they would be taken
-// for constants, though they depend on what came in and was saved; an error node between
-// makes a second differentiation fail instead of leaving them out.
-variable_list gradients(const char* name, variable_list list, const variable_list& incoming,
-                        const variable_list& saved) {
-  if (!at::GradMode::is_enabled()) return list;
-  variable_list inputs;
-  for (const Tensor& gradient : list) {
-    if (gradient.defined()) inputs.push_back(gradient);
-  }
-  for (const variable_list* sources : {&incoming, &saved}) {
-    for (const Tensor& source : *sources) {
-      if (source.defined() && source.requires_grad()) inputs.push_back(source);
-    }
-  }
-  auto node = std::make_shared<torch::autograd::DelayedError>(
-      std::string("pyseq::") + name + " cannot be differentiated twice",
-      static_cast<int>(inputs.size()));
-  const variable_list outputs = (*node)(std::move(inputs));
-  size_t next = 0;
-  for (Tensor& gradient : list) {
-    if (gradient.defined()) gradient = outputs[next++];
-  }
-  return list;
+// Whether a transform of torch.func is at work. It cannot see into the Functions below, so the
+// operator's specification takes their place, which is made of torch's own operators.
+bool is_transformed() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
 // A gradient that belongs to an optional argument.
@@ -106,7 +86,7 @@ struct Scan : Function<Scan> {
     static const auto op = find_operator<&scan_forward>("pyseq::scan_forward");
     const auto [y, h_n, c_n, gates, apart, states, cells, inner, c_steps] = op.call(
         x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse, return_states);
-    // The last four only to say which gradients there are, and what these depend on.
+    // The last four only to say which gradients there are, and for a second differentiation.
     context->save_for_backward({x, w_ih, w_hh, or_undefined(w_hr), or_undefined(lengths),
                                 or_undefined(resets), gates, apart, states, cells, inner,
                                 or_undefined(b_ih), or_undefined(b_hh), or_undefined(h_0),
@@ -142,7 +122,15 @@ struct Scan : Function<Scan> {
       result[6] = if_given(saved[13].defined(), d_h_0);
       result[7] = if_given(saved[14].defined(), d_c_0);
     }
-    return gradients("scan", std::move(result), d, saved);
+    return differentiable("scan", std::move(result), d, [&] {
+      return torch::jit::Stack{saved[0],         saved[1],
+                               saved[2],         given(saved[11]),
+                               given(saved[12]), w_hr,
+                               given(saved[13]), given(saved[14]),
+                               given(saved[4]),  given(saved[5]),
+                               options["cell"],  options["reverse"],
+                               int64_t{1},       options["has_c_steps"]};
+    });
   }
 };
 
@@ -160,7 +148,7 @@ struct ScanKeeping : Function<ScanKeeping> {
     const auto [y, h_n, c_n, h_kept, c_kept, c_steps] =
         op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
                 keep_every, return_states);
-    // The last two only to say which gradients there are.
+    // The last two only to say which gradients there are, and for a second differentiation.
     context->save_for_backward({x, w_ih, w_hh, or_undefined(b_ih), or_undefined(b_hh),
                                 or_undefined(w_hr), or_undefined(lengths), or_undefined(resets),
                                 h_kept, c_kept, or_undefined(h_0), or_undefined(c_0)});
@@ -196,7 +184,22 @@ struct ScanKeeping : Function<ScanKeeping> {
       result[6] = if_given(saved[10].defined(), d_h_0);
       result[7] = if_given(saved[11].defined(), d_c_0);
     }
-    return gradients("scan", std::move(result), d, saved);
+    return differentiable("scan", std::move(result), d, [&] {
+      return torch::jit::Stack{saved[0],
+                               saved[1],
+                               saved[2],
+                               given(saved[3]),
+                               given(saved[4]),
+                               given(saved[5]),
+                               given(saved[10]),
+                               given(saved[11]),
+                               given(saved[6]),
+                               given(saved[7]),
+                               options["cell"],
+                               options["reverse"],
+                               options["keep_every"],
+                               options["has_c_steps"]};
+    });
   }
 };
 
@@ -229,7 +232,10 @@ struct Attend : Function<Attend> {
       result[2] = d_memory;
       result[3] = if_given(weight_v.has_value(), d_weight_v);
     }
-    return gradients("attend", std::move(result), d, saved);
+    return differentiable("attend", std::move(result), d, [&] {
+      return torch::jit::Stack{saved[0], saved[1],        saved[2],
+                               weight_v, given(saved[4]), context->saved_data["score"]};
+    });
   }
 };
 
@@ -309,7 +315,24 @@ struct Decode : Function<Decode> {
       }
     }
     result.resize(result.size() + 5);  // lengths, dropout_masks and the three options
-    return gradients("decode", std::move(result), d, saved);
+    return differentiable("decode", std::move(result), d, [&] {
+      return torch::jit::Stack{saved[0],
+                               layers,
+                               saved[1],
+                               saved[2],
+                               saved[3],
+                               weight_query,
+                               weight_v,
+                               given(saved[18]),
+                               given(saved[19]),
+                               feed,
+                               given(saved[7]),
+                               given(saved[8]),
+                               options["cell"],
+                               options["score"],
+                               options["input_feeding"],
+                               /*need_weights=*/true};
+    });
   }
 };
 
@@ -327,10 +350,13 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
     const auto [loss, d_hidden, d_weight, d_bias] =
         op.call(hidden, weight, target, bias, ignore_index, label_smoothing, needs_hidden,
                 needs_weight, needs_bias);
-    // The last three only to say what the gradients depend on.
+    // The last four only for a second differentiation.
     context->save_for_backward({needs_hidden ? d_hidden : Tensor(),
                                 needs_weight ? d_weight : Tensor(), needs_bias ? d_bias : Tensor(),
-                                hidden, weight, or_undefined(bias)});
+                                hidden, weight, target, or_undefined(bias)});
+    auto& options = context->saved_data;
+    options["ignore_index"] = ignore_index;
+    options["label_smoothing"] = label_smoothing;
     return loss;
   }
 
@@ -346,7 +372,15 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
       result[1] = scaled(saved[1]);
       result[3] = scaled(saved[2]);
     }
-    return gradients("linear_cross_entropy", std::move(result), d, saved);
+    auto& options = context->saved_data;
+    return differentiable("linear_cross_entropy", std::move(result), d, [&] {
+      return torch::jit::Stack{saved[3],
+                               saved[4],
+                               saved[5],
+                               given(saved[6]),
+                               options["ignore_index"],
+                               options["label_smoothing"]};
+    });
   }
 };
 
@@ -394,6 +428,11 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
                    keep_every, return_states);
   }
   check_differentiable(w_hh);
+  if (is_transformed()) {
+    static const auto reference = find_operator<&pyseq::scan>("pyseq::scan_reference");
+    return reference.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
+                          keep_every, return_states);
+  }
   const std::string name(cell);
   const variable_list result =
       keep_every == 1 ? Scan::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets,
@@ -411,6 +450,10 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::attend>("pyseq::attend");
     return op.call(query, keys, memory, weight_v, lengths, score);
+  }
+  if (is_transformed()) {
+    static const auto reference = find_operator<&pyseq::attend>("pyseq::attend_reference");
+    return reference.call(query, keys, memory, weight_v, lengths, score);
   }
   const variable_list result =
       Attend::apply(query, keys, memory, weight_v, lengths, std::string(score));
@@ -432,6 +475,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
     return op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
                    lengths, dropout_masks, cell, score, input_feeding, need_weights);
   }
+  if (is_transformed()) {
+    static const auto reference = find_operator<&pyseq::decode>("pyseq::decode_reference");
+    return reference.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
+                          lengths, dropout_masks, cell, score, input_feeding, need_weights);
+  }
   const variable_list result =
       Decode::apply(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
                     lengths, dropout_masks, std::string(cell), std::string(score), input_feeding);
@@ -447,6 +495,11 @@ Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Te
     static const auto op =
         find_operator<&pyseq::linear_cross_entropy>("pyseq::linear_cross_entropy");
     return op.call(hidden, weight, target, bias, ignore_index, label_smoothing);
+  }
+  if (is_transformed()) {
+    static const auto reference =
+        find_operator<&pyseq::linear_cross_entropy>("pyseq::linear_cross_entropy_reference");
+    return reference.call(hidden, weight, target, bias, ignore_index, label_smoothing);
   }
   return LinearCrossEntropy::apply(hidden, weight, target, bias, ignore_index, label_smoothing);
 }
@@ -490,6 +543,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::linear>("pyseq::linear");
     return op.call(x, weight, bias);
+  }
+  if (is_transformed()) {
+    static const auto reference = find_operator<&pyseq::linear>("pyseq::linear_reference");
+    return reference.call(x, weight, bias);
   }
   return Linear::apply(x, weight, bias);
 }

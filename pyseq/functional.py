@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import _library as _library  # loads _C, which registers torch.ops.pyseq
 from . import reference
+from . import transforms as transforms  # registers what stands in for the operators there
 from ._checks import autocasts, check_like, check_shape, check_tensor
 from ._packed import computing_dtype
 from .errors import SearchError

@@ -325,11 +325,11 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """The loss of an output layer; see :func:`pyseq.functional.linear_cross_entropy`."""
-    # Ignored rows are left out before the product: what they hold, NaN even, must not matter.
-    kept = target != ignore_index
+    # What ignored rows hold, NaN even, must not matter, and a product would let it through.
+    ignored = (target == ignore_index).unsqueeze(1)
     return cross_entropy(
-        linear(hidden[kept], weight, bias),
-        target[kept],
+        linear(hidden.masked_fill(ignored, 0), weight, bias),
+        target,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -496,6 +497,13 @@ class LinearCrossEntropyCase:
 
 
 Case = ScanCase | AttendCase | DecodeCase | LinearCrossEntropyCase
+
+
+def op_of(case: Case) -> str:
+    """The name of the operator that the case calls."""
+    words = re.findall("[A-Z][a-z]*", type(case).__name__.removesuffix("Case"))
+    return "_".join(words).lower()
+
 
 CELLS: tuple[CellName, ...] = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 

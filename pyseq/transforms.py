@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators under a second differentiation and under torch.func.
+
+Fused kernels have one derivative and no batching rule. Where more is asked for, the
+specification in plain torch takes their place: right, and slow. It is registered here as an
+operator beside each of them, ``pyseq::scan_reference`` for ``scan``, where C++ finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_vmap
+from torch.utils._pytree import tree_leaves
+
+from . import reference
+from .types import GATES, CellName, LayerWeights, ScoreName, State, state_parts
+
+Results = Tensor | tuple[Tensor, ...]
+#: What stands for a result that a call cannot have, as in ``csrc/ops.h``.
+_NOTHING = (0,)
+
+_LIBRARY = Library("pyseq", "FRAGMENT")
+
+
+def _state(cell: str, h: Tensor | None, c: Tensor | None, zero_h: Tensor, zero_c: Tensor) -> State:
+    h = zero_h if h is None else h
+    return (h, zero_c if c is None else c) if cell == "lstm" else h
+
+
+def _parts(cell: str, state: State, like: Tensor) -> tuple[Tensor, Tensor]:
+    """``(h_n, c_n)`` as the operators return them."""
+    h, *c = state_parts(cast(CellName, cell), state)
+    return h, c[0] if c else like.new_empty(_NOTHING)
+
+
+def _scan(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+    reverse: bool,
+    keep_every: int = 1,
+    return_states: bool = False,
+) -> tuple[Tensor, ...]:
+    batch, (rows, size) = x.shape[1], w_hh.shape
+    zero_h, zero_c = x.new_zeros(batch, size), x.new_zeros(batch, rows // GATES[cell])
+    output, state, *states = reference.scan(
+        x,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        w_hr,
+        _state(cell, h_0, c_0, zero_h, zero_c),
+        cell=cast(CellName, cell),
+        lengths=lengths,
+        resets=resets,
+        reverse=reverse,
+        keep_every=keep_every,
+        return_states=return_states,
+    )
+    c_steps = _parts(cell, states[0], x)[1] if states else x.new_empty(_NOTHING)
+    return output, *_parts(cell, state, x), c_steps
+
+
+def _scan_both(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+) -> tuple[Tensor, ...]:
+    w_hh = cast(Tensor, weights[1])
+    batch, (rows, size) = x.shape[1], w_hh.shape
+    zero_h, zero_c = x.new_zeros(2, batch, size), x.new_zeros(2, batch, rows // GATES[cell])
+    output, state = reference.scan_both(
+        x,
+        tuple(weights[:5]),
+        tuple(weights[5:]),
+        _state(cell, h_0, c_0, zero_h, zero_c),
+        cell=cast(CellName, cell),
+        lengths=lengths,
+        resets=resets,
+    )
+    return output, *_parts(cell, state, x)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    weight_v: Tensor | None,
+    lengths: Tensor | None,
+    score: str,
+) -> tuple[Tensor, ...]:
+    context, weights = reference.attend(
+        query,
+        keys,
+        memory,
+        lengths,
+        score=cast(ScoreName, score),
+        weight_v=weight_v,
+        need_weights=True,
+    )
+    assert weights is not None
+    return context, weights
+
+
+def _decode(
+    x: Tensor,
+    layers: Sequence[Tensor],
+    keys: Tensor,
+    memory: Tensor,
+    combine: Tensor,
+    weight_query: Tensor | None,
+    weight_v: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    feed: Tensor | None,
+    lengths: Tensor | None,
+    dropout_masks: Tensor | None,
+    cell: str,
+    score: str,
+    input_feeding: bool,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    stack = [LayerWeights(*layers[first : first + 4]) for first in range(0, len(layers), 4)]
+    zero = x.new_zeros(len(stack), x.shape[1], combine.shape[0])
+    output, weights, (hidden, _) = reference.decode(
+        x,
+        stack,
+        keys,
+        memory,
+        combine,
+        cell=cast(CellName, cell),
+        score=cast(ScoreName, score),
+        weight_query=weight_query,
+        weight_v=weight_v,
+        state=(_state(cell, h_0, c_0, zero, zero), feed),
+        lengths=lengths,
+        input_feeding=input_feeding,
+        dropout_masks=dropout_masks,
+        need_weights=need_weights,
+    )
+    attn = x.new_empty(_NOTHING) if weights is None else weights
+    return output, attn, *_parts(cell, hidden, x)
+
+
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    return reference.linear_cross_entropy(
+        hidden,
+        weight,
+        target,
+        bias,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+
+
+#: The specification of each operator, with the operator's own arguments and results.
+REFERENCES: dict[str, Callable[..., Results]] = {
+    "scan": _scan,
+    "scan_both": _scan_both,
+    "attend": _attend,
+    "decode": _decode,
+    "linear": reference.linear,
+    "linear_cross_entropy": _linear_cross_entropy,
+}
+
+
+class _Info(Protocol):
+    """What torch.vmap tells a batching rule."""
+
+    batch_size: int
+
+
+class _Axes(NamedTuple):
+    """Where the batch is in the arguments and results of an operator that have one."""
+
+    arguments: dict[str, int]
+    results: tuple[int, ...]
+
+
+_BATCH_AXES = {
+    "scan": _Axes({"x": 1, "h_0": 0, "c_0": 0, "lengths": 0, "resets": 1}, (1, 0, 0, 1)),
+    "scan_both": _Axes({"x": 1, "h_0": 1, "c_0": 1, "lengths": 0, "resets": 1}, (1, 1, 1)),
+    "attend": _Axes({"query": 1, "keys": 1, "memory": 1, "lengths": 0}, (1, 1)),
+    "decode": _Axes(
+        {"x": 1, "keys": 1, "memory": 1, "h_0": 1, "c_0": 1, "feed": 0, "lengths": 0}
+        | {"dropout_masks": 2},
+        (1, 1, 1, 1),
+    ),
+}
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
+    """``tensor`` with its dimension ``dim``, or ``size`` copies, made part of the batch."""
+    if dim is None:
+        copies = tensor.unsqueeze(axis)
+        tensor = copies.expand(*copies.shape[:axis], size, *copies.shape[axis + 1 :])
+    else:
+        tensor = tensor.movedim(dim, axis)
+    return tensor.flatten(axis, axis + 1)
+
+
+def _sample(value: Any, dim: Any, index: int) -> Any:
+    """One sample of an argument, or of each tensor of a list."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_sample(item, own, index) for item, own in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(dim, index)
+
+
+def _batching_rule(name: str) -> Callable[..., tuple[Any, Any]]:
+    """What torch.vmap runs in the place of an operator: the operator, with a larger batch if
+    everything mapped over has one, else once for each sample."""
+    operator = getattr(torch.ops.pyseq, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+    axes = _BATCH_AXES.get(name, _Axes({}, ()))
+
+    def rule(info: _Info, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        given = list(zip(names, args, in_dims, strict=False))
+        mapped = {
+            argument
+            for argument, _, dims in given
+            if any(dim is not None for dim in tree_leaves(dims))
+        }
+        if name == "linear" and mapped == {"x"}:
+            return operator(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+        if not mapped <= axes.arguments.keys():
+            samples = [
+                operator(*(_sample(value, dim, index) for _, value, dim in given))
+                for index in range(size)
+            ]
+            if not samples:
+                raise RuntimeError(f"pyseq::{name} cannot be mapped over no sample, got size 0")
+            if isinstance(samples[0], Tensor):
+                return torch.stack(samples), 0
+            results = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+            return results, (0,) * len(results)
+        results = operator(
+            *(
+                value
+                if value is None or argument not in axes.arguments
+                else _fold(value, dim, size, axes.arguments[argument])
+                for argument, value, dim in given
+            )
+        )
+        # A result that there is not has no batch.
+        dims = tuple(
+            axis if result.dim() > axis else None
+            for result, axis in zip(results, axes.results, strict=True)
+        )
+        return tuple(
+            result if axis is None else result.unflatten(axis, (size, -1))
+            for result, axis in zip(results, dims, strict=True)
+        ), dims
+
+    return rule
+
+
+for _name, _reference in REFERENCES.items():
+    _schema = str(getattr(torch.ops.pyseq, _name).default._schema)
+    _LIBRARY.define(_schema.replace(f"pyseq::{_name}", f"{_name}_reference", 1))
+    _LIBRARY.impl(f"{_name}_reference", _reference, "CompositeImplicitAutograd")
+    register_vmap(f"pyseq::{_name}", _batching_rule(_name), lib=_LIBRARY)
