@@ -7,20 +7,27 @@ from . import _library as _library  # isort: split
 from . import embeddings, functional, nn, reference
 from .checkpoint import load, save
 from .conversion import convert, revert
+from .labeler import Labeler
+from .labels import Labels
 from .quantized import quantize
 from .search import Ensemble, Hypothesis, SearchOptions
 from .seq2seq import Seq2Seq
+from .tagger import Classifier, Tagger
 from .text import Vocab
-from .training import train
+from .training import train, train_labeler
 from .translator import Translator
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Classifier",
     "Ensemble",
     "Hypothesis",
+    "Labeler",
+    "Labels",
     "SearchOptions",
     "Seq2Seq",
+    "Tagger",
     "Translator",
     "Vocab",
     "__version__",
@@ -34,4 +41,5 @@ __all__ = [
     "revert",
     "save",
     "train",
+    "train_labeler",
 ]

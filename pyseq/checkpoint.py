@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,9 @@ from torch import Tensor
 from . import embeddings
 from ._packed import is_quantized
 from .errors import CheckpointError, require
+from .labels import Labels
 from .seq2seq import Seq2Seq
+from .tagger import AnyModel, Classifier, Tagger
 from .text import Vocab
 
 FORMAT = 1
@@ -31,9 +33,17 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 SOURCE_VOCAB = "source_vocab.json"
 TARGET_VOCAB = "target_vocab.json"
+LABELS = "labels.json"
 TRAINING_TENSORS = "training.safetensors"
 TRAINING_RECORD = "training.json"
-_NAMES = (WEIGHTS, SOURCE_VOCAB, TARGET_VOCAB, TRAINING_TENSORS, TRAINING_RECORD, CONFIG)
+_NAMES = (WEIGHTS, SOURCE_VOCAB, TARGET_VOCAB, LABELS, TRAINING_TENSORS, TRAINING_RECORD, CONFIG)
+
+#: What ``config.json`` calls the models.
+_MODELS: dict[str, type[AnyModel]] = {
+    "Seq2Seq": Seq2Seq,
+    "Tagger": Tagger,
+    "Classifier": Classifier,
+}
 
 # New files are written to _WRITING, which one rename turns into _COMMITTED; from that
 # moment on the new content counts, and moving its files up is housekeeping that whoever
@@ -52,7 +62,7 @@ class TrainingState(NamedTuple):
 class Saved(NamedTuple):
     """What :func:`load` returns; what was not saved is None."""
 
-    model: Seq2Seq  # in eval mode, on the CPU
+    model: AnyModel  # in eval mode, on the CPU
     source_vocab: Vocab | None
     target_vocab: Vocab | None
     source_tokens: str | None
@@ -60,11 +70,12 @@ class Saved(NamedTuple):
     max_length: int | None  # tokens that a prediction may have
     training: TrainingState | None
     reverse_source: bool = False  # whether sources are read backwards
+    labels: Labels | None = None  # of a Tagger or Classifier
 
 
 def save(
     path: str | Path,
-    model: Seq2Seq,
+    model: AnyModel,
     *,
     source_vocab: Vocab | None = None,
     target_vocab: Vocab | None = None,
@@ -73,6 +84,7 @@ def save(
     max_length: int | None = None,
     training: TrainingState | None = None,
     reverse_source: bool = False,
+    labels: Labels | None = None,
 ) -> None:
     """Save a model as a folder: ``model.safetensors``, ``config.json``, the vocabularies.
 
@@ -89,9 +101,11 @@ def save(
         max_length: tokens that a prediction may have.
         training: what a training run needs to go on.
         reverse_source: whether the model reads its sources backwards.
+        labels: what the outputs of a Tagger or Classifier mean.
 
     Raises:
-        ValueError: a vocabulary has another size than the model, or this is quantized.
+        ValueError: a vocabulary or the labels have another size than the model, or this is
+            quantized.
         OSError: the folder cannot be written; what it held is untouched.
         MissingExtraError: safetensors is not installed.
     """
@@ -109,12 +123,18 @@ def save(
     ):
         if vocab is None:
             continue
-        if len(vocab) != options[f"{side}_vocab_size"]:
+        size = options.get(f"{side}_vocab_size")
+        if len(vocab) != size:
             raise ValueError(
-                f"{side}_vocab must have {options[f'{side}_vocab_size']} symbols like the "
-                f"model, got {len(vocab)}"
+                f"{side}_vocab must have {size} symbols like the model, got {len(vocab)}"
             )
         files[name] = vocab.to_json().encode()
+    if labels is not None:
+        if len(labels) != options.get("num_labels"):
+            raise ValueError(
+                f"labels must be {options.get('num_labels')} like the model's, got {len(labels)}"
+            )
+        files[LABELS] = labels.to_json().encode()
     if training is not None:
         files[TRAINING_TENSORS] = _tensor_bytes(training.tensors)
         files[TRAINING_RECORD] = _json_bytes(training.record)
@@ -153,13 +173,14 @@ def load(path: str | Path) -> Saved:
     vocabs: dict[str, Vocab | None] = {}
     for side, name in (("source", SOURCE_VOCAB), ("target", TARGET_VOCAB)):
         vocabs[side] = _read_vocab(path, name, files.get(name))
-        size = config["options"][f"{side}_vocab_size"]
+        size = config["options"].get(f"{side}_vocab_size")
         vocab = vocabs[side]
         if vocab is not None and len(vocab) != size:
             raise CheckpointError(
                 f"{path / name}: has {len(vocab)} symbols, but the model was built for {size}"
             )
     _check_embeddings(path, config.get("embeddings", {}), model, vocabs)
+    labels = _read_labels(path, files.get(LABELS), config["options"].get("num_labels"))
     training = None
     if TRAINING_RECORD in files and TRAINING_TENSORS in files:
         training = TrainingState(
@@ -175,7 +196,21 @@ def load(path: str | Path) -> Saved:
         config.get("max_length"),
         training,
         bool(config.get("reverse_source")),  # older files do not say
+        labels,
     )
+
+
+def kind(path: str | Path) -> str:
+    """What model a folder holds: ``"Seq2Seq"``, ``"Tagger"`` or ``"Classifier"``.
+
+    Raises:
+        CheckpointError: there is no saved model, or its settings are damaged.
+        OSError: a file cannot be read.
+    """
+    path = Path(path)
+    with _open_folder(path):
+        config = _read_config(path)
+    return _model_class(path, config).__name__
 
 
 def exists(path: str | Path) -> bool:
@@ -202,13 +237,10 @@ def remove(path: str | Path) -> None:
         _sync_folder(path)
 
 
-def _build_model(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Seq2Seq:
-    if config.get("model") != Seq2Seq.__name__:
-        raise CheckpointError(
-            f"{path / CONFIG}: the model must be {Seq2Seq.__name__}, got {config.get('model')!r}"
-        )
+def _build_model(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> AnyModel:
+    build = _model_class(path, config)
     try:
-        model = Seq2Seq(**config["options"])
+        model = build(**config["options"])
         dtype = next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
         model.to(dtype).load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -219,7 +251,21 @@ def _build_model(path: Path, config: dict[str, Any], weights: dict[str, Tensor])
     return model.eval()
 
 
-def _embedding_fingerprints(model: Seq2Seq, vocabs: Mapping[str, Vocab | None]) -> dict[str, str]:
+def _read_labels(path: Path, data: bytes | None, size: int | None) -> Labels | None:
+    if data is None:
+        return None
+    try:
+        labels = Labels.from_json(data.decode())
+    except ValueError as error:
+        raise CheckpointError(f"{path / LABELS}: not labels: {error}") from error
+    if len(labels) != size:
+        raise CheckpointError(
+            f"{path / LABELS}: has {len(labels)} labels, but the model was built for {size}"
+        )
+    return labels
+
+
+def _embedding_fingerprints(model: AnyModel, vocabs: Mapping[str, Vocab | None]) -> dict[str, str]:
     """By side, the fingerprint of a vocabulary together with its matrix."""
     found = {}
     for side, table in model.embeddings().items():
@@ -230,7 +276,7 @@ def _embedding_fingerprints(model: Seq2Seq, vocabs: Mapping[str, Vocab | None]) 
 
 
 def _check_embeddings(
-    path: Path, expected: object, model: Seq2Seq, vocabs: Mapping[str, Vocab | None]
+    path: Path, expected: object, model: AnyModel, vocabs: Mapping[str, Vocab | None]
 ) -> None:
     """Refuse a vocabulary and a matrix that do not belong together.
 
@@ -245,6 +291,15 @@ def _check_embeddings(
                 f"fingerprint that {CONFIG} gives: they are not those that this model was trained "
                 "with"
             )
+
+
+def _model_class(path: Path, config: dict[str, Any]) -> type[AnyModel]:
+    name = config.get("model")
+    if not isinstance(name, str) or name not in _MODELS:
+        raise CheckpointError(
+            f"{path / CONFIG}: the model must be {' or '.join(_MODELS)}, got {name!r}"
+        )
+    return _MODELS[name]
 
 
 def _read_vocab(path: Path, name: str, data: bytes | None) -> Vocab | None:
@@ -341,16 +396,18 @@ def _finish(path: Path) -> None:
     _sync_folder(path)
 
 
-def _read_files(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The content of config.json and of the files that it lists, fingerprints checked."""
+def _open_folder(path: Path) -> AbstractContextManager[None]:
+    """A context in which nobody replaces the files of a folder that must be there."""
     if not path.is_dir():
         reason = "not a folder" if path.exists() else "no such folder"
         raise CheckpointError(f"{path}: {reason}; a saved model is a folder with {CONFIG}")
-    with _locked(path, exclusive=False):
-        data = _read(path, CONFIG)
-        if data is None:
-            raise CheckpointError(f"{path}: no saved model here ({CONFIG} is missing)")
-        config = _parse_config(path, data)
+    return _locked(path, exclusive=False)
+
+
+def _read_files(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The content of config.json and of the files that it lists, fingerprints checked."""
+    with _open_folder(path):
+        config = _read_config(path)
         files = {}
         for name, expected in config["fingerprints"].items():
             content = _read(path, name) if name in _NAMES else None
@@ -373,7 +430,10 @@ def _read(path: Path, name: str) -> bytes | None:
     return None
 
 
-def _parse_config(path: Path, data: bytes) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
+    data = _read(path, CONFIG)
+    if data is None:
+        raise CheckpointError(f"{path}: no saved model here ({CONFIG} is missing)")
     try:
         config = json.loads(data)
     except ValueError as error:

@@ -23,16 +23,33 @@ from .averaging import AVERAGES
 from .bridge import BRIDGES
 from .embeddings import EmbeddingsFile
 from .errors import DataError, PyseqError
+from .labeler import Labeler
+from .labels import check_labels
 from .plot import save_heatmap
 from .search import SearchOptions
-from .text import SPECIALS, TOKENS, PairsFile, TextPair, Tokenizer, hold_out, read_lines, read_pairs
+from .seq2seq import Seq2Seq
+from .tagger import POOLINGS
+from .text import (
+    SPECIALS,
+    TOKENS,
+    Pair,
+    PairsFile,
+    TextPair,
+    Tokenizer,
+    hold_out,
+    read_lines,
+    read_pairs,
+)
 from .text import tokenise_pairs as tokenise
-from .training import Data, Interrupted, ModelOptions, Trainer, TrainingOptions
+from .training import Data, Interrupted, LabelerOptions, ModelOptions, Trainer, TrainingOptions
 from .translator import Translation, Translator
 from .types import GATES, SCORES, STOP
 
 # How BLEU splits predictions and references, by how the model splits its target.
 _BLEU_TOKENIZE = {"char": "char", "space": "none", "word": "13a"}
+
+#: The task that a saved model was trained for, by what it is.
+_TASK_OF: dict[str, training.TaskName] = {"Tagger": "tag", "Classifier": "classify"}
 
 _EXIT_ERROR = 1
 _EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
@@ -183,6 +200,37 @@ def _add_search(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed", type=int, default=1, metavar="N", help="fixes what is drawn (default: 1)"
     )
+    command.set_defaults(of_search={name: command.get_default(name) for name in _OF_SEARCH})
+
+
+#: Arguments that mean nothing to a model that gives labels.
+_OF_SEARCH = (
+    "others",
+    "beam_size",
+    "max_length",
+    "min_length",
+    "length_penalty",
+    "coverage_penalty",
+    "block_ngrams",
+    "prefix",
+    "replace_unknown",
+    "sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "n_best",
+    "attention",
+)
+
+
+def _refuse_search(arguments: argparse.Namespace) -> None:
+    """Refuse the options of a search, for a model that does not search."""
+    for name, default in arguments.of_search.items():
+        if getattr(arguments, name, default) != default:
+            raise PyseqError(
+                f"{arguments.model}: this model gives labels and does not search: leave out what "
+                f"sets {name}"
+            )
 
 
 def _add_search_option(group: Any, name: str, kind: Callable[[str], Any], text: str) -> None:
@@ -202,15 +250,17 @@ def _add_train(commands: Any) -> None:
         "train",
         help="train a model from a file of pairs",
         description="Train a model. PAIRS.tsv holds one pair a line, source and target "
-        "separated by a tab, in UTF-8; further columns are ignored. DIR gets the best model, "
-        "DIR/last the last checkpoint.",
+        "separated by a tab, in UTF-8; further columns are ignored. For --task tag the target is "
+        "one label for each token of the source, separated by spaces; for --task classify it is "
+        "one label. DIR gets the best model, DIR/last the last checkpoint.",
     )
     command.set_defaults(run=_train)
     command.add_argument("pairs", nargs="?", metavar="PAIRS.tsv", help="the training pairs")
     command.add_argument(
         "--task",
-        choices=["g2p"],
-        help="train on the CMU pronouncing dictionary instead of PAIRS.tsv",
+        choices=["g2p", *training.TASKS],
+        help="g2p: train on the CMU pronouncing dictionary instead of PAIRS.tsv; tag: a label for "
+        "each token; classify: a label for each line",
     )
     command.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
     command.add_argument(
@@ -273,6 +323,14 @@ def _add_train(commands: Any) -> None:
         action="store_true",
         default=argparse.SUPPRESS,
         help="one matrix as the decoder's embedding and in its output layer",
+    )
+
+    group.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        default=argparse.SUPPRESS,
+        help="what --task classify judges by: the last state, or mean or maximum over all "
+        "(default: last)",
     )
 
     group = command.add_argument_group("pretrained embeddings")
@@ -424,9 +482,10 @@ def _add_predict(commands: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     command = commands.add_parser(
         "evaluate",
-        help="print error rates, BLEU and chrF on a file of pairs",
+        help="print error rates, BLEU and chrF on a file of pairs, or how well labels are found",
         description="Print error rates, BLEU and chrF on a file of pairs. Lines with the same "
-        "source are right answers to one question: the closest counts.",
+        "source are right answers to one question: the closest counts. Of a model trained with "
+        "--task tag or classify: accuracy, and precision, recall and F1 of each label.",
     )
     command.set_defaults(run=_evaluate)
     command.add_argument("model", metavar="DIR", help="a folder that pyseq train wrote")
@@ -446,6 +505,10 @@ def _add_evaluate(commands: Any) -> None:
 def _begin(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+
+
+def _gives_labels(folder: str) -> bool:
+    return checkpoint.kind(folder) != Seq2Seq.__name__
 
 
 def _load(arguments: argparse.Namespace) -> Translator:
@@ -488,7 +551,7 @@ def _search(
 
 
 def _require_one_source(arguments: argparse.Namespace) -> None:
-    if (arguments.pairs is None) == (arguments.task is None):
+    if (arguments.pairs is None) != (arguments.task == "g2p"):
         raise PyseqError("give either a file of pairs or --task g2p")
 
 
@@ -528,9 +591,22 @@ def _train(arguments: argparse.Namespace) -> None:
         print(g2p.summary(Translator.load(out)))
 
 
+def _names(options: type) -> list[str]:
+    return [field.name for field in fields(options)]
+
+
+def _label_options(arguments: argparse.Namespace) -> LabelerOptions:
+    """What a Tagger or Classifier is made of; what belongs to a decoder is refused."""
+    given = set(_given(arguments, ModelOptions)) - set(_names(LabelerOptions))
+    others = ("target_tokens", "target_embeddings", "reverse_source")
+    for name in (*sorted(given), *(name for name in others if getattr(arguments, name))):
+        raise PyseqError(f"a model of labels has no decoder and takes no {name}: leave it out")
+    return LabelerOptions(**_given(arguments, LabelerOptions))
+
+
 def _given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
     """The fields of an options class that were given as arguments."""
-    names = [field.name for field in fields(options)]
+    names = _names(options)
     given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     if given.get("score") == "none":
         given["score"] = None
@@ -550,6 +626,9 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
         arguments.source_tokens or arguments.tokens or "char",
         arguments.target_tokens or arguments.tokens or "char",
     )
+    if arguments.task in training.TASKS:
+        source_tokens = training.LABELER_TOKENS[arguments.task]
+        tokens = (arguments.source_tokens or arguments.tokens or source_tokens, "space")
     model_given = _given(arguments, ModelOptions)
     training_given = _given(arguments, TrainingOptions)
     if arguments.task == "g2p":
@@ -559,6 +638,22 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
     try:
         options = TrainingOptions(**training_given)
         data, validation = _data(arguments, tokens, options.seed)
+        if arguments.task in training.TASKS:
+            return training.start_labeler(
+                data,
+                validation,
+                task=arguments.task,
+                tokens=tokens[0],
+                model=_label_options(arguments),
+                options=options,
+                out=out,
+                progress=True,
+                log=_say,
+                tensorboard=arguments.tensorboard,
+                source_embeddings=_embeddings_file(arguments, "source"),
+            )
+        if hasattr(arguments, "pooling"):
+            raise PyseqError("--pooling goes with --task classify")
         return training.start(
             data,
             validation,
@@ -582,6 +677,13 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
 def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
     saved, state = training.last_checkpoint(out)
     tokens = (saved.source_tokens or "char", saved.target_tokens or "char")
+    task = _TASK_OF.get(type(saved.model).__name__)
+    if arguments.task not in (task, None if task is not None else "g2p"):
+        raise PyseqError(f"--resume goes on with --task {task}, got {arguments.task}")
+    if task is not None:
+        _label_options(arguments)
+        arguments.task = task
+        tokens = (tokens[0], tokens[0])  # --tokens is about the source
     begun = vars(training.begun_options(state))
     _refuse_changes(arguments, {**saved.model.config, **begun}, tokens)
     if arguments.reverse_source and not saved.reverse_source:
@@ -609,7 +711,9 @@ def _refuse_changes(
     arguments: argparse.Namespace, options: dict[str, Any], tokens: tuple[str, str]
 ) -> None:
     """Refuse arguments that contradict the run to be resumed."""
-    now = {**_given(arguments, ModelOptions), **_given(arguments, TrainingOptions)}
+    now: dict[str, Any] = {}
+    for kind in (ModelOptions, LabelerOptions, TrainingOptions):
+        now |= _given(arguments, kind)
     before = {**options, "source_tokens": tokens[0], "target_tokens": tokens[1]}
     for side in ("source_tokens", "target_tokens"):
         value = getattr(arguments, side) or arguments.tokens
@@ -633,11 +737,16 @@ def _data(
             Data(g2p.pairs(parts.train), "cmudict (training words)"),
             Data(g2p.pairs(parts.validation), "cmudict (validation words)"),
         )
-    source, target = Tokenizer(tokens[0]), Tokenizer(tokens[1])
-    skip = arguments.skip_bad_lines
-    pairs = tokenise(_read(arguments.pairs, skip_bad_lines=skip), source=source, target=target)
+
+    def read(path: str) -> list[Pair]:
+        texts = _read(path, skip_bad_lines=arguments.skip_bad_lines)
+        if arguments.task in training.TASKS:
+            return training.tokenise_labels(texts, task=arguments.task, tokens=tokens[0])
+        return tokenise(texts, source=Tokenizer(tokens[0]), target=Tokenizer(tokens[1]))
+
+    pairs = read(arguments.pairs)
     if arguments.valid is not None:
-        held = tokenise(_read(arguments.valid, skip_bad_lines=skip), source=source, target=target)
+        held = read(arguments.valid)
         return Data(pairs, arguments.pairs), Data(held, arguments.valid)
     pairs, held = hold_out(pairs, arguments.valid_share, seed=seed)
     return Data(pairs, arguments.pairs), Data(held, arguments.pairs) if held else None
@@ -648,6 +757,10 @@ def _data(
 
 def _predict(arguments: argparse.Namespace) -> None:
     _begin(arguments)
+    if _gives_labels(arguments.model):
+        _refuse_search(arguments)
+        _predict_labels(arguments)
+        return
     translator = _load(arguments)
     search = _search(arguments, translator)
     pictures = None if arguments.attention is None else Path(arguments.attention)
@@ -676,6 +789,15 @@ def _predict(arguments: argparse.Namespace) -> None:
                     print(f"{number}\t{result.score:.4f}\t{result.text}")
             if pictures is not None:
                 _draw(pictures / f"line-{number:06}.png", text, results[0])
+        sys.stdout.flush()
+
+
+def _predict_labels(arguments: argparse.Namespace) -> None:
+    labeler = Labeler.load(arguments.model)
+    size = 1 if sys.stdin.isatty() else arguments.batch_size
+    for batch in _batches(_input_lines(), size):
+        for result in labeler.predict([text for _, text in batch], batch_size=size):
+            print(result.text)
         sys.stdout.flush()
 
 
@@ -711,6 +833,10 @@ def _draw(path: Path, text: str, result: Translation) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     _begin(arguments)
     _require_one_source(arguments)
+    if _gives_labels(arguments.model):
+        _refuse_search(arguments)
+        _evaluate_labels(arguments)
+        return
     metrics.require_packages(text_scores=True)
     translator = _load(arguments)
     search = _search(arguments, translator)
@@ -740,3 +866,29 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"WER    {rates.line:.2%}  (lines that equal no answer)")
     print(f"BLEU   {scores.bleu:.2f}  ({scores.bleu_signature})")
     print(f"chrF   {scores.chrf:.2f}  ({scores.chrf_signature})")
+
+
+def _evaluate_labels(arguments: argparse.Namespace) -> None:
+    if arguments.task is not None:
+        raise PyseqError(f"{arguments.model}: this model gives labels: give a file of pairs")
+    labeler = Labeler.load(arguments.model)
+    task = _TASK_OF[type(labeler.model).__name__]
+    pairs = _read(arguments.pairs, skip_bad_lines=arguments.skip_bad_lines)
+    tokens = labeler.source_tokenizer.name
+    expected = training.tokenise_labels(pairs, task=task, tokens=tokens)
+    check_labels(expected, name=arguments.pairs, per_token=labeler.per_token)
+    results = labeler.predict([pair.source for pair in pairs], batch_size=arguments.batch_size)
+    scores = metrics.label_scores(
+        [result.labels for result in results], [pair.target for pair in expected]
+    )
+    print(f"lines     {scores.lines:,}")
+    print(f"accuracy  {scores.accuracy:.2%}  (labels that are right)")
+    print(f"whole     {scores.line_accuracy:.2%}  (lines whose labels are all right)")
+    print(f"macro F1  {scores.macro_f1:.2%}  (mean over the labels in the file)")
+    width = max(map(len, scores.labels))
+    print(f"\n{'label':{width}}  precision   recall       F1  in the file")
+    for label, score in scores.labels.items():
+        print(
+            f"{label:{width}}  {score.precision:>9.2%}  {score.recall:>7.2%}  {score.f1:>7.2%}"
+            f"  {score.support:>11,}"
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good predictions are: error rates by edit distance, BLEU and chrF.
+"""How good predictions are: error rates by edit distance, BLEU and chrF, scores of labels.
 
 Edit distance is rapidfuzz's, BLEU and chrF are sacrebleu's; both come with the extra
 ``train``.
@@ -7,6 +7,7 @@ Edit distance is rapidfuzz's, BLEU and chrF are sacrebleu's; both come with the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
@@ -31,6 +32,72 @@ class TextScores(NamedTuple):
     chrf: float
     bleu_signature: str
     chrf_signature: str
+
+
+class LabelScore(NamedTuple):
+    """How well one label is found; shares between 0 and 1."""
+
+    precision: float  # of the places that got the label, those that have it; 0 if none got it
+    recall: float  # of the places that have the label, those that got it; 0 if none has it
+    f1: float  # harmonic mean of both; 0 if both are
+    support: int  # places that have the label
+
+
+class LabelScores(NamedTuple):
+    """How well labels are found; shares between 0 and 1."""
+
+    accuracy: float  # labels that are right
+    line_accuracy: float  # lines whose labels are all right
+    macro_f1: float  # mean of the F1 of all labels that some place has
+    labels: dict[str, LabelScore]  # of each label expected or predicted, by spelling
+    lines: int
+
+
+def label_scores(predicted: Sequence[Tokens], expected: Sequence[Tokens]) -> LabelScores:
+    """Accuracy of labels, and precision, recall and F1 of each.
+
+    With tp right places of a label, fp wrong ones and fn missed ones: precision
+    ``tp / (tp + fp)``, recall ``tp / (tp + fn)``, F1 ``2 tp / (2 tp + fp + fn)``.
+
+    Args:
+        predicted: the labels of each line.
+        expected: the right ones, as many in each line.
+
+    Raises:
+        ValueError: the numbers of lines or of the labels of a line differ, or there are none.
+    """
+    if len(predicted) != len(expected) or not any(map(len, expected)):
+        raise ValueError(
+            f"expected as many lines of labels as were predicted and at least one label, got "
+            f"{len(expected)} and {len(predicted)}"
+        )
+    hits: Counter[str] = Counter()
+    got: Counter[str] = Counter()
+    has: Counter[str] = Counter()
+    whole = 0
+    for number, (found, right) in enumerate(zip(predicted, expected, strict=True), 1):
+        if len(found) != len(right):
+            raise ValueError(f"line {number}: expected {len(right)} labels, got {len(found)}")
+        got.update(found)
+        has.update(right)
+        hits.update(one for one, other in zip(found, right, strict=True) if one == other)
+        whole += list(found) == list(right)
+    scores = {
+        label: LabelScore(
+            hits[label] / max(1, got[label]),
+            hits[label] / max(1, has[label]),
+            2 * hits[label] / (got[label] + has[label]),
+            has[label],
+        )
+        for label in sorted(got | has)
+    }
+    return LabelScores(
+        hits.total() / has.total(),
+        whole / len(expected),
+        sum(scores[label].f1 for label in has) / len(has),
+        scores,
+        len(expected),
+    )
 
 
 def require_packages(*, text_scores: bool) -> None:

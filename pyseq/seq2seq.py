@@ -39,6 +39,12 @@ def _check_tokens(name: str, tokens: Tensor) -> None:
         raise RuntimeError(f"{name} must be 2-D token ids, batch first, got {tuple(tokens.shape)}")
 
 
+def valid_steps(lengths: Tensor, like: Tensor) -> Tensor:
+    """(B, S) bool on the device of ``like`` (B, S, ...): whether each step is no padding."""
+    steps = torch.arange(like.shape[1], device=like.device)
+    return steps < lengths.to(like.device).unsqueeze(1)
+
+
 def _recurrent(
     cell: CellName,
     input_size: int,
@@ -167,9 +173,7 @@ class Encoder(torch.nn.Module):
         """``source``, with features of padding as zeros: a NaN there would reach the gradient."""
         if source.dim() == 2:
             return source
-        steps = torch.arange(source.shape[1], device=source.device)
-        padding = steps >= lengths.to(source.device).unsqueeze(1)
-        return source.masked_fill(padding.unsqueeze(2), 0.0)
+        return source.masked_fill(~valid_steps(lengths, source).unsqueeze(2), 0.0)
 
     def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, State]:
         """Encode ``source``.

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -339,12 +339,37 @@ class Batch(NamedTuple):
     target_out: Tensor  # (B, T) int64, target_in shifted by one, ends with STOP
     lines: list[int]  # where each row came from
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the model reads."""
+        return self.source, self.source_lengths, self.target_in
 
-def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of ids as one (B, S) int64 tensor padded with ``PAD``, and their lengths (B,)."""
+    @property
+    def expected(self) -> Tensor:
+        """What it should predict."""
+        return self.target_out
+
+    @property
+    def counted(self) -> Tensor:
+        """Which of these count, bool."""
+        return self.target_out != PAD
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(
+            self.source.to(device),
+            self.source_lengths.to(device),
+            self.target_in.to(device),
+            self.target_out.to(device),
+            self.lines,
+        )
+
+
+def pad(rows: Sequence[Sequence[int]], *, value: int = PAD) -> tuple[Tensor, Tensor]:
+    """Rows of numbers as one (B, S) int64 tensor padded with ``value``, and lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=PAD), lengths
+    return pad_sequence(tensors, batch_first=True, padding_value=value), lengths
 
 
 def encode_sources(vocab: Vocab, lines: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
@@ -405,14 +430,36 @@ class Examples:
         return digest.hexdigest()
 
 
-def ordered_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
+B = TypeVar("B", covariant=True)
+
+
+class ExampleSet(Protocol[B]):
+    """Examples to make batches of: :class:`Examples`, or those of another task."""
+
+    @property
+    def name(self) -> str:
+        """The file, for messages."""
+
+    def __len__(self) -> int: ...
+
+    def collate(self, indices: Sequence[int]) -> B:
+        """The examples at ``indices`` as one batch."""
+
+    def by_length(self, indices: Iterable[int]) -> list[int]:
+        """``indices`` sorted by length; equal ones keep their order."""
+
+    def fingerprint(self) -> str:
+        """Tells whether two sets are the same."""
+
+
+def ordered_batches(examples: ExampleSet[B], batch_size: int) -> Iterator[B]:
     """Every example once, shortest first: for validation."""
     order = examples.by_length(range(len(examples)))
     for start in range(0, len(order), batch_size):
         yield examples.collate(order[start : start + batch_size])
 
 
-class BucketedBatches:
+class BucketedBatches(Generic[B]):
     """Shuffled batches of examples of similar length, epoch after epoch.
 
     Each epoch shuffles the examples, sorts pools of ``POOL`` batches by length, cuts them
@@ -428,7 +475,7 @@ class BucketedBatches:
 
     POOL = 64
 
-    def __init__(self, examples: Examples, batch_size: int, *, seed: int) -> None:
+    def __init__(self, examples: ExampleSet[B], batch_size: int, *, seed: int) -> None:
         if not len(examples):
             raise DataError(f"{examples.name}: no pairs to train on")
         self.examples = examples
@@ -441,7 +488,7 @@ class BucketedBatches:
         """Batches of an epoch."""
         return -(-len(self.examples) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[B]:
         """The rest of this epoch."""
         while self.position < len(self):
             self.position += 1

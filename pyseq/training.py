@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,8 @@ from .bridge import BridgeName
 from .embeddings import Embeddings, EmbeddingsFile
 from .errors import CheckpointError, DataError, TrainingError, require
 from .events import Events, require_tensorboard
+from .labeler import Labeler
+from .labels import LabelBatch, Labels, check_labels
 from .scheduled import (
     CHOICES,
     COINS,
@@ -37,10 +39,12 @@ from .scheduled import (
     from_record,
 )
 from .seq2seq import Seq2Seq
+from .tagger import AnyModel, Classifier, PoolingName, Tagger
 from .text import (
     Batch,
     BucketedBatches,
     Examples,
+    ExampleSet,
     Pair,
     TextPair,
     Tokenizer,
@@ -54,6 +58,9 @@ from .types import PAD, CellName, ScoreName
 
 OptimizerName = Literal["adam", "sgd"]
 OPTIMIZERS: tuple[str, ...] = ("adam", "sgd")
+
+AnyBatch = Batch | LabelBatch
+AnyExamples = ExampleSet[AnyBatch]
 
 ScheduleName = Literal["linear", "constant", "warmup", "halving"]
 SCHEDULES: tuple[str, ...] = ("linear", "constant", "warmup", "halving")
@@ -90,6 +97,40 @@ class ModelOptions:
     def build(self, source_vocab: Vocab, target_vocab: Vocab) -> Seq2Seq:
         """A new model for these vocabularies, weights drawn from torch's global generator."""
         return Seq2Seq(len(source_vocab), len(target_vocab), **asdict(self))
+
+
+TaskName = Literal["tag", "classify"]
+TASKS: tuple[str, ...] = ("tag", "classify")
+
+#: How the text of a task is split unless something else is asked for.
+LABELER_TOKENS: dict[str, str] = {"tag": "space", "classify": "word"}
+
+
+@dataclass(frozen=True)
+class LabelerOptions:
+    """What a model of labels is made of; see :class:`pyseq.Tagger` and ``Classifier``."""
+
+    embedding_size: int = 256
+    hidden_size: int = 256
+    num_layers: int = 1
+    cell: CellName = "lstm"
+    bidirectional: bool = True
+    dropout: float = 0.1
+    pooling: PoolingName | None = None  # of a Classifier; None for "last"
+
+    def build(self, task: TaskName, source_vocab: Vocab, labels: Labels) -> Tagger | Classifier:
+        """A new model of a task, weights drawn from torch's global generator.
+
+        Raises:
+            ValueError: an option is out of its range, or ``pooling`` is given for a Tagger.
+        """
+        given = asdict(self)
+        pooling = given.pop("pooling")
+        if task == "classify":
+            return Classifier(len(source_vocab), len(labels), **given, pooling=pooling or "last")
+        if pooling is not None:
+            raise ValueError(f"pooling goes with the task 'classify', got {pooling!r} for 'tag'")
+        return Tagger(len(source_vocab), len(labels), **given)
 
 
 @dataclass(frozen=True)
@@ -256,8 +297,8 @@ def learning_rate_factor(
 
 
 def training_step(
-    model: Seq2Seq,
-    batch: Batch,
+    model: AnyModel,
+    batch: AnyBatch,
     optimizer: torch.optim.Optimizer,
     *,
     clip_norm: float,
@@ -270,14 +311,7 @@ def training_step(
     that number is returned.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss = model.loss(
-        batch.source,
-        batch.source_lengths,
-        batch.target_in,
-        batch.target_out,
-        label_smoothing=label_smoothing,
-        sampling=sampling,
-    )
+    loss = _loss(model, batch, label_smoothing=label_smoothing, sampling=sampling)
     value = loss.item()
     if not math.isfinite(value):
         return value
@@ -294,37 +328,48 @@ def training_step(
     return value
 
 
+def _loss(
+    model: AnyModel,
+    batch: AnyBatch,
+    *,
+    label_smoothing: float = 0.0,
+    sampling: Sampling | None = None,
+) -> Tensor:
+    # Batches and models of one task go together, which the types cannot tell.
+    compute: Callable[..., Tensor] = model.loss
+    own = {} if sampling is None else {"sampling": sampling}
+    return compute(*batch.inputs, batch.expected, label_smoothing=label_smoothing, **own)
+
+
 @torch.no_grad()
-def mean_loss(model: Seq2Seq, examples: Examples, *, batch_size: int) -> float:
+def mean_loss(model: AnyModel, examples: AnyExamples, *, batch_size: int) -> float:
     """Loss of a model on examples, in nats per target token, without dropout or smoothing."""
     training = model.training
     model.eval()
     total, tokens = 0.0, 0
     for batch in ordered_batches(examples, batch_size):
-        batch = _to(batch, _device(model))
-        count = int((batch.target_out != PAD).sum())
-        loss = model.loss(batch.source, batch.source_lengths, batch.target_in, batch.target_out)
-        total += loss.item() * count
+        batch = batch.to(_device(model))
+        count = int(batch.counted.sum())
+        total += _loss(model, batch).item() * count
         tokens += count
     model.train(training)
     return total / max(1, tokens)
 
 
 @torch.no_grad()
-def accuracy(model: Seq2Seq, examples: Examples, *, batch_size: int) -> float:
+def accuracy(model: AnyModel, examples: AnyExamples, *, batch_size: int) -> float:
     """Share of the examples, 0 to 1, that greedy search would get right to the last token.
 
     It would if every token of the target is the likeliest after those before it, which one
-    pass with teacher forcing shows.
+    pass with teacher forcing shows. Of a Tagger or Classifier: of which all labels are right.
     """
     training = model.training
     model.eval()
     right, count = 0, 0
     for batch in ordered_batches(examples, batch_size):
-        batch = _to(batch, _device(model))
-        likeliest = model(batch.source, batch.source_lengths, batch.target_in).argmax(-1)
-        fits = (likeliest == batch.target_out) | (batch.target_out == PAD)
-        right += int(fits.all(1).sum())
+        batch = batch.to(_device(model))
+        fits = (model(*batch.inputs).argmax(-1) == batch.expected) | ~batch.counted
+        right += int(fits.reshape(len(fits), -1).all(1).sum())
         count += len(fits)
     model.train(training)
     return right / max(1, count)
@@ -349,7 +394,7 @@ def errors_by_position(
     wrong: list[int] = []
     count: list[int] = []
     for batch in ordered_batches(examples, batch_size):
-        source, lengths, target_in, target_out, _ = _to(batch, _device(model))
+        source, lengths, target_in, target_out, _ = batch.to(_device(model))
         target_in = model.scheduled_inputs(source, lengths, target_in, sampling)
         likeliest = model(source, lengths, target_in).argmax(-1)
         valid = target_out != PAD
@@ -364,28 +409,18 @@ def errors_by_position(
     return [missing / all_ for missing, all_ in zip(wrong, count, strict=True)]
 
 
-def _device(model: Seq2Seq) -> torch.device:
+def _device(model: AnyModel) -> torch.device:
     return next(model.parameters()).device
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(
-        batch.source.to(device),
-        batch.source_lengths.to(device),
-        batch.target_in.to(device),
-        batch.target_out.to(device),
-        batch.lines,
-    )
-
-
-def _optimizer(model: Seq2Seq, options: TrainingOptions) -> torch.optim.Optimizer:
+def _optimizer(model: AnyModel, options: TrainingOptions) -> torch.optim.Optimizer:
     rate = options.learning_rate
     if options.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), lr=rate, fused=True)
     return torch.optim.Adam(model.parameters(), lr=rate, fused=True)
 
 
-def _average(model: Seq2Seq, options: TrainingOptions) -> WeightAverage | None:
+def _average(model: AnyModel, options: TrainingOptions) -> WeightAverage | None:
     if options.average == "none":
         return None
     return WeightAverage(
@@ -441,13 +476,14 @@ class Trainer:
     Raises:
         MissingExtraError: ``tensorboard`` was given and is not installed.
         DataError: there are no training pairs, or patience without validation pairs.
+        ValueError: ``options`` freeze embeddings that the model does not have.
     """
 
     def __init__(
         self,
-        translator: Translator,
-        examples: Examples,
-        validation: Examples | None = None,
+        translator: Translator | Labeler,
+        examples: AnyExamples,
+        validation: AnyExamples | None = None,
         *,
         options: TrainingOptions,
         out: str | Path | None = None,
@@ -459,16 +495,29 @@ class Trainer:
         if tensorboard is not None:
             require_tensorboard()
         self.translator = translator
-        self.model = translator.model
+        self.model: AnyModel = translator.model
         self.options = options
         self.validation = validation if validation is not None and len(validation) else None
         if options.patience is not None and self.validation is None:
             raise DataError(
                 f"{examples.name}: patience needs validation pairs to judge an epoch by, got none"
             )
+        for side in ("source", "target"):
+            epochs = getattr(options, f"freeze_{side}")
+            if epochs != 0 and side not in self.model.embeddings():
+                raise ValueError(
+                    f"freeze_{side} must be 0 for a model without embeddings of the {side}, got "
+                    f"{epochs!r}"
+                )
+        if options.scheduled_sampling is not None and not isinstance(self.model, Seq2Seq):
+            raise ValueError(
+                "scheduled_sampling goes with a decoder, which a labeler does not have"
+            )
         self.out = None if out is None else Path(out)
         self.reports: list[EpochReport] = []
-        self._batches = BucketedBatches(examples, options.batch_size, seed=options.seed)
+        self._batches: BucketedBatches[AnyBatch] = BucketedBatches(
+            examples, options.batch_size, seed=options.seed
+        )
         self._data_fingerprint = examples.fingerprint()
         self._validation_fingerprint = (
             None if self.validation is None else self.validation.fingerprint()
@@ -482,12 +531,13 @@ class Trainer:
         self._rate = 0.0  # target tokens a second in the epoch under way, since it went on
         self._bar_class = require("tqdm", extra="train").tqdm if progress else None
         self._log = log
+        self._unit = "token" if isinstance(self.model, Seq2Seq) else "label"
         self._tensorboard = tensorboard
         self._events: Events | None = None  # while the run goes on
         self._embeddings = dict(embeddings or {})
 
     @property
-    def examples(self) -> Examples:
+    def examples(self) -> AnyExamples:
         """The training pairs."""
         return self._batches.examples
 
@@ -559,7 +609,7 @@ class Trainer:
         begin, done = time.perf_counter(), 0
         with self._bar() as bar:
             for batch in self._batches:
-                batch = _to(batch, device)
+                batch = batch.to(device)
                 self._set_learning_rate()
                 loss = training_step(
                     self.model,
@@ -574,7 +624,7 @@ class Trainer:
                 self._step += 1
                 if self._average is not None:
                     self._average.after_update(self._step)
-                count = int((batch.target_out != PAD).sum())
+                count = int(batch.counted.sum())
                 self._loss_sum += loss * count
                 self._tokens += count
                 done += count
@@ -583,7 +633,7 @@ class Trainer:
                     rate = self._optimizer.param_groups[0]["lr"]
                     self._events.add(self._step, {"loss/step": loss, "learning_rate": rate})
                 if bar is not None:
-                    text = f"loss {loss:.3f}, {self._rate:,.0f} tokens/s"
+                    text = f"loss {loss:.3f}, {self._rate:,.0f} {self._unit}s/s"
                     bar.set_postfix_str(text, refresh=False)
                     bar.update()
                 if received:
@@ -800,18 +850,18 @@ class Trainer:
         text = f"epoch {report.epoch}/{self.options.epochs}: loss {report.train_loss:.4f}"
         if report.valid_loss is not None:
             text += f", validation {report.valid_loss:.4f}"
-        text += " nats/token"
+        text += f" nats/{self._unit}"
         if report.valid_accuracy is not None:
             text += f", {report.valid_accuracy:.2%} right"
         if report.valid_loss is not None and report.best:
             text += " (best)"
-        return f"{text}, {self._rate:,.0f} tokens/s"
+        return f"{text}, {self._rate:,.0f} {self._unit}s/s"
 
     def _place_text(self) -> str:
         """Epoch and step under way, both from 1."""
         return f"epoch {len(self.reports) + 1}, step {self._batches.position}"
 
-    def _not_finite_text(self, value: float, batch: Batch) -> str:
+    def _not_finite_text(self, value: float, batch: AnyBatch) -> str:
         shown = ", ".join(map(str, sorted(batch.lines)[:10]))
         more = f" and {len(batch.lines) - 10} more" if len(batch.lines) > 10 else ""
         kept = (
@@ -942,6 +992,88 @@ def start(
     )
 
 
+def tokenise_labels(pairs: Iterable[TextPair], *, task: TaskName, tokens: str) -> list[Pair]:
+    """Split the text of each line, and the labels of a tagger, which spaces separate.
+
+    Args:
+        pairs: text and labels.
+        task: ``"tag"`` or ``"classify"``.
+        tokens: how the text is split.
+    """
+    tokenizer = Tokenizer(tokens)
+    return [
+        Pair(
+            tokenizer.split(pair.source),
+            pair.target.split() if task == "tag" else [pair.target],
+            pair.line,
+        )
+        for pair in pairs
+    ]
+
+
+def start_labeler(
+    data: Data,
+    validation: Data | None = None,
+    *,
+    task: TaskName,
+    tokens: str,
+    model: LabelerOptions,
+    options: TrainingOptions,
+    out: str | Path | None = None,
+    progress: bool = False,
+    log: Callable[[str], None] | None = None,
+    tensorboard: str | Path | None = None,
+    source_embeddings: EmbeddingsFile | None = None,
+) -> Trainer:
+    """A trainer at the beginning of a run that teaches labels; vocabulary and model are new.
+
+    Seeds torch's global generator.
+
+    Args:
+        data, validation: tokens and, as targets, their labels or the one of the line. The
+            vocabulary is that of ``data``, the labels are those of both.
+        task: ``"tag"``, a label for each token, or ``"classify"``, one for the line.
+        tokens: how the source was split.
+        model: what the model is made of.
+        options, out, progress, log, tensorboard: as for :class:`Trainer`.
+        source_embeddings: as for :func:`start`.
+
+    Raises:
+        DataError: there are no examples, one has not the right number of labels, or a file of
+            vectors cannot be used.
+        ValueError: the task is unknown, or an option does not go with it.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if not data.pairs:
+        raise DataError(f"{data.name}: no pairs to train on")
+    parts = [data] if validation is None else [data, validation]
+    for part in parts:
+        check_labels(part.pairs, name=part.name, per_token=task == "tag")
+    source_vocab = Vocab.build(pair.source for pair in data.pairs)
+    labels = Labels.build(pair.target for part in parts for pair in part.pairs)
+    pretrained = _read_embeddings({"source": (source_embeddings, source_vocab)}, options.seed, log)
+    if "source" in pretrained:
+        model = replace(model, embedding_size=pretrained["source"].matrix.shape[1])
+    torch.manual_seed(options.seed)
+    labeler = Labeler(
+        model.build(task, source_vocab, labels), source_vocab, labels, source_tokens=tokens
+    )
+    for side, found in pretrained.items():
+        found.copy_to(labeler.model.embeddings()[side])
+    return _trainer(
+        labeler,
+        data,
+        validation,
+        options,
+        out,
+        progress,
+        log,
+        tensorboard,
+        _fingerprints(pretrained),
+    )
+
+
 def _read_embeddings(
     files: Mapping[str, tuple[EmbeddingsFile | None, Vocab]],
     seed: int,
@@ -1035,7 +1167,11 @@ def resume(
     """
     saved, state = last_checkpoint(out)
     folder = Path(out) / LAST
-    translator = Translator.from_saved(saved, folder)
+    translator: Translator | Labeler
+    if isinstance(saved.model, Seq2Seq):
+        translator = Translator.from_saved(saved, folder)
+    else:
+        translator = Labeler.from_saved(saved, folder)
     try:
         options = begun_options(state)
         options = replace(
@@ -1044,14 +1180,12 @@ def resume(
             checkpoint_every=checkpoint_every or options.checkpoint_every,
             patience=patience or options.patience,
         )
-        given = _read_embeddings(
-            {
-                "source": (source_embeddings, translator.source_vocab),
-                "target": (target_embeddings, translator.target_vocab),
-            },
-            options.seed,
-            None,
-        )
+        files = {"source": (source_embeddings, translator.source_vocab)}
+        if isinstance(translator, Translator):
+            files["target"] = (target_embeddings, translator.target_vocab)
+        elif target_embeddings is not None:
+            raise CheckpointError(f"{folder}: this model has no target to embed")
+        given = _read_embeddings(files, options.seed, None)
         trainer = _trainer(
             translator,
             data,
@@ -1070,7 +1204,7 @@ def resume(
 
 
 def _trainer(
-    translator: Translator,
+    translator: Translator | Labeler,
     data: Data,
     validation: Data | None,
     options: TrainingOptions,
@@ -1080,18 +1214,10 @@ def _trainer(
     tensorboard: str | Path | None,
     embeddings: Mapping[str, str],
 ) -> Trainer:
-    def encode(part: Data) -> Examples:
-        pairs = [
-            pair._replace(source=translator.in_reading_order(pair.source)) for pair in part.pairs
-        ]
-        return Examples.encode(
-            pairs, translator.source_vocab, translator.target_vocab, name=part.name
-        )
-
     return Trainer(
         translator,
-        encode(data),
-        None if validation is None else encode(validation),
+        translator.encode(data.pairs, name=data.name),
+        None if validation is None else translator.encode(validation.pairs, name=validation.name),
         options=options,
         out=out,
         progress=progress,
@@ -1219,19 +1345,117 @@ def train(
         source_embeddings=_embeddings_file(source_embeddings),
         target_embeddings=_embeddings_file(target_embeddings),
     )
+    _run(trainer, out, validation is not None)
+    if out is not None and validation is not None:
+        return Translator.load(out)
+    assert isinstance(trainer.translator, Translator)
+    return trainer.translator
+
+
+def train_labeler(
+    examples: Sequence[tuple[str, str]],
+    *,
+    task: TaskName,
+    validation: Sequence[tuple[str, str]] | None = None,
+    tokens: str | None = None,
+    embedding_size: int = LabelerOptions.embedding_size,
+    hidden_size: int = LabelerOptions.hidden_size,
+    num_layers: int = LabelerOptions.num_layers,
+    cell: CellName = LabelerOptions.cell,
+    bidirectional: bool = LabelerOptions.bidirectional,
+    dropout: float = LabelerOptions.dropout,
+    pooling: PoolingName | None = LabelerOptions.pooling,
+    epochs: int = TrainingOptions.epochs,
+    batch_size: int = TrainingOptions.batch_size,
+    learning_rate: float = TrainingOptions.learning_rate,
+    seed: int = TrainingOptions.seed,
+    freeze_source: int | None = TrainingOptions.freeze_source,
+    source_embeddings: EmbeddingsFile | str | Path | None = None,
+    out: str | Path | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Labeler:
+    """Train a labeler from labelled lines.
+
+    Args:
+        examples: text and labels of each line: for ``"tag"`` as many labels as tokens,
+            separated by spaces; for ``"classify"`` one, which may hold spaces.
+        task: ``"tag"``, a label for each token, or ``"classify"``, one for the line.
+        validation: lines that choose the best epoch. Default: the last epoch is taken.
+        tokens: how text is split, ``"char"``, ``"space"`` or ``"word"``. Default: that of
+            :data:`LABELER_TOKENS`.
+        embedding_size, hidden_size, num_layers, cell, bidirectional, dropout, pooling: as for
+            :class:`pyseq.Tagger` and :class:`pyseq.Classifier`, which alone has a pooling.
+        epochs, batch_size, learning_rate, seed, freeze_source, source_embeddings, out, log: as
+            for :func:`train`.
+
+    Returns:
+        The labeler, with the weights of the best epoch if ``out`` and ``validation`` are given
+        and of the last epoch otherwise.
+
+    Raises:
+        DataError: an example is not two strings, a side is empty, the number of labels is not
+            right, there are no examples, or a file of vectors cannot be used. It is a
+            ValueError.
+        ValueError: an option is out of its range or does not go with the task.
+        TrainingError: the loss is no longer finite.
+        Interrupted: Ctrl-C; a KeyboardInterrupt.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    split = LABELER_TOKENS[task] if tokens is None else tokens
+
+    def tokenise(part: Sequence[tuple[str, str]], name: str) -> Data:
+        texts = [_text_pair(pair, line, name=name) for line, pair in enumerate(part, start=1)]
+        return Data(tokenise_labels(texts, task=task, tokens=split), name)
+
+    trainer = start_labeler(
+        tokenise(examples, "examples"),
+        None if validation is None else tokenise(validation, "validation"),
+        task=task,
+        tokens=split,
+        model=LabelerOptions(
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            cell=cell,
+            bidirectional=bidirectional,
+            dropout=dropout,
+            pooling=pooling,
+        ),
+        options=TrainingOptions(
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            freeze_source=freeze_source,
+        ),
+        out=out,
+        log=log,
+        source_embeddings=_embeddings_file(source_embeddings),
+    )
+    _run(trainer, out, validation is not None)
+    if out is not None and validation is not None:
+        return Labeler.load(out)
+    assert isinstance(trainer.translator, Labeler)
+    return trainer.translator
+
+
+def _run(trainer: Trainer, out: str | Path | None, validated: bool) -> None:
+    """Train to the end, and leave the model as its user wants it.
+
+    Raises:
+        Interrupted: the text says by what command the run goes on.
+    """
     try:
         trainer.run()
     except Interrupted as error:
         if out is None:
             raise
-        held = "--valid-share 0" if validation is None else "--valid FILE"
+        held = "--valid FILE" if validated else "--valid-share 0"
         raise Interrupted(
             error.signum,
             f"{error}; with the same pairs in a file, "
             f"pyseq train PAIRS.tsv {held} --out {out} --resume goes on from there",
         ) from None
-    if out is not None and validation is not None:
-        return Translator.load(out)
     trainer.take_average()
     trainer.model.eval()
-    return trainer.translator

@@ -19,7 +19,7 @@ from . import search as searches
 from .errors import CheckpointError, DataError
 from .search import Ensemble, Hypothesis, SearchModel, SearchOptions
 from .seq2seq import Seq2Seq
-from .text import Tokenizer, Vocab, encode_sources
+from .text import Examples, Pair, Tokenizer, Vocab, encode_sources
 from .types import UNK
 
 
@@ -256,6 +256,16 @@ class Translator:
         """The tokens of ``line`` that the model has never seen."""
         return [t for t in self.source_tokenizer.split(line) if t not in self.source_vocab]
 
+    def encode(self, pairs: Sequence[Pair], *, name: str) -> Examples:
+        """Pairs of tokens as the ids that the model is trained on.
+
+        Args:
+            pairs: the pairs.
+            name: where they came from, for messages.
+        """
+        ordered = [pair._replace(source=self.in_reading_order(pair.source)) for pair in pairs]
+        return Examples.encode(ordered, self.source_vocab, self.target_vocab, name=name)
+
     def save(self, path: str | Path, *, training: checkpoint.TrainingState | None = None) -> None:
         """Save as a folder; see :func:`pyseq.save`.
 
@@ -316,6 +326,11 @@ class Translator:
     @classmethod
     def from_saved(cls, saved: checkpoint.Saved, path: str | Path) -> Translator:
         """The translator of a model that was loaded from ``path``."""
+        if not isinstance(saved.model, Seq2Seq):
+            raise CheckpointError(
+                f"{path}: the model must be a Seq2Seq, got {type(saved.model).__name__}; "
+                "pyseq.Labeler.load loads it"
+            )
         if saved.source_vocab is None or saved.target_vocab is None:
             raise CheckpointError(f"{path}: this model was saved without its vocabularies")
         return cls(

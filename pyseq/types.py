@@ -132,3 +132,6 @@ class GenerateOutput(NamedTuple):
 
 #: Ids of the symbols that every vocabulary begins with: <pad>, <start>, <stop>, <unk>.
 PAD, START, STOP, UNK = range(4)
+
+#: What stands for a label that does not count, as in torch.nn.
+IGNORE = -100

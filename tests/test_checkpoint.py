@@ -138,7 +138,7 @@ def _edit(**changes: object) -> Callable[[Path], None]:
         ("config.json", lambda path: path.write_text("{"), r"config\.json: damaged"),
         ("config.json", lambda path: path.write_text("[]"), "not the settings of a pyseq model"),
         ("config.json", _edit(format=99), "format must be 1, got 99"),
-        ("config.json", _edit(model="Other"), "the model must be Seq2Seq, got 'Other'"),
+        ("config.json", _edit(model="Other"), "the model must be Seq2Seq or .*, got 'Other'"),
         ("config.json", _edit(options={"depth": 3}), "options in config.json do not go with"),
         ("config.json", _edit(fingerprints={}), r"does not list model\.safetensors"),
         ("config.json", _edit(fingerprints={"../x": "?"}), "missing, though config.json lists"),

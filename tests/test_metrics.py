@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pyseq.errors import MissingExtraError
-from pyseq.metrics import edit_distance, error_rates, text_scores
+from pyseq.metrics import edit_distance, error_rates, label_scores, text_scores
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,31 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
     with pytest.raises(MissingExtraError, match=r"rapidfuzz .*pip install 'pyseq-torch\[train\]'"):
         edit_distance(["a"], ["b"])
+
+
+def test_label_scores() -> None:
+    scores = label_scores(["ABA", "C", ""], ["ABB", "A", ""])
+    assert scores.lines == 3
+    assert scores.accuracy == 2 / 4
+    assert scores.line_accuracy == 1 / 3
+    assert list(scores.labels) == ["A", "B", "C"]
+    assert scores.labels["A"] == (1 / 2, 1 / 2, 1 / 2, 2)
+    assert scores.labels["B"] == (1, 1 / 2, 2 / 3, 2)
+    assert scores.labels["C"] == (0, 0, 0, 0)
+    assert scores.macro_f1 == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "expected", "message"),
+    [
+        ([], [], "at least one label, got 0 and 0"),
+        ([""], [""], "at least one label"),
+        (["A"], ["A", "B"], "as many lines .* got 2 and 1"),
+        (["A", "BB"], ["A", "B"], "line 2: expected 1 labels, got 2"),
+    ],
+)
+def test_label_scores_need_as_many_labels(
+    predicted: list[str], expected: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        label_scores(predicted, expected)

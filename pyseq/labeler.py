@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text in, labels out: a Tagger or Classifier with its vocabulary, labels and tokeniser.
+
+What ``pyseq.train_labeler`` returns, and what ``pyseq predict`` and ``evaluate`` use for such
+models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import checkpoint
+from .errors import CheckpointError
+from .labels import LabelExamples, Labels
+from .tagger import Classifier, Tagger
+from .text import Pair, Tokenizer, Vocab, pad
+from .types import PAD
+
+__all__ = ["Labeler", "Labelling"]
+
+
+class Labelling(NamedTuple):
+    """What a model says of one line."""
+
+    labels: list[str]  # one for each source token, or of a Classifier one alone
+    probabilities: list[float]  # of each of them
+    source_tokens: list[str]  # as split, spelled out where unknown to the model
+
+    @property
+    def text(self) -> str:
+        """The labels, separated by spaces."""
+        return " ".join(self.labels)
+
+
+class Labeler:
+    """A model that reads text and gives labels.
+
+    ``labeler("the cat sat")`` is ``"DET NOUN VERB"``, say, or of a classifier ``"animals"``.
+
+    Args:
+        model: the model; dropout is off in every call, whatever its mode.
+        source_vocab: what its ids mean.
+        labels: what its outputs mean.
+        source_tokens: how text is split: ``"char"``, ``"space"``, ``"word"``.
+
+    Raises:
+        ValueError: an unknown way to split, or vocabulary or labels of another size than the
+            model's.
+    """
+
+    def __init__(
+        self,
+        model: Tagger | Classifier,
+        source_vocab: Vocab,
+        labels: Labels,
+        *,
+        source_tokens: str = "space",
+    ) -> None:
+        for name, given in (("source_vocab_size", source_vocab), ("num_labels", labels)):
+            if len(given) != model.config[name]:
+                raise ValueError(f"{name} of the model is {model.config[name]}, got {len(given)}")
+        self.model = model
+        self.source_vocab = source_vocab
+        self.labels = labels
+        self.source_tokenizer = Tokenizer(source_tokens)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every token gets a label, or every line one."""
+        return isinstance(self.model, Tagger)
+
+    def __call__(self, line: str) -> str:
+        """The labels for one line as text; :meth:`predict` does many at once."""
+        return self.predict([line])[0].text
+
+    def predict(self, lines: Sequence[str], *, batch_size: int = 256) -> list[Labelling]:
+        """The likeliest labels of lines, in batches of similar length.
+
+        An unknown symbol is read as ``<unk>``. A blank line has no tokens to tag; a
+        classifier judges it as an empty one.
+
+        Args:
+            lines: the lines.
+            batch_size: lines of one batch.
+
+        Returns:
+            One result for each line, in their order.
+        """
+        sources = [self.source_tokenizer.split(line) for line in lines]
+        results: dict[int, Labelling] = {}
+        order = sorted(range(len(lines)), key=lambda i: len(sources[i]))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            found = self._predict_batch([sources[i] for i in rows])
+            results.update(zip(rows, found, strict=True))
+        return [results[i] for i in range(len(lines))]
+
+    @torch.no_grad()
+    def _predict_batch(self, sources: list[list[str]]) -> list[Labelling]:
+        device = next(self.model.parameters()).device
+        # A step of padding at least, for batches of nothing but blank lines.
+        source, _ = pad([self.source_vocab.encode(tokens) or [PAD] for tokens in sources])
+        lengths = torch.tensor([len(tokens) for tokens in sources])
+        training = self.model.training
+        self.model.eval()
+        probabilities = self.model(source.to(device), lengths.to(device)).softmax(-1)
+        self.model.train(training)
+        best, numbers = probabilities.max(-1)
+        results = []
+        for row, tokens in enumerate(sources):
+            kept = slice(row, row + 1) if not self.per_token else (row, slice(len(tokens)))
+            labels = self.labels.decode(numbers[kept].tolist())
+            results.append(Labelling(labels, best[kept].tolist(), tokens))
+        return results
+
+    def unknown_symbols(self, line: str) -> list[str]:
+        """The tokens of ``line`` that the model has never seen."""
+        return [t for t in self.source_tokenizer.split(line) if t not in self.source_vocab]
+
+    def encode(self, pairs: Sequence[Pair], *, name: str) -> LabelExamples:
+        """Tokens and labels as the numbers that the model is trained on.
+
+        Raises:
+            DataError: a line has not the right number of labels, or one that is unknown.
+        """
+        return LabelExamples.encode(
+            pairs, self.source_vocab, self.labels, name=name, per_token=self.per_token
+        )
+
+    def save(self, path: str | Path, *, training: checkpoint.TrainingState | None = None) -> None:
+        """Save as a folder; see :func:`pyseq.save`."""
+        checkpoint.save(
+            path,
+            self.model,
+            source_vocab=self.source_vocab,
+            labels=self.labels,
+            source_tokens=self.source_tokenizer.name,
+            training=training,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Labeler:
+        """Load what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: there is no saved model, it is damaged, it is of another kind, or
+                it was saved without vocabulary or labels.
+        """
+        return cls.from_saved(checkpoint.load(path), path)
+
+    @classmethod
+    def from_saved(cls, saved: checkpoint.Saved, path: str | Path) -> Labeler:
+        """The labeler of a model that was loaded from ``path``."""
+        if not isinstance(saved.model, (Tagger, Classifier)):
+            raise CheckpointError(
+                f"{path}: the model must be a Tagger or a Classifier, got "
+                f"{type(saved.model).__name__}"
+            )
+        if saved.source_vocab is None or saved.labels is None:
+            raise CheckpointError(f"{path}: this model was saved without its vocabulary or labels")
+        return cls(
+            saved.model,
+            saved.source_vocab,
+            saved.labels,
+            source_tokens=saved.source_tokens or "space",
+        )

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""N-to-N and N-to-1: a label for every token, or one for the whole source.
+
+Both are the encoder of ``Seq2Seq`` with an output layer; trained by ``training``, used on
+text by ``labeler``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from . import functional
+from ._checks import check_positive, check_shape
+from ._dropout import apply_dropout
+from .nn import cell_name
+from .seq2seq import Encoder, Seq2Seq, valid_steps
+from .types import IGNORE, UNK, state_parts
+
+__all__ = ["POOLINGS", "AnyModel", "Classifier", "PoolingName", "Tagger"]
+
+PoolingName = Literal["last", "mean", "max"]
+POOLINGS: tuple[str, ...] = ("last", "mean", "max")
+
+
+class _Labelling(torch.nn.Module):
+    """What both models are made of, and their loss."""
+
+    def __init__(
+        self,
+        source_vocab_size: int | None,
+        num_labels: int,
+        *,
+        embedding_size: int,
+        hidden_size: int,
+        num_layers: int,
+        cell: str,
+        bidirectional: bool,
+        dropout: float,
+        source_features: int | None,
+    ) -> None:
+        super().__init__()
+        check_positive(num_labels=num_labels)
+        if isinstance(source_vocab_size, int) and source_vocab_size <= UNK:
+            raise ValueError(
+                f"source_vocab_size must be at least {UNK + 1}, for the special tokens, got "
+                f"{source_vocab_size}"
+            )
+        self._config: dict[str, Any] = {
+            "source_vocab_size": source_vocab_size,
+            "num_labels": num_labels,
+            "embedding_size": embedding_size,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "cell": cell_name(cell),
+            "bidirectional": bidirectional,
+            "dropout": dropout,
+            "source_features": source_features,
+        }
+        self.encoder = Encoder(
+            source_vocab_size,
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            cell=cell,
+            bidirectional=bidirectional,
+            dropout=dropout,
+            features=source_features,
+        )
+        self.output = torch.nn.Linear(hidden_size, num_labels)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments by name: ``type(model)(**model.config)`` is its like."""
+        return dict(self._config)
+
+    def embeddings(self) -> dict[str, torch.nn.Embedding]:
+        """The table of the tokens of ``"source"``, unless it is features."""
+        table = self.encoder.embedding
+        return {"source": table} if isinstance(table, torch.nn.Embedding) else {}
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+        """That of labels (N,) given what the output layer reads (N, H)."""
+        return functional.linear_cross_entropy(
+            hidden,
+            self.output.weight,
+            labels,
+            self.output.bias,
+            ignore_index=IGNORE,
+            label_smoothing=label_smoothing,
+        )
+
+
+class Tagger(_Labelling):
+    """A label for every token: ``p(y_s | x) = softmax(W encoder(x)_s + b)``.
+
+    Args:
+        source_vocab_size: number of token ids, the four special ones included; None with
+            ``source_features``.
+        num_labels: N.
+        embedding_size: features of a token.
+        hidden_size: H, features of the memory; even if the encoder is bidirectional.
+        num_layers, cell, bidirectional: of the encoder, as in :class:`pyseq.Seq2Seq`.
+        dropout: probability of zeroing a feature of the embeddings, between layers, and of
+            what the output layer reads, in training.
+        source_features: D, where the source is no tokens but (B, S, D) features.
+
+    Raises:
+        ValueError: an option is unknown or a size is out of its range.
+
+    Reference:
+        Graves & Schmidhuber 2005, "Framewise phoneme classification with bidirectional LSTM";
+        Huang et al. 2015, arXiv 1508.01991, section 2.3 (without the CRF).
+    """
+
+    def __init__(
+        self,
+        source_vocab_size: int | None,
+        num_labels: int,
+        *,
+        embedding_size: int = 256,
+        hidden_size: int = 256,
+        num_layers: int = 1,
+        cell: str = "lstm",
+        bidirectional: bool = True,
+        dropout: float = 0.1,
+        source_features: int | None = None,
+    ) -> None:
+        super().__init__(
+            source_vocab_size,
+            num_labels,
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            cell=cell,
+            bidirectional=bidirectional,
+            dropout=dropout,
+            source_features=source_features,
+        )
+
+    def forward(self, source: Tensor, source_lengths: Tensor) -> Tensor:
+        """Logits of the labels of every token.
+
+        Args:
+            source: (B, S) int64, token ids; or features (B, S, D).
+            source_lengths: (B,) int64, valid steps of each row, on any device.
+
+        Returns:
+            (B, S, N), zero at padding.
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+        """
+        memory, _ = self.encoder(source, source_lengths)
+        # Transposed here, where it is narrow, so that the logits are contiguous.
+        logits = self.output(memory.transpose(0, 1))
+        valid = valid_steps(source_lengths, source)
+        return torch.where(valid.unsqueeze(2), logits, 0.0)
+
+    def loss(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        labels: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """Cross entropy in nats, averaged over the tokens.
+
+        Args:
+            source, source_lengths: as in :meth:`forward`.
+            labels: (B, S) int64, from 0 to N - 1, or -100 for a token that does not count;
+                what stands at padding does not matter.
+            label_smoothing: share of the target probability that is spread over all labels.
+
+        Returns:
+            0-dimensional; NaN if no token counts.
+
+        Raises:
+            ValueError: ``label_smoothing`` is out of its range.
+            RuntimeError: a tensor has the wrong shape, dtype or device, or a label is none.
+        """
+        memory, _ = self.encoder(source, source_lengths)
+        check_shape("labels", labels, "(B, S)", tuple(source.shape[:2]))
+        labels = labels.where(valid_steps(source_lengths, labels), IGNORE)
+        return self._cross_entropy(memory.flatten(0, 1), labels.t().flatten(), label_smoothing)
+
+
+class Classifier(_Labelling):
+    """One label for the source: ``p(y | x) = softmax(W pool(encoder(x)) + b)``.
+
+    With the memory ``h_1..h_S`` and each row's own S, ``pool`` is
+
+    - ``"last"``: the last state of the top layer, both directions side by side, each after
+      all that it reads;
+    - ``"mean"``: ``sum_s h_s / S``;
+    - ``"max"``: ``max_s h_s``, for each feature by itself.
+
+    For a row of length 0 all three are zero.
+
+    Args:
+        source_vocab_size, num_labels, embedding_size, hidden_size, num_layers, cell,
+            bidirectional, dropout, source_features: as in :class:`Tagger`.
+        pooling: one of the above.
+
+    Raises:
+        ValueError: an option is unknown or a size is out of its range.
+
+    Reference:
+        Conneau et al. 2017, arXiv 1705.02364, section 3.2 (last, mean and max).
+    """
+
+    def __init__(
+        self,
+        source_vocab_size: int | None,
+        num_labels: int,
+        *,
+        embedding_size: int = 256,
+        hidden_size: int = 256,
+        num_layers: int = 1,
+        cell: str = "lstm",
+        bidirectional: bool = True,
+        dropout: float = 0.1,
+        source_features: int | None = None,
+        pooling: str = "last",
+    ) -> None:
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        super().__init__(
+            source_vocab_size,
+            num_labels,
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            cell=cell,
+            bidirectional=bidirectional,
+            dropout=dropout,
+            source_features=source_features,
+        )
+        self._config["pooling"] = pooling
+        self.pooling = cast(PoolingName, pooling)
+
+    def _pooled(self, source: Tensor, lengths: Tensor) -> Tensor:
+        """What the output layer reads (B, H)."""
+        memory, state = self.encoder(source, lengths)
+        if self.pooling == "last":
+            h = state_parts(cell_name(self._config["cell"]), state)[0]
+            return apply_dropout(h[-1], self.encoder.dropout, self.training)
+        lengths = lengths.to(memory.device)
+        if self.pooling == "mean":  # padding is zero
+            return memory.sum(0) / lengths.clamp(min=1).unsqueeze(1)
+        valid = valid_steps(lengths, source).t().unsqueeze(2)
+        highest = memory.masked_fill(~valid, float("-inf")).amax(0)
+        return torch.where((lengths > 0).unsqueeze(1), highest, 0.0)
+
+    def forward(self, source: Tensor, source_lengths: Tensor) -> Tensor:
+        """Logits of the labels.
+
+        Args:
+            source: (B, S) int64, token ids; or features (B, S, D); S at least 1.
+            source_lengths: (B,) int64, valid steps of each row, on any device.
+
+        Returns:
+            (B, N).
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+        """
+        logits: Tensor = self.output(self._pooled(source, source_lengths))
+        return logits
+
+    def loss(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        labels: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """Cross entropy in nats, averaged over the rows.
+
+        Args:
+            source, source_lengths: as in :meth:`forward`.
+            labels: (B,) int64, from 0 to N - 1, or -100 for a row that does not count.
+            label_smoothing: share of the target probability that is spread over all labels.
+
+        Returns:
+            0-dimensional; NaN if no row counts.
+
+        Raises:
+            ValueError: ``label_smoothing`` is out of its range.
+            RuntimeError: a tensor has the wrong shape, dtype or device, or a label is none.
+        """
+        pooled = self._pooled(source, source_lengths)
+        check_shape("labels", labels, "(B,)", tuple(source.shape[:1]))
+        return self._cross_entropy(pooled, labels, label_smoothing)
+
+
+#: What can be trained and saved.
+AnyModel = Seq2Seq | Tagger | Classifier
