@@ -49,11 +49,13 @@ TORCH_LIBRARY(pyseq, m) {
       "Tensor d_h_0, Tensor d_c_0)");
   m.def(
       "attend(Tensor query, Tensor keys, Tensor memory, Tensor? weight_v, Tensor? lengths, "
-      "str score) -> (Tensor context, Tensor attn)");
+      "str score, Tensor? positions=None, int window=0, int heads=1) -> "
+      "(Tensor context, Tensor attn)");
   m.def(
       "attend_backward(Tensor? d_context, Tensor? d_attn, Tensor query, Tensor keys, "
-      "Tensor memory, Tensor? weight_v, Tensor? lengths, Tensor attn, str score) -> "
-      "(Tensor d_query, Tensor d_keys, Tensor d_memory, Tensor d_weight_v)");
+      "Tensor memory, Tensor? weight_v, Tensor? lengths, Tensor attn, str score, "
+      "Tensor? positions=None, int window=0, int heads=1) -> "
+      "(Tensor d_query, Tensor d_keys, Tensor d_memory, Tensor d_weight_v, Tensor d_positions)");
   m.def(
       "decode(Tensor x, Tensor[] layers, Tensor keys, Tensor memory, Tensor combine, "
       "Tensor? weight_query, Tensor? weight_v, Tensor? h_0, Tensor? c_0, Tensor? feed, "
@@ -166,7 +168,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of pyseq; its operators are under torch.ops.pyseq.";
   const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
   m.def("scan", Bound<&pyseq::scan>::to("pyseq::scan"), without_gil, "torch.ops.pyseq.scan");
-  m.def("attend", Bound<&pyseq::attend>::to("pyseq::attend"), without_gil,
+  m.def("attend", Bound<&pyseq::attend>::to("pyseq::attend"), pybind11::arg("query"),
+        pybind11::arg("keys"), pybind11::arg("memory"), pybind11::arg("weight_v"),
+        pybind11::arg("lengths"), pybind11::arg("score"), pybind11::arg("positions") = std::nullopt,
+        pybind11::arg("window") = 0, pybind11::arg("heads") = 1, without_gil,
         "torch.ops.pyseq.attend");
   m.def("decode", Bound<&pyseq::decode>::to("pyseq::decode"), without_gil,
         "torch.ops.pyseq.decode");

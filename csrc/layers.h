@@ -4,9 +4,11 @@
 #pragma once
 
 #include <ATen/Dispatch.h>
+#include <ATen/ops/bmm.h>
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "arguments.h"
 #include "check.h"
@@ -39,8 +41,44 @@ inline bool is_additive(std::string_view score) {
   return score == "concat";
 }
 
-// (S, B, D) as contiguous (B, S, D): a row's positions side by side, whatever the batch.
-inline Tensor rows_first(const Tensor& tensor) { return tensor.transpose(0, 1).contiguous(); }
+// (S, B, D) as contiguous (B, S, D): a row's positions side by side, whatever the batch. Heads are
+// rows of their own: (B*N, S, D/N).
+inline Tensor rows_first(const Tensor& tensor, int64_t heads = 1) {
+  if (heads == 1) return tensor.transpose(0, 1).contiguous();
+  const int64_t source = tensor.size(0), batch = tensor.size(1), size = tensor.size(2) / heads;
+  return tensor.view({source, batch, heads, size})
+      .permute({1, 2, 0, 3})
+      .contiguous()
+      .view({batch * heads, source, size});
+}
+
+// The inverse, as a view of one head and a copy of several.
+inline Tensor steps_first(const Tensor& rows, int64_t heads) {
+  if (heads == 1) return rows.transpose(0, 1);
+  const int64_t batch = rows.size(0) / heads, source = rows.size(1), size = rows.size(2);
+  return rows.view({batch, heads, source, size})
+      .permute({2, 0, 1, 3})
+      .contiguous()
+      .view({source, batch, heads * size});
+}
+
+// sum_t weights_t[s] * rows_t, (B*N, S, D/N), for weights (T, B*N, S) and rows (T, B, D) in memory.
+inline Tensor summed_over_steps(const Tensor& weights, const Tensor& rows, int64_t heads) {
+  const int64_t steps = rows.size(0), count = rows.size(1) * heads;
+  return at::bmm(weights.permute({1, 2, 0}),
+                 rows.view({steps, count, rows.size(2) / heads}).transpose(0, 1));
+}
+
+inline void check_heads(int64_t heads, const Tensor& keys, const Tensor& memory) {
+  TORCH_CHECK_VALUE(heads >= 1, "heads must be at least 1, got ", heads);
+  for (const auto& [name, size] : {std::pair{"A", keys.size(2)}, {"M", memory.size(2)}}) {
+    TORCH_CHECK_VALUE(size % heads == 0, "heads must divide ", name, " = ", size, ", got ", heads);
+  }
+}
+
+inline void check_window(int64_t window) {
+  TORCH_CHECK_VALUE(window >= 0, "window must be at least 1 position, or 0 for none, got ", window);
+}
 
 // Both biases as the kernels want them: `sum` for the sums that input and recurrent part
 // share, `apart` for the recurrent part that stays apart (the GRU's candidate).

@@ -70,13 +70,15 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
 // (context, attn)
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
                                   const OptionalTensor& weight_v, const OptionalTensor& lengths,
-                                  std::string_view score);
+                                  std::string_view score, const OptionalTensor& positions,
+                                  int64_t window, int64_t heads);
 
-// (d_query, d_keys, d_memory, d_weight_v)
-std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(
+// (d_query, d_keys, d_memory, d_weight_v, d_positions)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
     const OptionalTensor& d_context, const OptionalTensor& d_attn, const Tensor& query,
     const Tensor& keys, const Tensor& memory, const OptionalTensor& weight_v,
-    const OptionalTensor& lengths, const Tensor& attn, std::string_view score);
+    const OptionalTensor& lengths, const Tensor& attn, std::string_view score,
+    const OptionalTensor& positions, int64_t window, int64_t heads);
 
 // (output, attn, h_n, c_n)
 std::tuple<Tensor, Tensor, Tensor, Tensor> decode(

@@ -55,10 +55,17 @@ def _cell_size(cell: str, batch: int, hidden: int) -> tuple[int, ...]:
     return (batch, hidden) if cell == "lstm" else (0,)
 
 
-def _rows_first(tensor: Tensor) -> Tensor:
-    """(S, B, D) that lies in memory as (B, S, D), which is how the kernels leave it."""
+def _rows_first(tensor: Tensor, heads: int = 1) -> Tensor:
+    """(S, B, D), which lies in memory as (B, S, D), as the kernels leave it, but for several
+    heads, which have to be put together."""
     source, batch, size = tensor.shape
+    if heads > 1:
+        return tensor.new_empty(source, batch, size)
     return tensor.new_empty(batch, source, size).transpose(0, 1)
+
+
+def _attn_size(steps: int, batch: int, heads: int, source: int) -> tuple[int, ...]:
+    return (steps, batch, source) if heads == 1 else (steps, batch, heads, source)
 
 
 @_fake("pyseq::scan")
@@ -243,10 +250,16 @@ def _attend(
     weight_v: Tensor | None,
     lengths: Tensor | None,
     score: str,
+    positions: Tensor | None = None,
+    window: int = 0,
+    heads: int = 1,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = query.shape
     source, _, size = memory.shape
-    return query.new_empty(steps, batch, size), query.new_empty(steps, batch, source)
+    return (
+        query.new_empty(steps, batch, size),
+        query.new_empty(_attn_size(steps, batch, heads, source)),
+    )
 
 
 @_fake("pyseq::attend_backward")
@@ -260,12 +273,16 @@ def _attend_backward(
     lengths: Tensor | None,
     attn: Tensor,
     score: str,
+    positions: Tensor | None = None,
+    window: int = 0,
+    heads: int = 1,
 ) -> tuple[Tensor, ...]:
     return (
         query.new_empty(query.shape),
-        _rows_first(keys),
-        _rows_first(memory),
+        _rows_first(keys, heads),
+        _rows_first(memory, heads),
         query.new_empty(0 if weight_v is None else weight_v.shape),
+        query.new_empty(0 if positions is None else positions.shape),
     )
 
 

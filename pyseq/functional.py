@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _library as _library  # loads _C, which registers torch.ops.pyseq
 from . import reference
 from . import transforms as transforms  # registers what stands in for the operators there
-from ._checks import autocasts, check_like, check_shape, check_tensor
+from ._checks import autocasts, check_like, check_positive, check_shape, check_tensor
 from ._packed import computing_dtype
 from .errors import SearchError
 from .types import (
@@ -249,7 +249,7 @@ def scan_both(
 
 def attend(
     query: Tensor,
-    keys: Tensor,
+    keys: Tensor | None,
     memory: Tensor,
     lengths: Tensor | None = None,
     *,
@@ -257,53 +257,130 @@ def attend(
     weight: Tensor | None = None,
     weight_query: Tensor | None = None,
     weight_v: Tensor | None = None,
+    heads: int = 1,
+    window: int | None = None,
+    positions: Tensor | None = None,
     need_weights: bool = False,
 ) -> AttendOutput:
-    """Global attention of every query over the memory of its row.
+    """Attention of every query over the memory of its row.
 
     ``a_ts = softmax_s score(q_t, k_s)`` and ``context_t = sum_s a_ts m_s``, with the score
-    dot ``q . k``; general ``q . (W k)``; concat ``v . tanh(W_q q + k)``.
+
+    - dot ``q . k``, scaled_dot ``q . k / sqrt(A / N)``, general ``q . (W k)``;
+    - concat ``v . tanh(W_q q + k)``;
+    - location ``(W q)_s``, which depends on the position alone.
+
+    With ``window`` D query t sees the positions s with ``|s - p_t| <= D`` only, at a cost of
+    O(D). Without ``positions`` ``p_t = t`` (local-m); with them each weight, after the softmax,
+    is multiplied with ``exp(-(s - p_t)^2 / (2 (D/2)^2))`` (local-p), through which p_t gets a
+    gradient. Each of N heads does all this with its own A/N components of queries and keys
+    (of W_q and v too) and M/N of the memory; their contexts lie side by side.
 
     Args:
         query: (T, B, Q).
-        keys: (S, B, A). For dot A is Q. For concat these are the projected keys
-            ``W_m m``. For general they are not yet projected; ``weight`` does that.
+        keys: (S, B, A). For dot and scaled_dot A is Q. For concat these are the projected keys
+            ``W_m m``. For general they are not yet projected; ``weight`` does that, after
+            which A is Q. For location None.
         memory: (S, B, M), what the context is a weighted sum of.
         lengths: (B,) int64, valid positions of each row, 0 to S, on any device. The others
-            get exactly zero weight; a row of length 0 gets a zero context.
-        score: ``"dot"``, ``"general"`` or ``"concat"``.
-        weight: (Q, A), general only.
+            get exactly zero weight; a row of length 0 gets a zero context, and so does a
+            query whose window lies beyond all of them.
+        score: ``"dot"``, ``"scaled_dot"``, ``"general"``, ``"concat"`` or ``"location"``.
+        weight: (Q, A), general; (R, Q), location, where a position from R on gets no weight.
         weight_query: (A, Q), concat only; left out, the query is projected already.
         weight_v: (A,), concat only.
+        heads: N, which divides A and M.
+        window: D, positions on either side of the centre, at least 1. Default: all.
+        positions: (T, B), the centre p_t of each query's window, counted in positions from 0;
+            :func:`predict_positions` makes such.
         need_weights: also return the weights.
 
     Returns:
-        ``context`` (T, B, M), and ``weights`` (T, B, S) or None.
+        ``context`` (T, B, M), and ``weights`` (T, B, S), of several heads (T, B, N, S), or None.
 
     Raises:
-        ValueError: an option is unknown or a weight does not go with the score.
+        ValueError: an option is unknown or out of its range, or a weight does not go with the
+            score.
         RuntimeError: a tensor has the wrong shape, dtype or device.
         TypeError: what must be a tensor is none.
 
     Reference:
-        Luong et al. 2015, arXiv 1508.04025, eq. 7 and 8; concat is also the additive score
-        of Bahdanau et al. 2015, arXiv 1409.0473.
+        Luong et al. 2015, arXiv 1508.04025, eq. 7 to 10 and section 3.2 (there a window that
+        ends before its centre is no case; here its context is zero); concat is also the
+        additive score of Bahdanau et al. 2015, arXiv 1409.0473; Vaswani et al. 2017,
+        arXiv 1706.03762, eq. 1 (scaled dot) and section 3.2.2 (heads).
     """
     _check_score(score, weight, weight_query, weight_v)
+    _check_keys(score, keys)
+    _check_window(window)
+    if positions is not None:
+        check_tensor("positions", positions)
+        if window is None:
+            raise ValueError("positions need a window around them, got None")
+    size = None
     if weight is not None:
         check_shape("query", query, "(T, B, Q)", (-1, -1, -1))
-        keys = _general_keys(keys, weight, query.shape[-1], lengths)
+        size = query.shape[-1]
     if weight_query is not None:
+        assert keys is not None
         check_shape("query", query, "(T, B, Q)", (-1, -1, -1))
         check_shape("keys", keys, "(S, B, A)", (-1, -1, -1))
         sizes = (keys.shape[-1], query.shape[-1])
         check_shape("weight_query", weight_query, "(A, Q)", sizes)
         check_like("weight_query", weight_query, "query", query)
         query = linear(query, weight_query)
+    keys, lengths = _core_keys(score, keys, memory, lengths, weight, size, heads)
     context, weights = torch.ops.pyseq.attend(
-        query, keys, memory, weight_v, _beside("lengths", lengths, query), _core(score)
+        query,
+        keys,
+        memory,
+        weight_v,
+        _beside("lengths", lengths, query),
+        _core(score),
+        positions,
+        window or 0,
+        heads,
     )
     return AttendOutput(context, weights if need_weights else None)
+
+
+def predict_positions(
+    query: Tensor,
+    weight: Tensor,
+    weight_v: Tensor,
+    source: int,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Where in the source each query should look: ``p_t = S sigmoid(v . tanh(W q_t))``.
+
+    Args:
+        query: (T, B, Q).
+        weight: (P, Q), ``W``.
+        weight_v: (P,), ``v``.
+        source: S, positions of the memory.
+        lengths: (B,) int64, the S of each row. Default: ``source``.
+
+    Returns:
+        (T, B), between 0 and S, for :func:`attend`.
+
+    Raises:
+        RuntimeError: a tensor has the wrong shape, dtype or device.
+        TypeError: what must be a tensor is none.
+
+    Reference:
+        Luong et al. 2015, arXiv 1508.04025, eq. 9.
+    """
+    check_shape("query", query, "(T, B, Q)", (-1, -1, -1))
+    check_shape("weight", weight, "(P, Q)", (-1, query.shape[-1]))
+    check_shape("weight_v", weight_v, "(P,)", weight.shape[:1])
+    for name, tensor in (("weight", weight), ("weight_v", weight_v)):
+        check_like(name, tensor, "query", query)
+    share = torch.sigmoid(torch.tanh(linear(query, weight)) @ weight_v)
+    lengths = _beside("lengths", lengths, query)
+    if lengths is None:
+        return source * share
+    check_shape("lengths", lengths, "(B,)", query.shape[1:2])
+    return lengths * share
 
 
 def decode(
@@ -364,9 +441,11 @@ def decode(
     _check_option("cell", cell, GATES)
     # The query is the top state, made inside the loop, so its projection happens there.
     _check_score(score, weight, weight_query, weight_v)
+    _check_keys(score, keys)
     if weight is not None:
         check_shape("combine", combine, "(H, M + H)", (-1, -1))
-        keys = _general_keys(keys, weight, combine.shape[0], lengths)
+    size = None if weight is None else combine.shape[0]
+    keys, lengths = _core_keys(score, keys, memory, lengths, weight, size)
     flat = _flatten(layers)
     parts, feed = decoder_parts(cell, state)
     h_0, c_0 = _h_and_c(parts)
@@ -398,7 +477,7 @@ def decode(
 def generate(
     embedding: Tensor,
     layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
-    state: tuple[State, Tensor | None],
+    state: DecoderState | tuple[State, Tensor | None],
     output_weight: Tensor,
     output_bias: Tensor | None = None,
     keys: Tensor | None = None,
@@ -458,9 +537,10 @@ def generate(
     _check_option("cell", cell, GATES)
     if score is not None:
         _check_score(score, weight, weight_query, weight_v)
-    if weight is not None and keys is not None:
+    if score is not None and memory is not None and (keys is not None or score == "location"):
+        _check_keys(score, keys)
         check_shape("output_weight", output_weight, "(V, H)", (-1, -1))
-        keys = _general_keys(keys, weight, output_weight.shape[1], lengths)
+        keys, lengths = _core_keys(score, keys, memory, lengths, weight, output_weight.shape[1])
     parts, feed = decoder_parts(cell, state)
     if not parts:
         raise ValueError("state must hold the hidden state before the first token, got None")
@@ -584,7 +664,46 @@ def linear_cross_entropy(
 
 def _core(score: ScoreName) -> str:
     """The score that is left for the kernels once the keys are projected."""
-    return "dot" if score == "general" else score
+    return "concat" if score == "concat" else "dot"
+
+
+def _core_keys(
+    score: ScoreName,
+    keys: Tensor | None,
+    memory: Tensor,
+    lengths: Tensor | None,
+    weight: Tensor | None,
+    query_size: int | None,
+    heads: int = 1,
+) -> tuple[Tensor, Tensor | None]:
+    """The keys with which the score is :func:`_core`, and the lengths that go with them.
+
+    ``query_size`` is Q, which only a score with a ``weight`` needs to know.
+    """
+    if score == "location":
+        assert weight is not None
+        check_shape("weight", weight, "(R, Q)", (-1, query_size or 0))
+        return position_keys(weight, memory, lengths)
+    assert keys is not None
+    if score == "general":
+        assert weight is not None
+        check_shape("keys", keys, "(S, B, A)", (-1, -1, -1))
+        check_shape("weight", weight, "(Q, A)", (query_size or 0, keys.shape[-1]))
+        check_like("weight", weight, "keys", keys)
+        return project_memory(keys, weight, lengths), lengths
+    if score == "scaled_dot":
+        return scale_keys(keys, heads), lengths
+    return keys, lengths
+
+
+def _check_window(window: int | None) -> None:
+    if window is not None:
+        check_positive(window=window)
+
+
+def _check_keys(score: ScoreName, keys: Tensor | None) -> None:
+    if (keys is None) != (score == "location"):
+        raise ValueError(f"keys must be None for score 'location' and no other, got {score!r}")
 
 
 def _check_score(
@@ -595,20 +714,14 @@ def _check_score(
 ) -> None:
     """Check which weights go with ``score``."""
     _check_option("score", score, SCORES)
-    if (weight is not None) != (score == "general"):
-        raise ValueError(f"weight must be given for score 'general' and no other, got {score!r}")
+    if (weight is not None) != (score in ("general", "location")):
+        raise ValueError(
+            f"weight must be given for score 'general' or 'location' and no other, got {score!r}"
+        )
     if (weight_v is not None) != (score == "concat"):
         raise ValueError(f"weight_v must be given for score 'concat' and no other, got {score!r}")
     if weight_query is not None and score != "concat":
         raise ValueError(f"weight_query goes with score 'concat', got {score!r}")
-
-
-def _general_keys(keys: Tensor, weight: Tensor, query: int, lengths: Tensor | None) -> Tensor:
-    """``W k`` for queries of ``query`` numbers."""
-    check_shape("keys", keys, "(S, B, A)", (-1, -1, -1))
-    check_shape("weight", weight, "(Q, A)", (query, keys.shape[-1]))
-    check_like("weight", weight, "keys", keys)
-    return project_memory(keys, weight, lengths)
 
 
 def project_memory(memory: Tensor, weight: Tensor, lengths: Tensor | None) -> Tensor:
@@ -628,6 +741,43 @@ def project_memory(memory: Tensor, weight: Tensor, lengths: Tensor | None) -> Te
         rows = rows.masked_fill(padded.unsqueeze(2), 0)
     # (B, S, .) in memory is what the kernels read.
     return linear(rows, weight).transpose(0, 1)
+
+
+def scale_keys(keys: Tensor, heads: int = 1) -> Tensor:
+    """``k / sqrt(A / N)`` of every key (S, B, A), with which dot is scaled_dot."""
+    check_shape("keys", keys, "(S, B, A)", (-1, -1, -1))
+    return keys * (heads / max(keys.shape[-1], 1)) ** 0.5
+
+
+def position_keys(
+    weight: Tensor, memory: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The keys with which dot is location: the row of ``weight`` (R, Q) for each position.
+
+    Returns:
+        Keys (S, B, Q), and what :func:`position_limit` makes of the lengths.
+
+    Raises:
+        RuntimeError: a tensor has the wrong shape, dtype or device.
+    """
+    check_shape("memory", memory, "(S, B, M)", (-1, -1, -1))
+    check_shape("weight", weight, "(R, Q)", (-1, -1))
+    check_like("weight", weight, "memory", memory)
+    source, batch, _ = memory.shape
+    rows = weight[:source]
+    if rows.shape[0] < source:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, source - rows.shape[0]))
+    return rows.unsqueeze(1).expand(-1, batch, -1), position_limit(weight, memory, lengths)
+
+
+def position_limit(weight: Tensor, memory: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """The valid positions (B,) of each row of ``memory`` (S, B, M) that have a row of ``weight``
+    (R, Q); None for all S."""
+    if weight.shape[0] >= memory.shape[0]:
+        return lengths
+    if lengths is None:
+        return torch.full(memory.shape[1:2], weight.shape[0], device=memory.device)
+    return lengths.clamp(max=weight.shape[0])
 
 
 def _flatten(layers: Sequence[LayerWeights | tuple[Tensor | None, ...]]) -> list[Tensor]:

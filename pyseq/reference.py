@@ -21,15 +21,20 @@ from .types import (
     GATES,
     PAD,
     AttendOutput,
+    AttentionState,
     CellName,
     DecoderOutput,
     DecoderState,
+    FeedName,
     GenerateOutput,
+    HistoryName,
     LayerWeights,
+    OrderName,
     ScanOutput,
     ScanStates,
     ScoreName,
     State,
+    attention_parts,
     decoder_parts,
     state_parts,
 )
@@ -184,7 +189,7 @@ def scan_both(
 
 def attend(
     query: Tensor,
-    keys: Tensor,
+    keys: Tensor | None,
     memory: Tensor,
     lengths: Tensor | None = None,
     *,
@@ -192,32 +197,132 @@ def attend(
     weight: Tensor | None = None,
     weight_query: Tensor | None = None,
     weight_v: Tensor | None = None,
+    heads: int = 1,
+    window: int | None = None,
+    positions: Tensor | None = None,
     need_weights: bool = False,
 ) -> AttendOutput:
-    """Global attention over ``memory``; see :func:`pyseq.functional.attend`."""
-    keys, memory = without_padding(keys, lengths), without_padding(memory, lengths)
-    if score == "concat":
-        assert weight_v is not None
-        projected = query if weight_query is None else linear(query, weight_query)
-        # (T, B, S, A) is what the fused operator never builds.
-        energies = torch.tanh(projected.unsqueeze(2) + keys.transpose(0, 1).unsqueeze(0))
-        scores = energies @ weight_v
-    else:
-        if score == "general":
-            assert weight is not None
-            keys = linear(keys, weight)
-        scores = torch.einsum("tba,sba->tbs", query, keys)
-    if lengths is not None:
-        positions = torch.arange(memory.shape[0], device=query.device)
-        valid = positions < lengths.to(query.device).unsqueeze(1)  # (B, S)
-        # A finite mask keeps rows without any valid position free of NaN; the product
-        # with `valid` then makes padded weights, and such rows, exactly zero.
-        scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min)
-        weights = torch.softmax(scores, -1) * valid
-    else:
-        weights = torch.softmax(scores, -1)
-    context = torch.einsum("tbs,sbm->tbm", weights, memory)
+    """Attention of every query over ``memory``; see :func:`pyseq.functional.attend`."""
+    steps, (source, batch, _) = query.shape[0], memory.shape
+    if score == "concat" and weight_query is not None:
+        query = linear(query, weight_query)
+    centers = positions
+    if window is not None and positions is None:
+        centers = torch.arange(steps, device=query.device).unsqueeze(1)
+    context, weights = _attention(
+        query,
+        _score_keys(score, keys, memory, lengths, weight, heads),
+        without_padding(memory, lengths),
+        _seen(source, batch, _with_weight(score, lengths, weight, memory), centers, window),
+        weight_v=weight_v,
+        heads=heads,
+        gaussian=None if positions is None else _gaussian(source, positions, window),
+    )
+    weights = weights.squeeze(2) if heads == 1 else weights
     return AttendOutput(context, weights if need_weights else None)
+
+
+def _score_keys(
+    score: ScoreName,
+    keys: Tensor | None,
+    memory: Tensor,
+    lengths: Tensor | None,
+    weight: Tensor | None,
+    heads: int,
+) -> Tensor:
+    """The keys (S, B, A) with which the score is dot, or for concat additive."""
+    if score == "location":
+        # a_t = softmax(W h_t): the key of a position is its row of W, whatever is there.
+        assert weight is not None
+        source, batch, _ = memory.shape
+        rows = torch.nn.functional.pad(weight, (0, 0, 0, source))[:source]
+        return rows.unsqueeze(1).expand(-1, batch, -1)
+    assert keys is not None
+    keys = without_padding(keys, lengths)
+    if score == "general":
+        assert weight is not None
+        return linear(keys, weight)
+    return keys / (keys.shape[-1] / heads) ** 0.5 if score == "scaled_dot" else keys
+
+
+def _with_weight(
+    score: ScoreName, lengths: Tensor | None, weight: Tensor | None, memory: Tensor
+) -> Tensor | None:
+    """How many positions of each row (B,) may have a weight: for the score location none past
+    the rows of its matrix."""
+    if score != "location":
+        return lengths
+    assert weight is not None
+    if lengths is None:
+        lengths = torch.full(memory.shape[1:2], memory.shape[0], device=memory.device)
+    return lengths.clamp(max=weight.shape[0])
+
+
+def _seen(
+    source: int, batch: int, lengths: Tensor | None, centers: Tensor | None, window: int | None
+) -> Tensor:
+    """Which positions each query sees: (T or 1, B, S)."""
+    device = None if lengths is None else lengths.device
+    seen = torch.ones(1, batch, source, dtype=torch.bool, device=device)
+    positions = torch.arange(source, device=device)
+    if lengths is not None:
+        seen = seen & (positions < lengths.unsqueeze(1))
+    if centers is not None and window is not None:
+        # Not within: NaN is near everything, so that it is seen in the result.
+        seen = seen.to(centers.device) & ~(
+            (positions.to(centers.device) - centers.unsqueeze(2)).abs() > window
+        )
+    return seen
+
+
+def predict_positions(
+    query: Tensor,
+    weight: Tensor,
+    weight_v: Tensor,
+    source: int,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Centres (T, B) of windows; see :func:`pyseq.functional.predict_positions`."""
+    share = torch.sigmoid(torch.tanh(linear(query, weight)) @ weight_v)
+    return share * (source if lengths is None else lengths.to(query.device))
+
+
+def _gaussian(source: int, centers: Tensor, window: int | None) -> Tensor:
+    """``exp(-(s - p)^2 / (2 sigma^2))`` (T, B, S) with ``sigma = D / 2`` around ``centers``."""
+    assert window is not None
+    distance = torch.arange(source, device=centers.device) - centers.unsqueeze(2)
+    return torch.exp(-distance.square() / (2 * (window / 2) ** 2))
+
+
+def _attention(
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    seen: Tensor,
+    *,
+    weight_v: Tensor | None = None,
+    heads: int = 1,
+    gaussian: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``context`` (T, B, M) and weights (T, B, N, S) of N heads, each of which has its own run
+    of the components of query, keys and memory."""
+
+    def split(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (heads, tensor.shape[-1] // heads))
+
+    if weight_v is None:
+        scores = torch.einsum("tbna,sbna->tbns", split(query), split(keys))
+    else:
+        # (T, B, N, S, A) is what the fused operator never builds.
+        energies = torch.tanh(split(query).unsqueeze(3) + split(keys).permute(1, 2, 0, 3))
+        scores = torch.einsum("tbnsa,na->tbns", energies, split(weight_v))
+    seen = seen.to(scores.device).unsqueeze(2)
+    # A finite mask keeps rows without any position free of NaN; the product with `seen` then
+    # makes the weights of what is not seen, and of such rows, exactly zero.
+    weights = torch.softmax(scores.masked_fill(~seen, torch.finfo(scores.dtype).min), -1) * seen
+    if gaussian is not None:
+        weights = weights * gaussian.unsqueeze(2)
+    return torch.einsum("tbns,sbnm->tbnm", weights, split(memory)).flatten(2), weights
 
 
 def _stack_step(
@@ -258,7 +363,7 @@ def _plain_step(
 def decode(
     x: Tensor,
     layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
-    keys: Tensor,
+    keys: Tensor | None,
     memory: Tensor,
     combine: Tensor,
     *,
@@ -267,52 +372,103 @@ def decode(
     weight: Tensor | None = None,
     weight_query: Tensor | None = None,
     weight_v: Tensor | None = None,
-    state: tuple[State | None, Tensor | None] | None = None,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    state: DecoderState | tuple[State | None, Tensor | None] | None = None,
     lengths: Tensor | None = None,
+    order: OrderName = "luong",
     input_feeding: bool = True,
+    feed: FeedName = "output",
+    heads: int = 1,
+    window: int | None = None,
+    history: HistoryName | None = None,
     dropout_masks: Tensor | None = None,
     need_weights: bool = False,
 ) -> DecoderOutput:
     """A whole attention decoder; see :func:`pyseq.functional.decode`."""
     weights_of = [LayerWeights(*layer) for layer in layers]
-    batch, size = x.shape[1], combine.shape[0]
-    if score == "general":
-        assert weight is not None
-        keys, score = linear(without_padding(keys, lengths), weight), "dot"
-    parts, feed = decoder_parts(cell, state)
+    (source, batch, _), size = memory.shape, combine.shape[0]
+    keys = _score_keys(score, keys, memory, lengths, weight, heads)
+    lengths = _with_weight(score, lengths, weight, memory)
+    memory = without_padding(memory, lengths)
+    parts, fed = decoder_parts(cell, state)
     zeros = x.new_zeros(len(weights_of), batch, size)
     h_0, c_0 = (*parts, zeros, zeros)[:2]
     h, c = list(h_0.unbind(0)), list(c_0.unbind(0))
-    feed = x.new_zeros(batch, size) if feed is None else feed
+    if fed is None:
+        fed = x.new_zeros(batch, size if feed == "output" else memory.shape[2])
+    step, given = attention_parts(state)
+    step = torch.zeros(batch, dtype=torch.int64, device=x.device) if step is None else step
+    past = x.new_zeros(batch, heads, source) if given is None else given
+
+    def attend_with(h: Tensor, number: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """Context (B, M) and weights (B, N, S) of the query made of ``h`` (B, H)."""
+        query = h if weight_query is None else linear(h, weight_query)
+        centers = None if window is None else number.unsqueeze(0)
+        gaussian = None
+        if weight_position is not None and weight_position_v is not None:
+            centers = predict_positions(
+                h.unsqueeze(0), weight_position, weight_position_v, source, lengths
+            )
+            gaussian = _gaussian(source, centers, window)
+        now = keys if weight_history is None else keys + _history_keys(past, weight_history)
+        seen = _seen(source, batch, lengths, centers, window)
+        context, weights = _attention(
+            query.unsqueeze(0),
+            now,
+            memory,
+            seen,
+            weight_v=weight_v,
+            heads=heads,
+            gaussian=gaussian,
+        )
+        return context[0], weights[0]
 
     outputs, all_weights = [], []
-    for t, below in enumerate(x.unbind(0)):
-        if input_feeding:
-            below = torch.cat([below, feed], -1)
+    for t, x_t in enumerate(x.unbind(0)):
         masks = None if dropout_masks is None else dropout_masks[:, t]
+        if order == "bahdanau":
+            fed, weights = attend_with(h[-1], step + t, past)
+        below = torch.cat([x_t, fed], -1) if input_feeding else x_t
         _stack_step(cell, weights_of, below, h, c, masks)
-        context, weights = attend(
-            h[-1].unsqueeze(0),
-            keys,
-            memory,
-            lengths,
-            score=score,
-            weight_query=weight_query,
-            weight_v=weight_v,
-            need_weights=True,
-        )
-        feed = torch.tanh(linear(torch.cat([context[0], h[-1]], -1), combine))
-        outputs.append(feed)
-        if need_weights:
-            assert weights is not None
-            all_weights.append(weights[0])
+        if order == "bahdanau":
+            context = fed
+        else:
+            context, weights = attend_with(h[-1], step + t, past)
+        outputs.append(torch.tanh(linear(torch.cat([context, h[-1]], -1), combine)))
+        fed = outputs[-1] if feed == "output" else context
+        past = past + weights if history == "cumulative" else weights
+        all_weights.append(weights.squeeze(1) if heads == 1 else weights)
     h_n = torch.stack(h)
     hidden = (h_n, torch.stack(c)) if cell == "lstm" else h_n
+    attention = None
+    if window is not None or history is not None:
+        attention = AttentionState(step + len(x), None if history is None else past)
     return DecoderOutput(
         torch.stack(outputs),
         torch.stack(all_weights) if need_weights else None,
-        DecoderState(hidden, feed),
+        DecoderState(hidden, fed, attention),
     )
+
+
+def _history_keys(past: Tensor, weight_history: Tensor) -> Tensor:
+    """What past weights (B, N, S) add to the keys (S, B, A): a convolution over positions,
+    ``sum_j U_j past_{s + j - (K - 1) / 2}`` with U (A, K), zero beyond both ends."""
+    heads, taps = past.shape[1], weight_history.shape[1]
+    around = torch.nn.functional.pad(past, (taps // 2, taps // 2)).unfold(2, taps, 1)
+    own = weight_history.unflatten(0, (heads, weight_history.shape[0] // heads))
+    return torch.einsum("bnsk,nak->sbna", around, own).flatten(2)
+
+
+def coverage_loss(weights: Tensor, past: Tensor | None = None) -> Tensor:
+    """What is attended to again; see :func:`pyseq.functional.coverage_loss`."""
+    covered = torch.zeros_like(weights[0]) if past is None else past
+    losses = []
+    for step in weights:
+        losses.append(torch.minimum(step, covered).sum(-1))
+        covered = covered + step
+    return torch.stack(losses)
 
 
 def linear_cross_entropy(
@@ -357,7 +513,7 @@ class _Steps(NamedTuple):
 def generate(
     embedding: Tensor,
     layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
-    state: tuple[State, Tensor | None],
+    state: DecoderState | tuple[State, Tensor | None],
     output_weight: Tensor,
     output_bias: Tensor | None = None,
     keys: Tensor | None = None,

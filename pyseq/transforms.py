@@ -105,6 +105,9 @@ def _attend(
     weight_v: Tensor | None,
     lengths: Tensor | None,
     score: str,
+    positions: Tensor | None = None,
+    window: int = 0,
+    heads: int = 1,
 ) -> tuple[Tensor, ...]:
     context, weights = reference.attend(
         query,
@@ -113,6 +116,9 @@ def _attend(
         lengths,
         score=cast(ScoreName, score),
         weight_v=weight_v,
+        heads=heads,
+        window=window or None,
+        positions=positions,
         need_weights=True,
     )
     assert weights is not None
@@ -139,7 +145,7 @@ def _decode(
 ) -> tuple[Tensor, ...]:
     stack = [LayerWeights(*layers[first : first + 4]) for first in range(0, len(layers), 4)]
     zero = x.new_zeros(len(stack), x.shape[1], combine.shape[0])
-    output, weights, (hidden, _) = reference.decode(
+    output, weights, (hidden, *_) = reference.decode(
         x,
         stack,
         keys,
@@ -204,7 +210,7 @@ class _Axes(NamedTuple):
 _BATCH_AXES = {
     "scan": _Axes({"x": 1, "h_0": 0, "c_0": 0, "lengths": 0, "resets": 1}, (1, 0, 0, 1)),
     "scan_both": _Axes({"x": 1, "h_0": 1, "c_0": 1, "lengths": 0, "resets": 1}, (1, 1, 1)),
-    "attend": _Axes({"query": 1, "keys": 1, "memory": 1, "lengths": 0}, (1, 1)),
+    "attend": _Axes({"query": 1, "keys": 1, "memory": 1, "lengths": 0, "positions": 1}, (1, 1)),
     "decode": _Axes(
         {"x": 1, "keys": 1, "memory": 1, "h_0": 1, "c_0": 1, "feed": 0, "lengths": 0}
         | {"dropout_masks": 2},

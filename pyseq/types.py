@@ -8,11 +8,16 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 CellName = Literal["rnn_tanh", "rnn_relu", "gru", "lstm"]
-ScoreName = Literal["dot", "general", "concat"]
+ScoreName = Literal["dot", "general", "concat", "location", "scaled_dot"]
+OrderName = Literal["luong", "bahdanau"]
+FeedName = Literal["output", "context"]
+HistoryName = Literal["previous", "cumulative"]
 
 #: Rows of weight per hidden unit, in torch.nn's order (LSTM i, f, g, o; GRU r, z, n).
 GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-SCORES: tuple[str, ...] = ("dot", "general", "concat")
+SCORES: tuple[str, ...] = ("dot", "general", "concat", "location", "scaled_dot")
+WINDOWS: tuple[str, ...] = ("local-m", "local-p")
+DEFAULT_WINDOW_SIZE = 10  # D of Luong et al. 2015, arXiv 1508.04025, section 4.1
 
 #: h for RNN and GRU, (h, c) for LSTM, as in torch.nn.
 State = Tensor | tuple[Tensor, Tensor]
@@ -48,7 +53,7 @@ def state_parts(cell: CellName, state: State | None) -> tuple[Tensor, ...]:
 
 
 def decoder_parts(
-    cell: CellName, state: tuple[State | None, Tensor | None] | None
+    cell: CellName, state: DecoderState | tuple[State | None, Tensor | None] | None
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """The parts of ``state.hidden`` as :func:`state_parts` gives them, and ``state.feed``.
 
@@ -57,12 +62,30 @@ def decoder_parts(
     """
     if state is None:
         return (), None
-    if not isinstance(state, (tuple, list)) or len(state) != 2:
+    # The third part, which not every decoder has, is for `attention_parts`.
+    if not isinstance(state, (tuple, list)) or len(state) not in (2, 3):
         raise ValueError(f"state must be a pair (hidden, feed), got {kind(state)}")
-    hidden, feed = state
+    hidden, feed = state[:2]
     if feed is not None and not isinstance(feed, Tensor):
         raise ValueError(f"state.feed must be a tensor, got {kind(feed)}")
     return state_parts(cell, hidden), feed
+
+
+def attention_parts(state: object) -> tuple[Tensor | None, Tensor | None]:
+    """``state.attention`` as ``(step, weights)``, None for what is not there.
+
+    Raises:
+        ValueError: it is not a pair of tensors or None.
+    """
+    attention = state[2] if isinstance(state, (tuple, list)) and len(state) == 3 else None
+    if attention is None:
+        return None, None
+    if not isinstance(attention, (tuple, list)) or len(attention) != 2:
+        raise ValueError(f"state.attention must be a pair (step, weights), got {kind(attention)}")
+    for name, part in zip(("step", "weights"), attention, strict=True):
+        if part is not None and not isinstance(part, Tensor):
+            raise ValueError(f"state.attention.{name} must be a tensor, got {kind(part)}")
+    return attention[0], attention[1]
 
 
 class LayerWeights(NamedTuple):
@@ -93,14 +116,31 @@ class AttendOutput(NamedTuple):
     """What ``attend`` returns."""
 
     context: Tensor  # (T, B, M)
-    weights: Tensor | None  # (T, B, S), zero at padded positions
+    #: (T, B, S), zero at padded positions; of several heads (T, B, N, S).
+    weights: Tensor | None
+
+
+class AttentionState(NamedTuple):
+    """What attention itself remembers between two steps."""
+
+    step: Tensor  # (B,) int64, how many steps there were
+    #: (B, N, S), those of the last step or the sum of all, if they enter the score.
+    weights: Tensor | None
+
+    def select(self, rows: Tensor) -> AttentionState:
+        """That of the given rows (N,) int64 of the batch, which may repeat."""
+        weights = None if self.weights is None else self.weights.index_select(0, rows)
+        return AttentionState(self.step.index_select(0, rows), weights)
 
 
 class DecoderState(NamedTuple):
     """The state of an attention decoder between two steps."""
 
     hidden: State  # h (L, B, H), or (h, c) for LSTM
-    feed: Tensor  # (B, H), the attentional vector of the last step
+    #: What is fed back: the last attentional vector (B, H), or the last context (B, M).
+    feed: Tensor
+    #: None if attention looks neither at the number of the step nor at its last weights.
+    attention: AttentionState | None = None
 
     def select(self, rows: Tensor) -> DecoderState:
         """That of the given rows (N,) int64 of the batch, which may repeat."""
@@ -110,7 +150,8 @@ class DecoderState(NamedTuple):
             if isinstance(hidden, Tensor)
             else (hidden[0].index_select(1, rows), hidden[1].index_select(1, rows))
         )
-        return DecoderState(selected, self.feed.index_select(0, rows))
+        attention = None if self.attention is None else self.attention.select(rows)
+        return DecoderState(selected, self.feed.index_select(0, rows), attention)
 
 
 class DecoderOutput(NamedTuple):

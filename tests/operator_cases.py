@@ -322,6 +322,9 @@ class AttendCase:
     lengths: str | None = None
     need_weights: bool = False
     project_query: bool = True  # concat: with weight_query
+    heads: int = 1
+    window: int | None = None
+    positions: bool = False  # whether the windows are around given positions
 
     @property
     def id(self) -> str:
@@ -334,6 +337,9 @@ class AttendCase:
             self.lengths and f"lengths_{self.lengths}",
             self.need_weights and "weights",
             self.score == "concat" and not self.project_query and "projected",
+            self.heads > 1 and f"N{self.heads}",
+            self.window is not None and f"D{self.window}",
+            self.positions and "positions",
         )
 
     def call(self) -> Call:
@@ -341,27 +347,51 @@ class AttendCase:
         torch.manual_seed(0)
         steps, source, batch, size, width, query = self.sizes
         kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        own = self.score == "general" or (self.score == "concat" and self.project_query)
+        # Heads split what they get, so there are N times as many of everything.
+        size, width, query = (self.heads * n for n in (size, width, query))
+        own = _projects_query(self.score, self.project_query)
         tensors: dict[str, Any] = {
             "query": torch.randn(steps, batch, query if own else size, **kind),
-            # Scores of dot and general then have a variance of 1.
-            "keys": torch.randn(source, batch, size, **kind)
-            / (1 if self.score == "concat" else size**0.5),
+            **_keys(self.score, source, batch, size, **kind),
             "memory": torch.randn(source, batch, width, **kind),
-            **_score_weights(self.score, query, size, own, **kind),
+            **_score_weights(self.score, query, size, own, source, **kind),
         }
         if self.lengths:
             tensors["lengths"] = make_lengths(self.lengths, source, batch)
-        return Call("attend", tensors, {"score": self.score, "need_weights": self.need_weights})
+        if self.positions:
+            # Some of them outside the memory, with its ends in the window or not.
+            tensors["positions"] = torch.rand(steps, batch, **kind) * (source + 8) - 4
+        options = {"score": self.score, "need_weights": self.need_weights}
+        if self.heads > 1:
+            options["heads"] = self.heads
+        if self.window is not None:
+            options["window"] = self.window
+        return Call("attend", tensors, options)
+
+
+def _projects_query(score: ScoreName, project_query: bool) -> bool:
+    """Whether the score lets the query have another size than the keys."""
+    return score in ("general", "location") or (score == "concat" and project_query)
+
+
+def _keys(score: ScoreName, source: int, batch: int, size: int, **kind: Any) -> dict[str, Any]:
+    if score == "location":
+        return {"keys": None}
+    keys = torch.randn(source, batch, size, **kind)
+    # Scores of dot and general then have a variance of 1.
+    return {"keys": keys / size**0.5 if score in ("dot", "general") and size else keys}
 
 
 def _score_weights(
-    score: ScoreName, query: int, size: int, project_query: bool, **kind: Any
+    score: ScoreName, query: int, size: int, project_query: bool, source: int, **kind: Any
 ) -> dict[str, Tensor]:
     """The weights that go with a score: queries of ``query``, keys of ``size`` numbers."""
     if score == "general":
         return {"weight": _weight(query, size, **kind)}
-    if score == "dot":
+    if score == "location":
+        # Of too few rows and of too many, in turns.
+        return {"weight": _weight(source + 1 - 2 * (source % 2), query, **kind)}
+    if score != "concat":
         return {}
     weights = {"weight_v": torch.randn(size, **kind)}
     if project_query:
@@ -411,7 +441,7 @@ class DecodeCase:
         torch.manual_seed(0)
         steps, source, batch, inputs, hidden, size, width = self.sizes
         kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        own = self.score == "general" or (self.score == "concat" and self.project_query)
+        own = _projects_query(self.score, self.project_query)
         # The top state is the query; unless something projects it, A is H.
         size = size if own else hidden
         rows = GATES[self.cell] * hidden
@@ -431,10 +461,10 @@ class DecodeCase:
         tensors: dict[str, Any] = {
             "x": torch.randn(steps, batch, inputs, **kind),
             "layers": stack,
-            "keys": torch.randn(source, batch, size, **kind),
+            "keys": None if self.score == "location" else torch.randn(source, batch, size, **kind),
             "memory": torch.randn(source, batch, width, **kind),
             "combine": _weight(hidden, width + hidden, **kind),
-            **_score_weights(self.score, hidden, size, own, **kind),
+            **_score_weights(self.score, hidden, size, own, source, **kind),
         }
         if self.state:
             h = torch.randn(self.layers, batch, hidden, **kind)
@@ -583,9 +613,20 @@ LOSS_SIZES = (
 #: Scores, and whether the operator itself projects the query.
 SCORES: tuple[tuple[ScoreName, bool], ...] = (
     ("dot", True),
+    ("scaled_dot", True),
     ("general", True),
     ("concat", True),
     ("concat", False),
+    ("location", True),
+)
+#: Windows of attention, and whether their centres are given.
+WINDOWS: tuple[tuple[int | None, bool], ...] = (
+    (None, False),
+    (1, False),
+    (3, False),
+    (1, True),
+    (2, True),
+    (40, True),
 )
 
 
@@ -615,7 +656,17 @@ def scan_cases() -> list[ScanCase]:
 
 def attend_cases() -> list[AttendCase]:
     """Cases of ``attend``: for each device, dtype and score, every pair of settings."""
-    rows = pairwise({"sizes": ATTEND_SIZES, "lengths": LENGTHS, "need_weights": (False, True)})
+    rows = pairwise(
+        {
+            "sizes": ATTEND_SIZES,
+            "lengths": LENGTHS,
+            "need_weights": (False, True),
+            "heads": (1, 2, 3),
+            "window": WINDOWS,
+        }
+    )
+    for row in rows:
+        row["window"], row["positions"] = row["window"]
     return [
         AttendCase(score=score, project_query=project, dtype=dtype, device=device, **row)
         for device, dtype, (score, project), row in itertools.product(DEVICES, DTYPES, SCORES, rows)
@@ -681,7 +732,19 @@ def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     base = ScanCase(projection=3, lengths="ragged", return_states=True, dtype=dtype)
     attends = [
         AttendCase(score=score, lengths="holes", need_weights=True, dtype=dtype)
-        for score in ("dot", "general", "concat")
+        for score in ("dot", "scaled_dot", "general", "concat", "location")
+    ]
+    attends += [
+        AttendCase(
+            score=score,
+            lengths="holes",
+            need_weights=True,
+            heads=heads,
+            window=2,
+            positions=positions,
+            dtype=dtype,
+        )
+        for score, heads, positions in (("dot", 1, True), ("concat", 2, True), ("dot", 2, False))
     ]
     scores: tuple[ScoreName, ...] = ("dot", "general", "concat", "concat")
     decodes = [

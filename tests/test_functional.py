@@ -60,6 +60,8 @@ SEQUENCES: tuple[ScanCase | AttendCase | DecodeCase, ...] = (
     ScanCase(lengths="ragged", resets="random", keep_every=2),
     AttendCase(score="general", lengths="holes", need_weights=True),
     AttendCase(score="concat", lengths="ragged", need_weights=True),
+    AttendCase(score="location", lengths="holes", heads=2, need_weights=True),
+    AttendCase(lengths="holes", window=2, positions=True, heads=2, need_weights=True),
     DecodeCase(score="concat", layers=2, lengths="holes", dropout=True, need_weights=True),
     DecodeCase(cell="gru", score="general", layers=2, lengths="ragged", need_weights=True),
 )
@@ -74,6 +76,7 @@ LARGE: tuple[ScanCase | AttendCase | DecodeCase, ...] = (
     ScanCase(cell="gru", sizes=(9, 2, 20, 200), lengths="ragged", reverse=True),
     AttendCase(score="dot", sizes=(40, 50, 9, 70, 90, 70), lengths="ragged", need_weights=True),
     AttendCase(score="concat", sizes=(40, 50, 9, 70, 90, 30), lengths="ragged"),
+    AttendCase(score="concat", sizes=(40, 50, 9, 35, 45, 15), heads=2, window=9, positions=True),
     DecodeCase(
         score="dot", sizes=(7, 30, 18, 20, 130, 130, 90), lengths="ragged", need_weights=True
     ),
@@ -161,8 +164,10 @@ def test_padding_is_exactly_zero(case: Case) -> None:
         return
     positions = torch.arange(call.inputs["memory"].shape[0])
     if "weights" in outputs:
-        padded = (positions >= lengths.unsqueeze(1)).expand_as(outputs["weights"])
-        assert outputs["weights"][padded].eq(0).all()
+        padded = positions >= lengths.unsqueeze(1)
+        if call.options.get("heads", 1) > 1:
+            padded = padded.unsqueeze(1)
+        assert outputs["weights"][padded.expand_as(outputs["weights"])].eq(0).all()
     if call.op == "attend":
         assert outputs["context"][:, lengths == 0].eq(0).all()
 
@@ -581,6 +586,12 @@ def general_call(op: str = "attend", **changes: Any) -> Call:
     return call._replace(inputs=call.inputs | changes)
 
 
+def location_call(**changes: Any) -> Call:
+    """A valid call of ``attend`` (S 5, B 3, Q 8) with the score location, some inputs replaced."""
+    call = AttendCase(score="location", lengths="ragged").call()
+    return call._replace(inputs=call.inputs | changes)
+
+
 def layer_call(index: int, part: int, value: Tensor | None) -> Call:
     """A call of ``decode`` with one weight of one layer replaced."""
     layers = [list(layer) for layer in decode_call().inputs["layers"]]
@@ -732,6 +743,18 @@ BAD_CALLS: dict[str, tuple[Callable[[], Call], str]] = {
         lambda: attend_call(weight_query=ones(6, 6, dtype=torch.float64)),
         r"weight_query must have the dtype of query, torch.float32, got torch.float64",
     ),
+    "attend-positions": (
+        lambda: attend_call(positions=ones(3, 4), window=2),
+        r"positions must be \(T, B\) = \(4, 3\), got \(3, 4\)",
+    ),
+    "attend-location-weight": (
+        lambda: location_call(weight=ones(5, 7)),
+        r"weight must be \(R, Q\) = \(any, 8\), got \(5, 7\)",
+    ),
+    "attend-location-lengths": (
+        lambda: location_call(lengths=torch.tensor([5, 5])),
+        r"lengths must .*3.*got .*\(2,?\)",
+    ),
     "decode-weight": (
         lambda: general_call("decode", weight=ones(8, 8)),
         r"weight must be \(Q, A\) = \(7, 8\), got \(8, 8\)",
@@ -875,6 +898,12 @@ def test_projection_is_refused_but_for_lstm(cell: Any) -> None:
         (lambda: attend_call()._replace(options={"score": "cosine"}), "score must .*'cosine'"),
         (lambda: attend_call(weight=ones(6, 6)), "weight must be given .*got 'concat'"),
         (lambda: attend_call()._replace(options={"score": "dot"}), "weight_v must .*got 'dot'"),
+        (lambda: attend_call(keys=None), "keys must be None for .*got 'concat'"),
+        (lambda: attend_call(window=0), "window must be a positive integer, got 0"),
+        (lambda: attend_call(positions=ones(4, 3)), "positions need a window .*got None"),
+        (lambda: attend_call(heads=4), "heads must divide A = 6, got 4"),
+        (lambda: attend_call(heads=2), "heads must divide M = 7, got 2"),
+        (lambda: attend_call(heads=0), "heads must be at least 1, got 0"),
         (lambda: decode_call(layers=[]), "at least one layer, got none"),
         (lambda: decode_call(layers=[(ones(28, 13),)]), r"layers\[0\] must be .*got tuple of 1"),
         (lambda: decode_call(layers=[(None,) * 5]), r"layers\[0\] must be .*got tuple of 5"),
@@ -897,6 +926,12 @@ def test_projection_is_refused_but_for_lstm(cell: Any) -> None:
         "score",
         "weight",
         "weight_v",
+        "keys",
+        "window",
+        "positions",
+        "heads-keys",
+        "heads-memory",
+        "heads-none",
         "layers",
         "layer-of-1",
         "layer-of-5",

@@ -446,6 +446,22 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
     "no-size": (lambda: nn.Attention(0, 4), ValueError, "query_size must be .* got 0"),
     "true-size": (lambda: nn.Attention(True, 4), ValueError, "query_size must be .* got True"),
     "half-size": (lambda: nn.Attention(3, 4.0), ValueError, "memory_size must be .* got 4.0"),  # type: ignore[arg-type]
+    "positions": (
+        lambda: nn.Attention(3, 3, score="location"),
+        ValueError,
+        "max_positions must be given .*got None for 'location'",
+    ),
+    "no-positions": (lambda: nn.Attention(3, 3, max_positions=5), ValueError, "got 5 for 'general"),
+    "heads": (lambda: nn.Attention(4, 6, heads=4), ValueError, "divide memory_size, 6, got 4"),
+    "head-keys": (lambda: nn.Attention(3, 4, heads=2), ValueError, "keys, 3, got 2"),
+    "no-heads": (lambda: nn.Attention(3, 4, heads=0), ValueError, "heads must be .* got 0"),
+    "window": (lambda: nn.Attention(3, 4, window="local"), ValueError, "local-m.*got 'local'"),
+    "window-size": (
+        lambda: nn.Attention(3, 4, window="local-m", window_size=0),
+        ValueError,
+        "window_size must be a positive integer, got 0",
+    ),
+    "no-window": (lambda: nn.Attention(3, 4, window_size=2), ValueError, "got 2 without one"),
     "attention-lengths": (
         lambda: nn.Attention(3, 3)(X[..., :3], X[..., :3], [T] * B),  # type: ignore[arg-type]
         TypeError,
@@ -621,6 +637,51 @@ def test_what_padding_of_the_memory_holds_does_not_matter(kind: str, score: str)
         gradients = torch.autograd.grad(output.square().sum(), list(leaves.values()))
         tables.append({"y": output} | dict(zip(leaves, gradients, strict=True)))
     assert_close(tables[1], tables[0])
+
+
+@pytest.mark.parametrize("score", ["scaled_dot", "location"])
+@pytest.mark.parametrize("window", [None, "local-m", "local-p"])
+def test_attention_is_that_of_the_reference(window: str | None, score: str) -> None:
+    options: dict[str, Any] = {"score": score, "heads": 2, "dtype": torch.float64}
+    if score == "location":
+        options["max_positions"] = 5
+    if window is not None:
+        options |= {"window": window, "window_size": 2}
+    module = nn.Attention(4, 4, **options)
+    query = torch.randn(T, B, 4, dtype=torch.float64)
+    memory = torch.randn(7, B, 4, dtype=torch.float64)
+    lengths = torch.tensor([7, 1, 0, 4])
+    positions = None
+    if module.positions is not None:
+        own = module.positions
+        positions = reference.predict_positions(query, own.weight, own.weight_v, 7, lengths)
+    expected = reference.attend(
+        query,
+        None if score == "location" else memory,
+        memory,
+        lengths,
+        score=score,  # type: ignore[arg-type]
+        weight=module.score.weight,
+        heads=2,
+        window=module.window_size,
+        positions=positions,
+        need_weights=True,
+    )
+    context, weights = module(query, memory, lengths, need_weights=True)
+    assert expected.weights is not None
+    assert_close(
+        {"context": context, "weights": weights},
+        {"context": expected.context, "weights": expected.weights},
+    )
+    assert nn.Attention(4, 4, window="local-m").window_size == 10
+    if not context.requires_grad:
+        return  # scaled_dot has no weights
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    actual, wanted = (
+        dict(zip(names, torch.autograd.grad(y.square().sum(), parameters), strict=True))
+        for y in (context, expected.context)
+    )
+    assert_close(actual, wanted)
 
 
 def test_attention_size_defaults_to_the_query_size() -> None:

@@ -145,7 +145,7 @@ def test_attend_dot_is_scaled_dot_product_attention() -> None:
     assert_close({"context": actual}, {"context": expected.transpose(0, 1)})
 
 
-@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+@pytest.mark.parametrize("score", ["dot", "scaled_dot", "general", "concat", "location"])
 def test_attend_scores_follow_their_equations(score: Any) -> None:
     """One query at a time, as in Luong et al. 2015, equation 8."""
     case = AttendCase(score=score, sizes=(2, 3, 2, 4, 5, 4), need_weights=True, dtype=torch.float64)
@@ -155,9 +155,14 @@ def test_attend_scores_follow_their_equations(score: Any) -> None:
     assert actual.weights is not None
     for t, b in itertools.product(range(2), range(2)):
         query, scores = inputs["query"][t, b], []
-        for key in inputs["keys"][:, b]:
+        if score == "location":
+            assert len(inputs["weight"]) == 2  # the third position has no row, and no weight
+            scores = [*(inputs["weight"] @ query), torch.tensor(-torch.inf)]
+        for key in () if score == "location" else inputs["keys"][:, b]:
             if score == "dot":
                 scores.append(query @ key)
+            elif score == "scaled_dot":
+                scores.append(query @ key / 4**0.5)
             elif score == "general":
                 scores.append(query @ inputs["weight"] @ key)
             else:
@@ -170,7 +175,79 @@ def test_attend_scores_follow_their_equations(score: Any) -> None:
         )
 
 
-@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+def test_windows_around_the_step_are_the_attention_of_a_piece() -> None:
+    """Local-m of Luong et al. 2015, section 3.2: softmax over |s - t| <= D alone."""
+    case = AttendCase(sizes=(7, 4, 2, 3, 5, 3), window=1, need_weights=True, dtype=torch.float64)
+    inputs = case.call().inputs
+    context, weights = reference.attend(**inputs, window=1, need_weights=True)
+    assert weights is not None
+    for t, b in itertools.product(range(7), range(2)):
+        seen = [s for s in range(4) if abs(s - t) <= 1]
+        expected = torch.zeros(4, dtype=torch.float64)
+        expected[seen] = torch.softmax(inputs["keys"][seen, b] @ inputs["query"][t, b], 0)
+        assert_close(
+            {"weights": weights[t, b], "context": context[t, b]},
+            {"weights": expected, "context": expected @ inputs["memory"][:, b]},
+        )
+    assert weights[6].eq(0).all()  # beyond the source and its window there is nothing to see
+
+
+def test_windows_around_positions_are_weighed_by_a_gaussian() -> None:
+    """Local-p, equation 10, with a length of its own for each row."""
+    case = AttendCase(lengths="holes", window=2, positions=True, dtype=torch.float64)
+    inputs = case.call().inputs | {"query": case.call().inputs["query"][..., :6]}
+    context, weights = reference.attend(**inputs, window=2, need_weights=True)
+    assert weights is not None
+    for t, b in itertools.product(range(4), range(3)):
+        center = inputs["positions"][t, b]
+        seen = [s for s in range(int(inputs["lengths"][b])) if abs(s - center) <= 2]
+        expected = torch.zeros(5, dtype=torch.float64)
+        if seen:
+            align = torch.softmax(inputs["keys"][seen, b] @ inputs["query"][t, b], 0)
+            expected[seen] = align * torch.exp(-((torch.tensor(seen) - center) ** 2) / 2)
+        assert_close(
+            {"weights": weights[t, b], "context": context[t, b]},
+            {"weights": expected, "context": expected @ inputs["memory"][:, b]},
+        )
+
+
+def test_positions_are_predicted_within_the_source() -> None:
+    """Equation 9, one query at a time."""
+    torch.manual_seed(0)
+    query, weight, v = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)
+    lengths = torch.tensor([0, 3, 7])
+    actual = reference.predict_positions(query, weight, v, 7, lengths)
+    for t, b in itertools.product(range(2), range(3)):
+        share = torch.sigmoid(v @ torch.tanh(weight @ query[t, b]))
+        assert_close({"p": actual[t, b]}, {"p": lengths[b] * share})
+    whole = reference.predict_positions(query, weight, v, 7)
+    assert_close({"p": actual[:, 2]}, {"p": whole[:, 2]})
+
+
+@pytest.mark.parametrize("score", ["dot", "scaled_dot", "concat"])
+def test_heads_are_attentions_of_their_own_side_by_side(score: Any) -> None:
+    case = AttendCase(score=score, heads=2, lengths="ragged", dtype=torch.float64)
+    call = case.call()
+    inputs = call.inputs
+    if "weight_query" in inputs:
+        inputs["query"] = reference.linear(inputs["query"], inputs.pop("weight_query"))
+    actual = reference.attend(**inputs, score=score, heads=2, need_weights=True)
+    assert actual.weights is not None
+    alone = []
+    for head in range(2):
+        own = {
+            name: inputs[name].chunk(2, -1)[head]
+            for name in ("query", "keys", "memory", "weight_v")
+            if name in inputs
+        }
+        output = reference.attend(**own, lengths=inputs["lengths"], score=score, need_weights=True)
+        assert output.weights is not None
+        assert_close({"weights": actual.weights[:, :, head]}, {"weights": output.weights})
+        alone.append(output.context)
+    assert_close({"context": actual.context}, {"context": torch.cat(alone, -1)})
+
+
+@pytest.mark.parametrize("score", ["dot", "scaled_dot", "general", "concat"])
 def test_attend_weights_are_a_distribution_over_valid_positions(score: Any) -> None:
     call = AttendCase(score=score, lengths="holes", need_weights=True, dtype=torch.float64).call()
     lengths = call.inputs["lengths"]

@@ -94,16 +94,25 @@ struct ScanBackward {
   const T* d_c_steps;  // (T, B, H) or null
 };
 
+// Attention of N heads is that of N rows for each row of the batch: B counts them all, sizes are
+// those of one head. The rows of one row of the batch follow one another and share its length and
+// its window.
+//
+// A window lets a query see the positions within D of its centre p. With a Gaussian each weight is
+// multiplied with exp(-(s - p)^2 / (2 sigma^2)), where sigma is D / 2.
+
 template <class T>
 struct Attend {
   bool additive;
-  int64_t steps, batch, source, key_size, memory_size;
+  int64_t steps, batch, heads, source, key_size, memory_size;
   int threads;
   const T* query;          // (T, B, A)
   const T* keys;           // (B, S, A)
   const T* memory;         // (B, S, M)
-  const T* v;              // (A), additive only
-  const int64_t* lengths;  // (B) or null
+  const T* v;              // (N, A), additive only
+  const int64_t* lengths;  // (B/N) or null
+  int64_t window;          // D, or 0 for none
+  const T* centers;        // (T, B/N) of a window with a Gaussian, or null: step t at p = t
   T* attn;                 // (T, B, S)
   T* context;              // (T, B, M), forward only
 };
@@ -115,8 +124,10 @@ struct AttendBackward {
   const T* d_attn;     // (T, B, S) or null
   T* d_scores;         // (T, B, S)
   T* d_query;          // (T, B, A)
-  T* d_keys;           // (B, S, A), additive only
+  T* d_keys;           // (B, S, A), additive or with a window only
   T* d_v;              // (B, A), additive only: one summand per row
+  T* d_memory;         // (B, S, M), with a window only
+  T* d_centers;        // (T, B), with centers only
 };
 
 constexpr int64_t kMaxLayers = 64;
