@@ -28,6 +28,7 @@ from .types import (
     WINDOWS,
     CellName,
     DecoderOutput,
+    DecoderStart,
     DecoderState,
     LayerWeights,
     ScanStates,
@@ -1378,7 +1379,7 @@ class AttentionDecoder(torch.nn.Module):
         return self.score.project(memory, lengths)
 
     def _check_state(
-        self, state: tuple[State | None, Tensor | None] | None, batch: int
+        self, state: DecoderStart | None, batch: int
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """The parts of the hidden state and the fed vector, ``()`` and None for zero."""
         parts, feed = decoder_parts(self.cell, state)
@@ -1395,7 +1396,7 @@ class AttentionDecoder(torch.nn.Module):
         memory: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
-        state: tuple[State | None, Tensor | None] | None = None,
+        state: DecoderStart | None = None,
         need_weights: bool = False,
         keys: Tensor | None = None,
         dropout_masks: Tensor | None = None,

@@ -20,7 +20,16 @@ from .bridge import Bridge
 from .nn import GRU, LSTM, RNN, AttentionDecoder, Score, cell_name
 from .scheduled import Sampling
 from .search import EncodedSource, FusedSearch, Hypothesis, SearchOptions, Step, StreamedToken
-from .types import PAD, UNK, CellName, DecoderOutput, DecoderState, GenerateOutput, State
+from .types import (
+    PAD,
+    UNK,
+    CellName,
+    DecoderOutput,
+    DecoderStart,
+    DecoderState,
+    GenerateOutput,
+    State,
+)
 
 __all__ = ["Decoder", "Encoder", "Seq2Seq"]
 
@@ -286,7 +295,7 @@ class Decoder(torch.nn.Module):
         memory: Tensor | None,
         *,
         lengths: Tensor | None = None,
-        state: tuple[State | None, Tensor | None] | None = None,
+        state: DecoderStart | None = None,
         need_weights: bool = False,
         keys: Tensor | None = None,
     ) -> tuple[Tensor, DecoderOutput]:
@@ -316,7 +325,7 @@ class Decoder(torch.nn.Module):
         memory: Tensor | None,
         *,
         lengths: Tensor | None = None,
-        state: tuple[State | None, Tensor | None] | None = None,
+        state: DecoderStart | None = None,
         label_smoothing: float = 0.0,
         sampling: Sampling | None = None,
     ) -> Tensor:
@@ -355,7 +364,7 @@ class Decoder(torch.nn.Module):
         memory: Tensor | None,
         *,
         lengths: Tensor | None,
-        state: tuple[State | None, Tensor | None] | None,
+        state: DecoderStart | None,
         need_weights: bool = False,
         keys: Tensor | None = None,
         masks: _Masks | None = None,
@@ -396,7 +405,7 @@ class Decoder(torch.nn.Module):
         sampling: Sampling,
         *,
         lengths: Tensor | None = None,
-        state: tuple[State | None, Tensor | None] | None = None,
+        state: DecoderStart | None = None,
         masks: _Masks | None = None,
         unread: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -440,7 +449,7 @@ class Decoder(torch.nn.Module):
         memory: Tensor | None,
         *,
         lengths: Tensor | None,
-        state: tuple[State | None, Tensor | None] | None,
+        state: DecoderStart | None,
         masks: _Masks,
     ) -> Tensor:
         """See :func:`pyseq.functional.scheduled_inputs`; for any decoder."""

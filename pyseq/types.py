@@ -53,7 +53,7 @@ def state_parts(cell: CellName, state: State | None) -> tuple[Tensor, ...]:
 
 
 def decoder_parts(
-    cell: CellName, state: DecoderState | tuple[State | None, Tensor | None] | None
+    cell: CellName, state: DecoderStart | None
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """The parts of ``state.hidden`` as :func:`state_parts` gives them, and ``state.feed``.
 
@@ -152,6 +152,10 @@ class DecoderState(NamedTuple):
         )
         attention = None if self.attention is None else self.attention.select(rows)
         return DecoderState(selected, self.feed.index_select(0, rows), attention)
+
+
+#: What a decoder starts from: its state, or of that the pair (hidden, feed); None is for zero.
+DecoderStart = DecoderState | tuple[State | None, Tensor | None]
 
 
 class DecoderOutput(NamedTuple):
