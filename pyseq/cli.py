@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, embeddings, g2p, info, metrics, scheduled, training
+from . import checkpoint, distributed, embeddings, g2p, info, metrics, scheduled, training
 from .averaging import AVERAGES
 from .bridge import BRIDGES
 from .embeddings import EmbeddingsFile
@@ -578,15 +578,23 @@ def _train(arguments: argparse.Namespace) -> None:
                     f"{folder}: holds a model already; give --resume to go on with it, "
                     "--overwrite to begin anew, or another --out"
                 )
-    trainer = _resume(arguments, out) if arguments.resume else _start(arguments, out)
-    validation = trainer.validation
-    _say(
-        f"{len(trainer.examples):,} training pairs, "
-        f"{0 if validation is None else len(validation):,} for validation, "
-        f"{sum(p.numel() for p in trainer.model.parameters()):,} weights, "
-        f"{torch.get_num_threads()} threads"
-    )
-    trainer.run()
+    with distributed.joined(torch.device("cpu")) as processes:
+        trainer = _resume(arguments, out) if arguments.resume else _start(arguments, out)
+        if not processes.is_first:
+            try:
+                trainer.run()
+            except Interrupted as error:  # the first one says so
+                raise SystemExit(_EXIT_SIGNAL + error.signum) from error
+            return
+        validation = trainer.validation
+        _say(
+            f"{len(trainer.examples):,} training pairs, "
+            f"{0 if validation is None else len(validation):,} for validation, "
+            f"{sum(p.numel() for p in trainer.model.parameters()):,} weights, "
+            f"{torch.get_num_threads()} threads"
+            + (f" in each of {processes.count} processes" if processes.count > 1 else "")
+        )
+        trainer.run()
     if arguments.task == "g2p":
         print(g2p.summary(Translator.load(out)))
 

@@ -122,6 +122,19 @@ class LabelBatch(NamedTuple):
             self.lines,
         )
 
+    def share(self, rank: int, count: int) -> LabelBatch:
+        """As :meth:`pyseq.text.Batch.share`."""
+        rows = slice(rank, None, count)
+        lengths = self.source_lengths[rows]
+        size = int(lengths.max()) if len(lengths) else 0
+        labels = self.labels[rows]
+        return LabelBatch(
+            self.source[rows, :size],
+            lengths,
+            labels if labels.dim() == 1 else labels[:, :size],
+            self.lines[rows],
+        )
+
 
 @dataclass(frozen=True)
 class LabelExamples:

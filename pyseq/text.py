@@ -364,6 +364,23 @@ class Batch(NamedTuple):
             self.lines,
         )
 
+    def share(self, rank: int, count: int) -> Batch:
+        """Every ``count``-th row from ``rank`` on, perhaps none, with no more padding than needed.
+
+        Rows lie in order of length, so that of ``count`` shares each has long and short ones.
+        """
+        rows = slice(rank, None, count)
+        lengths = self.source_lengths[rows]
+        source_size = int(lengths.max()) if len(lengths) else 0
+        target_size = int(self.counted[rows].sum(1).max()) if len(lengths) else 0
+        return Batch(
+            self.source[rows, :source_size],
+            lengths,
+            self.target_in[rows, :target_size],
+            self.target_out[rows, :target_size],
+            self.lines[rows],
+        )
+
 
 def pad(rows: Sequence[Sequence[int]], *, value: int = PAD) -> tuple[Tensor, Tensor]:
     """Rows of numbers as one (B, S) int64 tensor padded with ``value``, and lengths (B,)."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple
@@ -24,11 +25,12 @@ from torch import Tensor
 from . import checkpoint
 from .averaging import AVERAGES, AverageName, WeightAverage
 from .bridge import BridgeName
+from .distributed import AnyBatch, DataParallel, Processes, peers_may_end
 from .embeddings import Embeddings, EmbeddingsFile
 from .errors import CheckpointError, DataError, TrainingError, require
 from .events import Events, require_tensorboard
 from .labeler import Labeler
-from .labels import LabelBatch, Labels, check_labels
+from .labels import Labels, check_labels
 from .scheduled import (
     CHOICES,
     COINS,
@@ -41,7 +43,6 @@ from .scheduled import (
 from .seq2seq import Seq2Seq
 from .tagger import AnyModel, Classifier, PoolingName, Tagger
 from .text import (
-    Batch,
     BucketedBatches,
     Examples,
     ExampleSet,
@@ -59,7 +60,6 @@ from .types import PAD, CellName, ScoreName
 OptimizerName = Literal["adam", "sgd"]
 OPTIMIZERS: tuple[str, ...] = ("adam", "sgd")
 
-AnyBatch = Batch | LabelBatch
 AnyExamples = ExampleSet[AnyBatch]
 
 ScheduleName = Literal["linear", "constant", "warmup", "halving"]
@@ -70,6 +70,8 @@ SELECTIONS: tuple[str, ...] = ("loss", "accuracy")
 
 #: Options that may differ when a run is resumed.
 FREE_ON_RESUME: tuple[str, ...] = ("epochs", "checkpoint_every", "patience")
+
+_ALONE = Processes()
 
 #: The folder of the last checkpoint, inside that of the best model.
 LAST = "last"
@@ -304,15 +306,20 @@ def training_step(
     clip_norm: float,
     label_smoothing: float = 0.0,
     sampling: Sampling | None = None,
+    parallel: DataParallel | None = None,
 ) -> float:
     """One update of the weights; returns the loss in nats per token.
 
     If the loss or the norm of the gradients is not finite, the weights stay as they are and
-    that number is returned.
+    that number is returned. With ``parallel`` every process is given the whole batch and
+    computes some rows of it.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss = _loss(model, batch, label_smoothing=label_smoothing, sampling=sampling)
-    value = loss.item()
+    if parallel is None:
+        loss = _loss(model, batch, label_smoothing=label_smoothing, sampling=sampling)
+        value = loss.item()
+    else:
+        loss, value = parallel.loss(batch, label_smoothing=label_smoothing, sampling=sampling)
     if not math.isfinite(value):
         return value
     loss.backward()
@@ -342,22 +349,27 @@ def _loss(
 
 
 @torch.no_grad()
-def mean_loss(model: AnyModel, examples: AnyExamples, *, batch_size: int) -> float:
+def mean_loss(
+    model: AnyModel, examples: AnyExamples, *, batch_size: int, processes: Processes = _ALONE
+) -> float:
     """Loss of a model on examples, in nats per target token, without dropout or smoothing."""
     training = model.training
     model.eval()
     total, tokens = 0.0, 0
-    for batch in ordered_batches(examples, batch_size):
+    for batch in _own_batches(examples, batch_size, processes):
         batch = batch.to(_device(model))
         count = int(batch.counted.sum())
         total += _loss(model, batch).item() * count
         tokens += count
     model.train(training)
-    return total / max(1, tokens)
+    total, all_tokens = processes.sum(total, tokens)
+    return total / max(1, all_tokens)
 
 
 @torch.no_grad()
-def accuracy(model: AnyModel, examples: AnyExamples, *, batch_size: int) -> float:
+def accuracy(
+    model: AnyModel, examples: AnyExamples, *, batch_size: int, processes: Processes = _ALONE
+) -> float:
     """Share of the examples, 0 to 1, that greedy search would get right to the last token.
 
     It would if every token of the target is the likeliest after those before it, which one
@@ -366,13 +378,21 @@ def accuracy(model: AnyModel, examples: AnyExamples, *, batch_size: int) -> floa
     training = model.training
     model.eval()
     right, count = 0, 0
-    for batch in ordered_batches(examples, batch_size):
+    for batch in _own_batches(examples, batch_size, processes):
         batch = batch.to(_device(model))
         fits = (model(*batch.inputs).argmax(-1) == batch.expected) | ~batch.counted
         right += int(fits.reshape(len(fits), -1).all(1).sum())
         count += len(fits)
     model.train(training)
-    return right / max(1, count)
+    all_right, everything = processes.sum(right, count)
+    return all_right / max(1, everything)
+
+
+def _own_batches(
+    examples: AnyExamples, batch_size: int, processes: Processes
+) -> Iterator[AnyBatch]:
+    """The batches for validation that fall to this process."""
+    return islice(ordered_batches(examples, batch_size), processes.rank, None, processes.count)
 
 
 @torch.no_grad()
@@ -458,6 +478,10 @@ class Trainer:
     a function of the number of steps done. A run that was interrupted and resumed ends
     with the same bits as one that was not, on the same machine with the same threads.
 
+    If torch's default process group has several processes, each makes the same trainer and calls
+    the same methods: each computes some rows of every batch (with dropout of its own), so that
+    the run is that of one process but for the order of sums, and the first one writes and logs.
+
     A new run replaces what another one left in ``out``, once its own first checkpoint is
     written; from then until its first epoch ends, ``out`` holds no best model.
 
@@ -515,6 +539,11 @@ class Trainer:
             )
         self.out = None if out is None else Path(out)
         self.reports: list[EpochReport] = []
+        self._processes = Processes.of_group(_device(self.model))
+        self._parallel: DataParallel | None = None
+        if self._processes.count > 1:
+            self._parallel = DataParallel(self.model, _loss, self._processes)
+            self._seed_dropout(0)
         self._batches: BucketedBatches[AnyBatch] = BucketedBatches(
             examples, options.batch_size, seed=options.seed
         )
@@ -529,10 +558,11 @@ class Trainer:
         self._loss_sum, self._tokens = 0.0, 0  # of the epoch under way
         self._best = math.inf  # validation loss, or share of wrong outputs
         self._rate = 0.0  # target tokens a second in the epoch under way, since it went on
-        self._bar_class = require("tqdm", extra="train").tqdm if progress else None
-        self._log = log
+        first = self._processes.is_first
+        self._bar_class = require("tqdm", extra="train").tqdm if progress and first else None
+        self._log = log if first else None
+        self._tensorboard = tensorboard if first else None
         self._unit = "token" if isinstance(self.model, Seq2Seq) else "label"
-        self._tensorboard = tensorboard
         self._events: Events | None = None  # while the run goes on
         self._embeddings = dict(embeddings or {})
 
@@ -552,21 +582,22 @@ class Trainer:
                 be written; the one before it is whole.
             OSError: the folder for TensorBoard cannot be written.
         """
-        if self._tensorboard is None:
-            return self._run()
-        self._events = Events(self._tensorboard, step=self._step)
-        try:
-            return self._run()
-        finally:
-            self._events.close()
-            self._events = None
+        with peers_may_end(self._processes):
+            if self._tensorboard is None:
+                return self._run()
+            self._events = Events(self._tensorboard, step=self._step)
+            try:
+                return self._run()
+            finally:
+                self._events.close()
+                self._events = None
 
     def _run(self) -> list[EpochReport]:
         if self._step == 0:
             # An unwritable folder shows now and not after the first epoch, and a run that
             # fails early has something to go back to.
             self._save_last()
-        if not self.reports and self.out is not None:
+        if not self.reports and self.out is not None and self._processes.is_first:
             # Of an earlier run: with the checkpoint of this one beside it, it would pass for
             # the best model of this one.
             checkpoint.remove(self.out)
@@ -579,14 +610,19 @@ class Trainer:
             while len(self.reports) < self.options.epochs:
                 if self._is_patience_over():
                     break
-                self._run_epoch(received)
-                if received:
+                signum = self._run_epoch(received)
+                if signum:
                     self._save_last()
                 else:
                     self._finish_epoch()
-                if received:  # perhaps only while the epoch was finished, which also saves
-                    raise Interrupted(received[0], self._interrupted_text(received[0]))
+                    signum = self._stopped_by(received)  # meanwhile, which also saved
+                if signum:
+                    raise Interrupted(signum, self._interrupted_text(signum))
         return self.reports
+
+    def _stopped_by(self, received: list[int]) -> int:
+        """A signal that one of the processes received, the same for all; 0 if there is none."""
+        return self._processes.max(received[0] if received else 0)
 
     def _is_patience_over(self) -> bool:
         """Whether so many epochs without a better one are done; then the log is told."""
@@ -601,8 +637,8 @@ class Trainer:
             )
         return True
 
-    def _run_epoch(self, received: list[int]) -> None:
-        """The rest of an epoch, or as much of it as there is before a signal."""
+    def _run_epoch(self, received: list[int]) -> int:
+        """The rest of an epoch, or as much of it as there is before a signal, which it returns."""
         options, device = self.options, _device(self.model)
         self.model.train()
         self._freeze_embeddings()
@@ -618,6 +654,7 @@ class Trainer:
                     clip_norm=options.clip_norm,
                     label_smoothing=options.label_smoothing,
                     sampling=options.sampling(self._step),
+                    parallel=self._parallel,
                 )
                 if not math.isfinite(loss):
                     raise TrainingError(self._not_finite_text(loss, batch))
@@ -636,11 +673,12 @@ class Trainer:
                     text = f"loss {loss:.3f}, {self._rate:,.0f} {self._unit}s/s"
                     bar.set_postfix_str(text, refresh=False)
                     bar.update()
-                if received:
-                    return
+                if signum := self._stopped_by(received):
+                    return signum
                 every = options.checkpoint_every
                 if every is not None and self._step % every == 0:
                     self._save_last()
+        return 0
 
     def _freeze_embeddings(self) -> None:
         """Decide which tables this epoch trains; those that no option names are left alone."""
@@ -699,9 +737,13 @@ class Trainer:
         valid_loss, right, best = None, None, True
         if self.validation is not None:
             size = self.options.batch_size
-            valid_loss = mean_loss(self.model, self.validation, batch_size=size)
+            valid_loss = mean_loss(
+                self.model, self.validation, batch_size=size, processes=self._processes
+            )
             if self.options.select == "accuracy":
-                right = accuracy(self.model, self.validation, batch_size=size)
+                right = accuracy(
+                    self.model, self.validation, batch_size=size, processes=self._processes
+                )
             criterion = valid_loss if right is None else 1 - right
             best = criterion < self._best
             if best:
@@ -721,8 +763,11 @@ class Trainer:
     def _save_last(self) -> None:
         if self.out is not None:
             self._save(self.out / LAST, self.state())
+            self._processes.wait()  # whoever goes on may read what the first one wrote
 
     def _save(self, path: Path, training: checkpoint.TrainingState | None = None) -> None:
+        if not self._processes.is_first:
+            return
         try:
             self.translator.save(path, training=training)
         except OSError as error:
@@ -734,7 +779,9 @@ class Trainer:
     def state(self) -> checkpoint.TrainingState:
         """All that :meth:`restore` needs, besides the weights."""
         generator_state, position = self._batches.state()
-        tensors = {"rng.torch": torch.get_rng_state(), "rng.batches": generator_state}
+        tensors = {"rng.batches": generator_state}
+        for rank, rng_state in enumerate(self._processes.gather(torch.get_rng_state())):
+            tensors[_rng_name(rank)] = rng_state
         for name, values in self._optimizer_state().items():
             for key, value in values.items():
                 tensors[f"optimizer.{key}.{name}"] = value
@@ -752,6 +799,7 @@ class Trainer:
             "best": self._best if math.isfinite(self._best) else None,
             "reports": [report._asdict() for report in self.reports],
             "threads": torch.get_num_threads(),
+            "processes": self._processes.count,
         }
         return checkpoint.TrainingState(tensors, record)
 
@@ -789,12 +837,16 @@ class Trainer:
                     "checkpoint holds the matrix"
                 )
         self._embeddings = dict(begun)
-        torch.set_rng_state(tensors["rng.torch"])
+        self._step = record["step"]
+        own = tensors.get(_rng_name(self._processes.rank))
+        if own is None:  # begun with fewer processes
+            self._seed_dropout(self._step)
+        else:
+            torch.set_rng_state(own)
         self._batches.restore(tensors["rng.batches"], record["position"])
         self._restore_optimizer(tensors)
         if self._average is not None:
             self._average.restore(tensors)
-        self._step = record["step"]
         self._loss_sum, self._tokens = record["loss_sum"], record["tokens"]
         self._best = math.inf if record["best"] is None else record["best"]
         self.reports = [EpochReport(**report) for report in record["reports"]]
@@ -803,6 +855,17 @@ class Trainer:
                 f"the run was begun with {record['threads']} threads and goes on with "
                 f"{torch.get_num_threads()}: the last bits of its numbers may differ"
             )
+        count = record.get("processes", 1)  # older versions knew one
+        if self._log is not None and count != self._processes.count:
+            self._log(
+                f"the run was begun with {count} processes and goes on with "
+                f"{self._processes.count}: its dropout and the last bits of its numbers differ"
+            )
+
+    def _seed_dropout(self, step: int) -> None:
+        """Have each process but the first, which has the seed itself, draw masks of its own."""
+        if not self._processes.is_first:
+            torch.manual_seed((self.options.seed + self._processes.rank + (step << 20)) % 2**63)
 
     def _check_options(self, saved: TrainingOptions) -> None:
         before = asdict(saved)
@@ -880,6 +943,11 @@ class Trainer:
         place = f"epoch {len(self.reports)}" if between else self._place_text()
         where = f"stopped by {name} after {place}"
         return where if self.out is None else f"{where}; the checkpoint is in {self.out / LAST}"
+
+
+def _rng_name(rank: int) -> str:
+    """Of the global generator's state among the tensors of a training state."""
+    return "rng.torch" if rank == 0 else f"rng.torch.{rank}"
 
 
 @contextmanager
