@@ -324,6 +324,12 @@ def _add_train(commands: Any) -> None:
         default=argparse.SUPPRESS,
         help="one matrix as the decoder's embedding and in its output layer",
     )
+    group.add_argument(
+        "--context-every-step",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="let the decoder read the encoder's last state at every step",
+    )
 
     group.add_argument(
         "--pooling",

@@ -190,11 +190,12 @@ def _select_rows(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 class EncodedSource(NamedTuple):
-    """What the decoder attends to, one row per hypothesis; all None without attention."""
+    """What the decoder attends to, one row per hypothesis; None without attention."""
 
     memory: Tensor | None  # (S, N, M)
     keys: Tensor | None  # (S, N, A), the projected memory
     lengths: Tensor | None  # (N,), valid positions
+    context: Tensor | None = None  # (N, C), of a decoder that reads one at every step
 
     def select(self, rows: Tensor) -> EncodedSource:
         """The given rows (N'), which may repeat."""
@@ -202,6 +203,7 @@ class EncodedSource(NamedTuple):
             None if self.memory is None else _select_rows(self.memory, rows),
             None if self.keys is None else _select_rows(self.keys, rows),
             None if self.lengths is None else self.lengths.index_select(0, rows),
+            None if self.context is None else self.context.index_select(0, rows),
         )
 
 

@@ -17,9 +17,18 @@ from . import functional, search
 from ._checks import check_like, check_positive, check_shape
 from ._dropout import apply_dropout
 from .bridge import Bridge
+from .extra import Conditions, ExtraInformation, ExtraOptions, check_extra
 from .nn import GRU, LSTM, RNN, AttentionDecoder, Score, cell_name
 from .scheduled import Sampling
-from .search import EncodedSource, FusedSearch, Hypothesis, SearchOptions, Step, StreamedToken
+from .search import (
+    EncodedSource,
+    FusedSearch,
+    Hypothesis,
+    SearchModel,
+    SearchOptions,
+    Step,
+    StreamedToken,
+)
 from .types import (
     PAD,
     UNK,
@@ -29,6 +38,7 @@ from .types import (
     DecoderState,
     GenerateOutput,
     State,
+    state_parts,
 )
 
 __all__ = ["Decoder", "Encoder", "Seq2Seq"]
@@ -52,6 +62,12 @@ def valid_steps(lengths: Tensor, like: Tensor) -> Tensor:
     """(B, S) bool on the device of ``like`` (B, S, ...): whether each step is no padding."""
     steps = torch.arange(like.shape[1], device=like.device)
     return steps < lengths.to(like.device).unsqueeze(1)
+
+
+def _last_steps(x: Tensor, lengths: Tensor) -> Tensor:
+    """(T, B, Z) to (B, Z): the last valid step of each row, the first where there is none."""
+    last = lengths.to(x.device).clamp(min=1) - 1
+    return x[last, torch.arange(x.shape[1], device=x.device)]
 
 
 def _recurrent(
@@ -113,6 +129,8 @@ class Encoder(torch.nn.Module):
             layer to the next, and of the memory, in training.
         features: D, where the source is no tokens but vectors of D numbers, such as frames of
             speech or the outputs of another model (ELMo, BERT).
+        extra: how extra information enters, if it does: into the states of the top layer, or
+            with the place ``"input"`` into what the bottom layer reads.
 
     Attributes:
         embedding: the table of the tokens, or the linear map ``W x + b`` of the features, to
@@ -135,6 +153,7 @@ class Encoder(torch.nn.Module):
         bidirectional: bool = True,
         dropout: float = 0.0,
         features: int | None = None,
+        extra: ExtraOptions | None = None,
     ) -> None:
         super().__init__()
         if (vocab_size is None) == (features is None):
@@ -162,14 +181,19 @@ class Encoder(torch.nn.Module):
             check_positive(features=features)
             assert features is not None
             self.embedding = torch.nn.Linear(features, embedding_size)
+        self.cell = cell_name(cell)
         self.rnn = _recurrent(
-            cell_name(cell),
+            self.cell,
             embedding_size,
             hidden_size // 2 if bidirectional else hidden_size,
             num_layers,
             bidirectional=bidirectional,
             dropout=dropout,
         )
+        self.extra: ExtraInformation | None = None
+        self.extra_at_input = extra is not None and extra.place == "input"
+        if extra is not None:
+            self.extra = extra.build(embedding_size if self.extra_at_input else hidden_size)
 
     def _join_directions(self, part: Tensor) -> Tensor:
         """(L*D, B, H/D) to (L, B, H), each layer's directions side by side."""
@@ -184,17 +208,22 @@ class Encoder(torch.nn.Module):
             return source
         return source.masked_fill(~valid_steps(lengths, source).unsqueeze(2), 0.0)
 
-    def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, State]:
+    def forward(
+        self, source: Tensor, lengths: Tensor, extra: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """Encode ``source``.
 
         Args:
             source: (B, S) int64, token ids; or (B, S, D), features in the dtype of the
                 weights, where what lies in the padding does not matter.
             lengths: (B,) int64, valid steps of each row, on any device.
+            extra: extra information (B, Z), or (S, B, Z), where what lies in the padding does
+                not matter.
 
         Returns:
             The memory (S, B, H), zero at padding, and the last state: h (L, B, H), or for
-            LSTM (h, c), the directions side by side.
+            LSTM (h, c), the directions side by side. Extra information at the output enters
+            the h of the top layer like the memory; that of each step by its last valid one.
 
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
@@ -202,12 +231,21 @@ class Encoder(torch.nn.Module):
         _check_source(source, self.embedding)
         x = self.embedding(self._without_padding(source, lengths).transpose(0, 1))
         x = apply_dropout(x, self.dropout, self.training)
+        check_extra("source_extra", self.extra, extra, rows=x.shape[1], steps=len(x))
+        if extra is not None and extra.dim() == 3:
+            extra = extra.masked_fill(~valid_steps(lengths, source).t().unsqueeze(2), 0.0)
+        if self.extra is not None and extra is not None and self.extra_at_input:
+            x = self.extra(x, extra)
         memory, state = self.rnn(x, lengths=lengths)
+        parts = [self._join_directions(part) for part in state_parts(self.cell, state)]
+        if self.extra is not None and extra is not None and not self.extra_at_input:
+            valid = valid_steps(lengths, source).t().unsqueeze(2)
+            memory = self.extra(memory, extra).masked_fill(~valid, 0.0)
+            last = extra if extra.dim() == 2 else _last_steps(extra, lengths)
+            top = self.extra(parts[0][-1:], last)
+            parts[0] = torch.cat([parts[0][:-1], top])
         memory = apply_dropout(memory, self.dropout, self.training)
-        if isinstance(state, Tensor):
-            return memory, self._join_directions(state)
-        h, c = state
-        return memory, (self._join_directions(h), self._join_directions(c))
+        return memory, parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
 class _Masks(NamedTuple):
@@ -243,6 +281,10 @@ class Decoder(torch.nn.Module):
         memory_size: M, features of the memory. Default: H.
         tie_embeddings: one matrix serves as embedding and as weight of the output layer;
             embedding_size must be H.
+        context_size: C, numbers of a context that the first layer reads at every step besides
+            the embedding. Default: it reads none.
+        extra: how extra information enters, if it does: into what the output layer reads, or
+            with the place ``"input"`` into the embeddings.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
@@ -261,9 +303,13 @@ class Decoder(torch.nn.Module):
         dropout: float = 0.0,
         memory_size: int | None = None,
         tie_embeddings: bool = False,
+        context_size: int | None = None,
+        extra: ExtraOptions | None = None,
     ) -> None:
         super().__init__()
         check_positive(vocab_size=vocab_size, embedding_size=embedding_size)
+        if context_size is not None:
+            check_positive(context_size=context_size)
         if tie_embeddings and embedding_size != hidden_size:
             raise ValueError(
                 "tie_embeddings needs a target embedding of hidden_size numbers, the input of the "
@@ -271,8 +317,9 @@ class Decoder(torch.nn.Module):
             )
         self.dropout = dropout
         self.embedding = torch.nn.Embedding(vocab_size, embedding_size, padding_idx=PAD)
+        self.context_size = context_size
         self.rnn = AttentionDecoder(
-            embedding_size,
+            embedding_size + (context_size or 0),
             hidden_size,
             hidden_size if memory_size is None else memory_size,
             num_layers,
@@ -288,6 +335,10 @@ class Decoder(torch.nn.Module):
             # would be of the order of sqrt(H).
             with torch.no_grad():
                 self.embedding.weight.div_(hidden_size**0.5)
+        self.extra: ExtraInformation | None = None
+        self.extra_at_input = extra is not None and extra.place == "input"
+        if extra is not None:
+            self.extra = extra.build(embedding_size if self.extra_at_input else hidden_size)
 
     def forward(
         self,
@@ -298,6 +349,7 @@ class Decoder(torch.nn.Module):
         state: DecoderStart | None = None,
         need_weights: bool = False,
         keys: Tensor | None = None,
+        conditions: Conditions | None = None,
     ) -> tuple[Tensor, DecoderOutput]:
         """Predict, from each token and those before it, the next one.
 
@@ -305,6 +357,8 @@ class Decoder(torch.nn.Module):
             target_in: (B, T) int64, token ids, ``<start>`` first.
             memory, lengths, state, need_weights, keys: as in
                 :meth:`pyseq.nn.AttentionDecoder.forward`, time-major.
+            conditions: the context (B, C) and the extra information, (B, Z) or (T, B, Z), of a
+                decoder that has been built for them.
 
         Returns:
             The logits (B, T, V), and what the recurrent decoder gave.
@@ -313,7 +367,13 @@ class Decoder(torch.nn.Module):
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
         hidden, decoded = self._hidden(
-            target_in, memory, lengths=lengths, state=state, need_weights=need_weights, keys=keys
+            target_in,
+            memory,
+            lengths=lengths,
+            state=state,
+            need_weights=need_weights,
+            keys=keys,
+            conditions=conditions,
         )
         # Transposed here, where it is narrow, so that the logits are contiguous.
         return self.output(hidden.transpose(0, 1)), decoded
@@ -328,12 +388,14 @@ class Decoder(torch.nn.Module):
         state: DecoderStart | None = None,
         label_smoothing: float = 0.0,
         sampling: Sampling | None = None,
+        conditions: Conditions | None = None,
     ) -> Tensor:
         """The cross entropy of what :meth:`forward` predicts; see :meth:`Seq2Seq.loss`.
 
         Args:
             target_in, target_out, label_smoothing, sampling: as in :meth:`Seq2Seq.loss`.
             memory, lengths, state: as in :meth:`pyseq.nn.AttentionDecoder.forward`, time-major.
+            conditions: as in :meth:`forward`.
         """
         _check_tokens("target_in", target_in)
         check_shape("target_out", target_out, "(B, T)", tuple(target_in.shape))
@@ -347,8 +409,11 @@ class Decoder(torch.nn.Module):
                 state=state,
                 masks=masks,
                 unread=target_out == PAD,
+                conditions=conditions,
             )
-        hidden, _ = self._hidden(target_in, memory, lengths=lengths, state=state, masks=masks)
+        hidden, _ = self._hidden(
+            target_in, memory, lengths=lengths, state=state, masks=masks, conditions=conditions
+        )
         return functional.linear_cross_entropy(
             hidden.flatten(0, 1),
             self.output.weight,
@@ -368,13 +433,26 @@ class Decoder(torch.nn.Module):
         need_weights: bool = False,
         keys: Tensor | None = None,
         masks: _Masks | None = None,
+        conditions: Conditions | None = None,
     ) -> tuple[Tensor, DecoderOutput]:
         """What the output layer reads (T, B, H), and what the recurrent decoder gave."""
         _check_tokens("target_in", target_in)
         if masks is None:
             masks = self._draw_masks(target_in)
+        context, extra = conditions or Conditions()
+        x = _masked(self.embedding(target_in.t()), masks.embedding)
+        check_extra("target_extra", self.extra, extra, rows=x.shape[1], steps=len(x))
+        if self.extra is not None and extra is not None and self.extra_at_input:
+            x = self.extra(x, extra)
+        if self.context_size is not None:
+            if context is None:
+                raise RuntimeError(
+                    f"the context must be (B, C) with C = {self.context_size}, got None"
+                )
+            check_shape("context", context, "(B, C)", (x.shape[1], self.context_size))
+            x = torch.cat([x, context.expand(len(x), -1, -1)], 2)
         decoded = self.rnn(
-            _masked(self.embedding(target_in.t()), masks.embedding),
+            x,
             memory,
             lengths=lengths,
             state=state,
@@ -382,7 +460,10 @@ class Decoder(torch.nn.Module):
             keys=keys,
             dropout_masks=masks.layers,
         )
-        return _masked(decoded.output, masks.output), decoded
+        hidden = decoded.output
+        if self.extra is not None and extra is not None and not self.extra_at_input:
+            hidden = self.extra(hidden, extra)
+        return _masked(hidden, masks.output), decoded
 
     def _draw_masks(self, target_in: Tensor) -> _Masks:
         """What dropout zeroes in one pass over ``target_in`` (B, T)."""
@@ -409,6 +490,7 @@ class Decoder(torch.nn.Module):
         masks: _Masks | None = None,
         unread: Tensor | None = None,
         generator: torch.Generator | None = None,
+        conditions: Conditions | None = None,
     ) -> Tensor:
         """What the decoder reads by scheduled sampling; see :meth:`Seq2Seq.scheduled_inputs`.
 
@@ -417,6 +499,7 @@ class Decoder(torch.nn.Module):
             memory, lengths, state: as in :meth:`pyseq.nn.AttentionDecoder.forward`, time-major.
             masks: what dropout zeroes. Default: drawn here, in training.
             unread: (B, T) bool, where it does not matter what is read.
+            conditions: as in :meth:`forward`.
 
         Returns:
             (B, T) int64.
@@ -438,7 +521,14 @@ class Decoder(torch.nn.Module):
             like = self.embedding.weight
             draws = torch.rand((steps, batch), generator=generator, dtype=like.dtype, device=device)
         return self._inputs_step_by_step(
-            target_in.t(), coins, draws, memory, lengths=lengths, state=state, masks=masks
+            target_in.t(),
+            coins,
+            draws,
+            memory,
+            lengths=lengths,
+            state=state,
+            masks=masks,
+            conditions=conditions or Conditions(),
         ).t()
 
     def _inputs_step_by_step(
@@ -451,6 +541,7 @@ class Decoder(torch.nn.Module):
         lengths: Tensor | None,
         state: DecoderStart | None,
         masks: _Masks,
+        conditions: Conditions,
     ) -> Tensor:
         """See :func:`pyseq.functional.scheduled_inputs`; for any decoder."""
         fed = tokens.clone()
@@ -465,6 +556,7 @@ class Decoder(torch.nn.Module):
                 state=state,
                 keys=keys,
                 masks=masks.step(t),
+                conditions=conditions.step(t),
             )
             chosen = search.choose(self.output(hidden[0]), None if draws is None else draws[t + 1])
             fed[t + 1] = torch.where(coins[t + 1], fed[t + 1], chosen)
@@ -511,8 +603,11 @@ class Decoder(torch.nn.Module):
         """Whether a step of ``forward`` in eval mode is what :meth:`generate` computes.
 
         Not on another device or in another dtype than the operator's; and not if a module
-        has hooks, is parametrised or was replaced by one of another class.
+        has hooks, is parametrised or was replaced by one of another class, nor if it takes a
+        context or extra information.
         """
+        if self.context_size is not None or self.extra is not None:
+            return False
         embedding, rnn = self.embedding, self.rnn
         parts = (
             (self, Decoder),
@@ -526,6 +621,14 @@ class Decoder(torch.nn.Module):
         return embedding.max_norm is None and all(
             module is None or _is_plain(module, kind) for module, kind in parts
         )
+
+
+class _Encoded(NamedTuple):
+    """What an encoder and a bridge give the decoder."""
+
+    memory: Tensor  # (S, B, M)
+    hidden: State  # what the decoder starts from
+    context: Tensor | None  # (B, M), if it is read at every step
 
 
 class Seq2Seq(torch.nn.Module):
@@ -559,13 +662,23 @@ class Seq2Seq(torch.nn.Module):
         tie_embeddings: one matrix serves as the decoder's embedding and as the weight of its
             output layer; needs a target embedding of hidden_size numbers.
         source_features: D, where the source is no tokens but (B, S, D) features.
+        context_every_step: whether the decoder reads the last state of the encoder's top layer
+            at every step, beside the embedding.
+        source_extra_size, target_extra_size: Z, numbers of extra information for the encoder
+            and for the decoder. Default: there is none.
+        extra_mode, extra_hidden_size: how it enters, ``"add"``, ``"concat"`` or ``"mlp"``; see
+            :class:`pyseq.extra.ExtraInformation`.
+        extra_place: where: ``"output"``, into the encoder's states (memory and last state) and
+            into what the output layer reads; or ``"input"``, into the embeddings, and so into
+            all states.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
 
     Reference:
         Luong et al. 2015, arXiv 1508.04025; without attention Sutskever et al. 2014,
-        arXiv 1409.3215. Press & Wolf 2017, arXiv 1608.05859 (tying).
+        arXiv 1409.3215. Cho et al. 2014, arXiv 1406.1078, eq. 3 (context at every step;
+        there the output layer reads it too). Press & Wolf 2017, arXiv 1608.05859 (tying).
     """
 
     def __init__(
@@ -588,6 +701,12 @@ class Seq2Seq(torch.nn.Module):
         bridge: str = "copy",
         tie_embeddings: bool = False,
         source_features: int | None = None,
+        context_every_step: bool = False,
+        source_extra_size: int | None = None,
+        target_extra_size: int | None = None,
+        extra_mode: str = "concat",
+        extra_hidden_size: int | None = None,
+        extra_place: str = "output",
     ) -> None:
         super().__init__()
         sizes = {
@@ -620,7 +739,19 @@ class Seq2Seq(torch.nn.Module):
             "bridge": bridge,
             "tie_embeddings": tie_embeddings,
             "source_features": source_features,
+            "context_every_step": context_every_step,
+            "source_extra_size": source_extra_size,
+            "target_extra_size": target_extra_size,
+            "extra_mode": extra_mode,
+            "extra_hidden_size": extra_hidden_size,
+            "extra_place": extra_place,
         }
+
+        def extra(size: int | None) -> ExtraOptions | None:
+            if size is None:
+                return None
+            return ExtraOptions(size, extra_mode, extra_hidden_size, extra_place)
+
         memory_size = hidden_size if encoder_hidden_size is None else encoder_hidden_size
         encoder_layers = num_layers if encoder_num_layers is None else encoder_num_layers
         self.encoder = Encoder(
@@ -634,6 +765,7 @@ class Seq2Seq(torch.nn.Module):
             bidirectional=bidirectional,
             dropout=dropout,
             features=source_features,
+            extra=extra(source_extra_size),
         )
         self.bridge = Bridge(
             bridge,
@@ -656,6 +788,8 @@ class Seq2Seq(torch.nn.Module):
             dropout=dropout,
             memory_size=memory_size,
             tie_embeddings=tie_embeddings,
+            context_size=memory_size if context_every_step else None,
+            extra=extra(target_extra_size),
         )
 
     @property
@@ -670,7 +804,15 @@ class Seq2Seq(torch.nn.Module):
             side: table for side, table in tables.items() if isinstance(table, torch.nn.Embedding)
         }
 
-    def forward(self, source: Tensor, source_lengths: Tensor, target_in: Tensor) -> Tensor:
+    def forward(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        target_in: Tensor,
+        *,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
+    ) -> Tensor:
         """Logits of every next target token, with teacher forcing.
 
         Args:
@@ -678,6 +820,9 @@ class Seq2Seq(torch.nn.Module):
                 dtype of the weights.
             source_lengths: (B,) int64, valid steps of each row, on any device.
             target_in: (B, T) int64, token ids: ``<start>`` and the target without its end.
+            source_extra: extra information for the encoder: (B, Z), or of each step (S, B, Z),
+                time-major; of a model with ``source_extra_size``.
+            target_extra: that for the decoder: (B, Z) or (T, B, Z).
 
         Returns:
             (B, T, V), where ``[:, t]`` predicts the token after ``target_in[:, t]``.
@@ -685,8 +830,14 @@ class Seq2Seq(torch.nn.Module):
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
-        memory, hidden = self._encode(source, source_lengths, target_in)
-        logits, _ = self.decoder(target_in, memory, lengths=source_lengths, state=(hidden, None))
+        encoded = self._encode(source, source_lengths, target_in, source_extra)
+        logits, _ = self.decoder(
+            target_in,
+            encoded.memory,
+            lengths=source_lengths,
+            state=(encoded.hidden, None),
+            conditions=Conditions(encoded.context, target_extra),
+        )
         return logits
 
     def loss(
@@ -698,6 +849,8 @@ class Seq2Seq(torch.nn.Module):
         *,
         label_smoothing: float = 0.0,
         sampling: Sampling | None = None,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
     ) -> Tensor:
         """Cross entropy in nats, averaged over the target tokens that are not ``<pad>``.
 
@@ -711,6 +864,7 @@ class Seq2Seq(torch.nn.Module):
             sampling: what the decoder reads, in place of ``target_in``: see
                 :meth:`scheduled_inputs`, with the same dropout as here. No gradient passes
                 through the choice. Default: ``target_in``, which is teacher forcing.
+            source_extra, target_extra: as in :meth:`forward`.
 
         Returns:
             0-dimensional; NaN if every token of ``target_out`` is ``<pad>``.
@@ -719,15 +873,16 @@ class Seq2Seq(torch.nn.Module):
             ValueError: ``label_smoothing`` is out of its range.
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
-        memory, hidden = self._encode(source, source_lengths, target_in)
+        encoded = self._encode(source, source_lengths, target_in, source_extra)
         return self.decoder.loss(
             target_in,
             target_out,
-            memory,
+            encoded.memory,
             lengths=source_lengths,
-            state=(hidden, None),
+            state=(encoded.hidden, None),
             label_smoothing=label_smoothing,
             sampling=sampling,
+            conditions=Conditions(encoded.context, target_extra),
         )
 
     @torch.no_grad()
@@ -739,6 +894,8 @@ class Seq2Seq(torch.nn.Module):
         sampling: Sampling,
         *,
         generator: torch.Generator | None = None,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
     ) -> Tensor:
         """What the decoder reads where it is shown the truth only now and then.
 
@@ -753,6 +910,7 @@ class Seq2Seq(torch.nn.Module):
             sampling: epsilon, how the model chooses, and whether each token has a coin or each
                 row one for all its tokens.
             generator: source of randomness on the device of the model. Default: torch's.
+            source_extra, target_extra: as in :meth:`forward`.
 
         Returns:
             (B, T) int64. It does not depend on the number of threads.
@@ -763,27 +921,35 @@ class Seq2Seq(torch.nn.Module):
         Reference:
             Bengio et al. 2015, arXiv 1506.03099, section 2.4.
         """
-        memory, hidden = self._encode(source, source_lengths, target_in)
+        encoded = self._encode(source, source_lengths, target_in, source_extra)
         return self.decoder.scheduled_inputs(
             target_in,
-            memory,
+            encoded.memory,
             sampling,
             lengths=source_lengths,
-            state=(hidden, None),
+            state=(encoded.hidden, None),
             generator=generator,
+            conditions=Conditions(encoded.context, target_extra),
         )
 
     def _encode(
-        self, source: Tensor, source_lengths: Tensor, target_in: Tensor
-    ) -> tuple[Tensor, State]:
-        """The memory, and what the decoder starts from, for the sources of ``target_in``."""
-        memory, hidden = self.encoder(source, source_lengths)
-        if target_in.shape[0] != source.shape[0]:
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        target_in: Tensor | None,
+        source_extra: Tensor | None,
+    ) -> _Encoded:
+        """What the decoder is given, for the sources of ``target_in``, if there is one."""
+        memory, hidden = self.encoder(source, source_lengths, source_extra)
+        if target_in is not None and target_in.shape[0] != source.shape[0]:
             raise RuntimeError(
                 f"target_in must have one row for each of the {source.shape[0]} sources, "
                 f"got {target_in.shape[0]}"
             )
-        return memory, self.bridge(hidden)
+        context = None
+        if self.decoder.context_size is not None:
+            context = state_parts(self.encoder.cell, hidden)[0][-1]
+        return _Encoded(memory, self.bridge(hidden), context)
 
     def generate(
         self,
@@ -793,6 +959,8 @@ class Seq2Seq(torch.nn.Module):
         max_length: int,
         beam_size: int = 1,
         length_penalty: float = 0.0,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
     ) -> list[Hypothesis]:
         """The best target sequence that search finds for each source.
 
@@ -803,6 +971,8 @@ class Seq2Seq(torch.nn.Module):
             max_length: the most tokens to emit, ``<stop>`` included.
             beam_size: hypotheses to follow; 1 is greedy search.
             length_penalty: as in :func:`pyseq.search.beam`, for a beam_size above 1.
+            source_extra, target_extra: as in :meth:`forward`; of each step, there must be at
+                least max_length of them for the target.
 
         Returns:
             One :class:`pyseq.search.Hypothesis` per row, with tokens (no ``<start>``, no
@@ -813,10 +983,11 @@ class Seq2Seq(torch.nn.Module):
             ValueError: an option is out of its range.
             RuntimeError: the logits are not finite.
         """
+        model = self._given(source_extra, target_extra, max_length)
         if beam_size == 1:
-            return search.greedy(self, source, source_lengths, max_length=max_length)
+            return search.greedy(model, source, source_lengths, max_length=max_length)
         return search.beam(
-            self,
+            model,
             source,
             source_lengths,
             max_length=max_length,
@@ -831,12 +1002,16 @@ class Seq2Seq(torch.nn.Module):
         options: SearchOptions,
         *,
         generator: torch.Generator | None = None,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
     ) -> list[list[Hypothesis]]:
         """The target sequences that a search with these options finds for each source.
 
-        Args, Returns, Raises: see :func:`pyseq.search.search`.
+        Args, Returns, Raises: see :func:`pyseq.search.search`, and for the extra information
+            :meth:`generate`.
         """
-        return search.search(self, source, source_lengths, options, generator=generator)
+        model = self._given(source_extra, target_extra, options.max_length)
+        return search.search(model, source, source_lengths, options, generator=generator)
 
     def stream(
         self,
@@ -845,24 +1020,53 @@ class Seq2Seq(torch.nn.Module):
         options: SearchOptions,
         *,
         generator: torch.Generator | None = None,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
     ) -> Iterator[StreamedToken]:
         """The tokens of greedy search or sampling one by one, as they are found.
 
-        Args, Returns, Raises: see :func:`pyseq.search.stream`.
+        Args, Returns, Raises: see :func:`pyseq.search.stream`, and for the extra information
+            :meth:`generate`.
         """
-        return search.stream(self, source, source_lengths, options, generator=generator)
+        model = self._given(source_extra, target_extra, options.max_length)
+        return search.stream(model, source, source_lengths, options, generator=generator)
 
-    def encode_source(self, source: Tensor, lengths: Tensor) -> tuple[EncodedSource, DecoderState]:
+    def given(
+        self, *, source_extra: Tensor | None = None, target_extra: Tensor | None = None
+    ) -> Given:
+        """This model with the extra information of some sources, as :mod:`pyseq.search` and
+        :class:`pyseq.Ensemble` take it.
+
+        Args:
+            source_extra, target_extra: as in :meth:`forward`, for the sources to be searched.
+        """
+        return Given(self, source_extra, target_extra)
+
+    def _given(
+        self, source_extra: Tensor | None, target_extra: Tensor | None, max_length: int
+    ) -> SearchModel:
+        if target_extra is not None and target_extra.dim() == 3 and len(target_extra) < max_length:
+            raise RuntimeError(
+                f"target_extra must have at least max_length = {max_length} steps, got "
+                f"{len(target_extra)}"
+            )
+        if source_extra is None and target_extra is None:
+            return self
+        return self.given(source_extra=source_extra, target_extra=target_extra)
+
+    def encode_source(
+        self, source: Tensor, lengths: Tensor, source_extra: Tensor | None = None
+    ) -> tuple[EncodedSource, DecoderState]:
         """What a search begins with; see :class:`pyseq.search.SearchModel`."""
-        memory, hidden = self.encoder(source, lengths)
+        memory, hidden, context = self._encode(source, lengths, None, source_extra)
         feed = memory.new_zeros(memory.shape[1], self.decoder.rnn.hidden_size)
-        state = DecoderState(self.bridge(hidden), feed)
+        state = DecoderState(hidden, feed)
         keys = self.decoder.rnn.project(memory)
         if keys is None:
-            return EncodedSource(None, None, None), state
+            return EncodedSource(None, None, None, context), state
         # Every step reads the memory row by row, so it is laid out like that once.
         memory = memory.transpose(0, 1).contiguous().transpose(0, 1)
-        return EncodedSource(memory, keys, lengths.to(source.device)), state
+        return EncodedSource(memory, keys, lengths.to(source.device), context), state
 
     def step(
         self,
@@ -871,6 +1075,7 @@ class Seq2Seq(torch.nn.Module):
         state: DecoderState,
         *,
         need_weights: bool = False,
+        target_extra: Tensor | None = None,
     ) -> Step:
         """One step of N hypotheses; see :class:`pyseq.search.SearchModel`.
 
@@ -879,6 +1084,7 @@ class Seq2Seq(torch.nn.Module):
             encoded: what to attend to, N rows.
             state: the state of each before this step.
             need_weights: also give the attention weights.
+            target_extra: (N, Z), extra information of this step.
         """
         logits, decoded = self.decoder(
             tokens.unsqueeze(1),
@@ -887,6 +1093,7 @@ class Seq2Seq(torch.nn.Module):
             state=state,
             need_weights=need_weights,
             keys=encoded.keys,
+            conditions=Conditions(encoded.context, target_extra),
         )
         weights = None if decoded.weights is None else decoded.weights[0]
         return Step(torch.log_softmax(logits[:, 0], -1), weights, decoded.state)
@@ -899,3 +1106,73 @@ class Seq2Seq(torch.nn.Module):
         """
         fused = type(self).step is Seq2Seq.step and self.decoder.is_fused()
         return self.decoder.generate if fused else None
+
+
+class _GivenSource(NamedTuple):
+    """What a search carries along of the sources and of the target's extra information."""
+
+    source: EncodedSource
+    extra: Tensor  # (N, Z), or (T, N, Z)
+
+    def select(self, rows: Tensor) -> _GivenSource:
+        """The given rows (N'), which may repeat."""
+        return _GivenSource(self.source.select(rows), self.extra.index_select(-2, rows))
+
+
+class _GivenState(NamedTuple):
+    """The state of the decoder, and how many steps it has made."""
+
+    decoder: DecoderState
+    steps: int
+
+    def select(self, rows: Tensor) -> _GivenState:
+        """The given rows (N'), which may repeat."""
+        return _GivenState(self.decoder.select(rows), self.steps)
+
+
+class Given:
+    """A model with the extra information of some sources; what :meth:`Seq2Seq.given` returns."""
+
+    def __init__(
+        self, model: Seq2Seq, source_extra: Tensor | None, target_extra: Tensor | None
+    ) -> None:
+        self.model = model
+        self.source_extra = source_extra
+        self.target_extra = target_extra
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """All modules of the model."""
+        return self.model.modules()
+
+    def encode_source(
+        self, source: Tensor, lengths: Tensor
+    ) -> tuple[EncodedSource | _GivenSource, DecoderState | _GivenState]:
+        """What a search begins with; see :class:`pyseq.search.SearchModel`.
+
+        Raises:
+            RuntimeError: the extra information has not one row for each source, or is not what
+                the model takes.
+        """
+        encoded, state = self.model.encode_source(source, lengths, self.source_extra)
+        extra = self.target_extra
+        steps = -1 if extra is None or extra.dim() == 2 else len(extra)
+        check_extra(
+            "target_extra", self.model.decoder.extra, extra, rows=source.shape[0], steps=steps
+        )
+        if extra is None:
+            return encoded, state
+        return _GivenSource(encoded, extra), _GivenState(state, 0)
+
+    def step(self, tokens: Tensor, encoded: Any, state: Any, *, need_weights: bool) -> Step:
+        """One step of N hypotheses; see :class:`pyseq.search.SearchModel`."""
+        if not isinstance(encoded, _GivenSource):
+            return self.model.step(tokens, encoded, state, need_weights=need_weights)
+        extra = Conditions(extra=encoded.extra).step(state.steps).extra
+        step = self.model.step(
+            tokens, encoded.source, state.decoder, need_weights=need_weights, target_extra=extra
+        )
+        return step._replace(state=_GivenState(step.state, state.steps + 1))
+
+    def fused_search(self) -> FusedSearch | None:
+        """As that of the model, which has none if the target takes extra information."""
+        return self.model.fused_search()

@@ -95,6 +95,7 @@ class ModelOptions:
     encoder_num_layers: int | None = None
     bridge: BridgeName = "copy"
     tie_embeddings: bool = False
+    context_every_step: bool = False
 
     def build(self, source_vocab: Vocab, target_vocab: Vocab) -> Seq2Seq:
         """A new model for these vocabularies, weights drawn from torch's global generator."""
@@ -344,7 +345,7 @@ def _loss(
 ) -> Tensor:
     # Batches and models of one task go together, which the types cannot tell.
     compute: Callable[..., Tensor] = model.loss
-    own = {} if sampling is None else {"sampling": sampling}
+    own = {"sampling": sampling} if isinstance(model, Seq2Seq) else {}
     return compute(*batch.inputs, batch.expected, label_smoothing=label_smoothing, **own)
 
 
@@ -1329,6 +1330,7 @@ def train(
     encoder_num_layers: int | None = ModelOptions.encoder_num_layers,
     bridge: BridgeName = ModelOptions.bridge,
     tie_embeddings: bool = ModelOptions.tie_embeddings,
+    context_every_step: bool = ModelOptions.context_every_step,
     epochs: int = TrainingOptions.epochs,
     batch_size: int = TrainingOptions.batch_size,
     learning_rate: float = TrainingOptions.learning_rate,
@@ -1350,7 +1352,8 @@ def train(
         reverse_source: read sources backwards; see :func:`start`.
         embedding_size, hidden_size, num_layers, cell, bidirectional, score, input_feeding,
             dropout, source_embedding_size, target_embedding_size, encoder_hidden_size,
-            encoder_num_layers, bridge, tie_embeddings: as for :class:`pyseq.Seq2Seq`.
+            encoder_num_layers, bridge, tie_embeddings, context_every_step: as for
+            :class:`pyseq.Seq2Seq`.
         epochs, batch_size, learning_rate, seed, freeze_source, freeze_target: see
             :class:`TrainingOptions`.
         source_embeddings, target_embeddings: a file of pretrained vectors for that side, or how
@@ -1399,6 +1402,7 @@ def train(
             encoder_num_layers=encoder_num_layers,
             bridge=bridge,
             tie_embeddings=tie_embeddings,
+            context_every_step=context_every_step,
         ),
         options=TrainingOptions(
             epochs=epochs,

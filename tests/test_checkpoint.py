@@ -54,8 +54,9 @@ def same_weights(a: Seq2Seq, b: Seq2Seq) -> bool:
         {"score": "dot", "cell": "rnn_relu", "bidirectional": False},
         {"encoder_hidden_size": 2, "encoder_num_layers": 2, "bridge": "tanh"},
         {"target_embedding_size": 6, "tie_embeddings": True},
+        {"source_extra_size": 2, "extra_mode": "mlp", "context_every_step": True},
     ],
-    ids=["default", "no-attention", "concat-gru", "dot-rnn", "bridge", "tied"],
+    ids=["default", "no-attention", "concat-gru", "dot-rnn", "bridge", "tied", "extra"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_round_trip(tmp_path: Path, options: dict[str, object], dtype: torch.dtype) -> None:

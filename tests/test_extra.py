@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extra information: each mode against its equation, in the model, its training and searches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor
+
+from pyseq import Ensemble, search
+from pyseq.extra import EXTRA_MODES, EXTRA_PLACES, ExtraInformation
+from pyseq.scheduled import Sampling
+from pyseq.search import SearchOptions
+from pyseq.seq2seq import Decoder, Seq2Seq
+from pyseq.types import PAD, START, STOP
+
+H, Z, T, B = 5, 3, 4, 2
+LENGTHS = torch.tensor([3, 5, 1])
+STEPS = 6  # of a target
+
+
+@pytest.fixture(autouse=True)
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """The tensors are tiny: more threads would only wait for one another."""
+    set_threads(1)
+
+
+def information(mode: str, hidden_size: int | None = None) -> ExtraInformation:
+    return ExtraInformation(mode, H, Z, hidden_size=hidden_size).double()
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def equation(module: ExtraInformation, h: Tensor, z: Tensor) -> Tensor:
+    """h (B, H) and z (B, Z), one step."""
+    if module.mode == "add":
+        return h + z @ module.weight.T
+    if module.mode == "concat":
+        assert module.bias is not None
+        return torch.tanh(torch.cat([z, h], 1) @ module.weight.T + module.bias)
+    assert module.output is not None
+    f = z
+    if module.hidden is not None:
+        f = torch.tanh(f @ module.hidden.weight.T + module.hidden.bias)
+    return torch.tanh(h @ module.weight.T + f @ module.output.weight.T + module.output.bias)
+
+
+KINDS = [("add", None), ("concat", None), ("mlp", None), ("mlp", 7)]
+
+
+@pytest.mark.parametrize("rows", [B, 1, 0], ids=["B2", "B1", "B0"])
+@pytest.mark.parametrize("static", [True, False], ids=["static", "per-step"])
+@pytest.mark.parametrize(("mode", "hidden_size"), KINDS)
+def test_is_its_equation(mode: str, hidden_size: int | None, static: bool, rows: int) -> None:
+    module = information(mode, hidden_size)
+    h, z = double(T, rows, H), double(*(() if static else (T,)), rows, Z)
+    expected = [equation(module, h[t], z if static else z[t]) for t in range(T)]
+    assert_close({"h": module(h, z)}, {"h": torch.stack(expected)})
+    if static:
+        assert_close({"h": module(h, z)}, {"h": module(h, z.expand(T, -1, -1))})
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "per-step"])
+@pytest.mark.parametrize(("mode", "hidden_size"), KINDS)
+def test_gradients(mode: str, hidden_size: int | None, static: bool) -> None:
+    module = information(mode, hidden_size)
+    h, z = double(2, B, H), double(*(() if static else (2,)), B, Z)
+    names = [name for name, _ in module.named_parameters()]
+
+    def call(h: Tensor, z: Tensor, *parameters: Tensor) -> Tensor:
+        given = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(module, given, (h, z))
+
+    inputs = [h, z, *(p.detach() for p in module.parameters())]
+    assert torch.autograd.gradcheck(call, [each.requires_grad_() for each in inputs])
+
+
+def test_a_perceptron_without_a_hidden_layer_is_concat() -> None:
+    concat, mlp = information("concat"), information("mlp")
+    assert mlp.output is not None
+    with torch.no_grad():
+        mlp.output.weight.copy_(concat.weight[:, :Z])
+        mlp.weight.copy_(concat.weight[:, Z:])
+        mlp.output.bias.copy_(concat.bias)
+    h, z = double(T, B, H), double(B, Z)
+    assert_close({"h": mlp(h, z)}, {"h": concat(h, z)})
+
+
+# In the model.
+
+
+def model(**options: Any) -> Seq2Seq:
+    defaults = {"embedding_size": 6, "hidden_size": 8, "dropout": 0.0}
+    return Seq2Seq(11, 9, **{**defaults, **options}).double()
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    source = torch.randint(4, 11, (3, 5))
+    source[torch.arange(5) >= LENGTHS.unsqueeze(1)] = PAD
+    target = torch.randint(4, 9, (3, STEPS))
+    target[:, 0] = START
+    return source, LENGTHS, target
+
+
+def extras(static: bool, steps: int = STEPS) -> dict[str, Tensor]:
+    source_extra = double(*(() if static else (5,)), 3, 2)
+    return {
+        "source_extra": source_extra,
+        "target_extra": double(*(() if static else (steps,)), 3, 4),
+    }
+
+
+BOTH = {"source_extra_size": 2, "target_extra_size": 4}
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("static", [True, False], ids=["static", "per-step"])
+def test_at_the_output_it_enters_memory_state_and_what_the_output_layer_reads(
+    static: bool, cell: str
+) -> None:
+    module, given = model(**BOTH, cell=cell, num_layers=2), extras(static)
+    plain = model(cell=cell, num_layers=2)
+    state = module.state_dict()
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    source, lengths, target = batch()
+    memory, hidden = plain.encoder(source, lengths)
+    assert module.encoder.extra is not None
+    z = given["source_extra"]
+    expected = module.encoder.extra(memory, z)
+    expected[torch.arange(5).unsqueeze(1) >= lengths] = 0
+    found, last = module.encoder(source, lengths, z)
+    h, expected_h = (found[0] if cell == "lstm" else found for found in (last, hidden))
+    end = z if static else torch.stack([z[n - 1, row] for row, n in enumerate(lengths)])
+    top = module.encoder.extra(expected_h[1:], end)
+    assert_close(
+        {"memory": found, "bottom": h[:1], "top": h[1:]},
+        {"memory": expected, "bottom": expected_h[:1], "top": top},
+    )
+    if cell == "lstm":
+        assert_close({"c": last[1]}, {"c": hidden[1]})
+    _, decoded = plain.decoder(target, found, lengths=lengths, state=(last, None))
+    assert module.decoder.extra is not None
+    read = module.decoder.extra(decoded.output, given["target_extra"])
+    logits = plain.decoder.output(read).transpose(0, 1)
+    assert_close({"logits": module(source, lengths, target, **given)}, {"logits": logits})
+
+
+def test_at_the_input_it_enters_the_embeddings() -> None:
+    module, given = model(**BOTH, extra_place="input", extra_mode="add"), extras(static=True)
+    source, lengths, target = batch()
+    expected = module(source, lengths, target, **given)
+    # The same numbers, put into the tables of a model that is told nothing.
+    for row in range(3):
+        plain = model()
+        state = module.state_dict()
+        plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+        with torch.no_grad():
+            for side, part in (("source", module.encoder), ("target", module.decoder)):
+                assert part.extra is not None
+                shift = given[f"{side}_extra"][row] @ part.extra.weight.T
+                plain.embeddings()[side].weight.add_(shift)
+        here = slice(row, row + 1)
+        logits = plain(source[here], lengths[here], target[here])
+        assert_close({"logits": logits}, {"logits": expected[here]})
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "per-step"])
+@pytest.mark.parametrize("place", EXTRA_PLACES)
+@pytest.mark.parametrize("mode", EXTRA_MODES)
+def test_every_parameter_gets_a_gradient_and_padding_none(
+    mode: str, place: str, static: bool
+) -> None:
+    module = model(**BOTH, extra_mode=mode, extra_place=place, dropout=0.2)
+    source, lengths, target = batch()
+    given = extras(static)
+    if not static:
+        given["source_extra"][torch.arange(5).unsqueeze(1) >= lengths] = torch.nan
+    for z in given.values():
+        z.requires_grad_()
+    module.loss(source, lengths, target, target, **given).backward()
+    inputs = [*module.named_parameters(), *given.items()]
+    for name, value in inputs:
+        assert value.grad is not None, name
+        assert value.grad.isfinite().all(), name
+        assert value.grad.abs().sum() > 0, name
+
+
+def log_prob(
+    module: Seq2Seq, row: int, found: search.Hypothesis, *, source: Tensor, **given: Tensor
+) -> float:
+    """What ``forward`` says of a hypothesis for one row of the batch."""
+    steps = len(found.tokens) + 1
+    own = {
+        name: z[row : row + 1] if z.dim() == 2 else z[:, row : row + 1] for name, z in given.items()
+    }
+    if "target_extra" in own and own["target_extra"].dim() == 3:
+        own["target_extra"] = own["target_extra"][:steps]
+    target = torch.tensor([[START, *found.tokens]])
+    here = slice(row, row + 1)
+    logits = module(source[here], LENGTHS[here], target, **own).log_softmax(-1)[0]
+    total = logits[torch.arange(steps - 1), found.tokens].sum()
+    return (total + logits[-1, STOP] if steps <= STEPS else total).item()
+
+
+SEARCHES: dict[str, SearchOptions] = {
+    "greedy": SearchOptions(max_length=STEPS),
+    "beam": SearchOptions(max_length=STEPS, beam_size=3, n_best=2),
+    "sample": SearchOptions(max_length=STEPS, sample=True, n_best=3),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "output": BOTH,
+    "input": {**BOTH, "extra_place": "input"},
+    "source-only": {"source_extra_size": 2},
+    "target-only": {"target_extra_size": 4},
+    "no-attention": {**BOTH, "score": None, "input_feeding": False},
+    "context": {"context_every_step": True},
+    "context-and-both": {**BOTH, "context_every_step": True, "cell": "gru", "score": None},
+}
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "per-step"])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("how", SEARCHES)
+def test_scores_are_those_of_forward(how: str, kind: str, static: bool) -> None:
+    module = model(**MODELS[kind])
+    source, lengths, _ = batch()
+    # One step more than a search makes, for the <stop> that log_prob looks at.
+    given = {
+        name: z
+        for name, z in extras(static, STEPS + 1).items()
+        if MODELS[kind].get(f"{name}_size") is not None
+    }
+    for row, found in enumerate(module.search(source, lengths, SEARCHES[how], **given)):
+        for hypothesis in found:
+            expected = log_prob(module, row, hypothesis, source=source, **given)
+            assert hypothesis.score == pytest.approx(expected)
+    if how != "greedy":
+        return
+    short = module.generate(source, lengths, max_length=STEPS, **given)
+    stream = list(module.stream(source, lengths, SEARCHES["greedy"], **given))
+    for row, hypothesis in enumerate(short):
+        assert [each.token for each in stream if each.row == row] == hypothesis.tokens
+    beams = module.generate(source, lengths, max_length=STEPS, beam_size=2, **given)
+    assert len(beams) == 3
+    ensemble = Ensemble([module.given(**given)] * 2)
+    same = search.greedy(ensemble, source, lengths, max_length=STEPS)
+    assert [each.tokens for each in same] == [each.tokens for each in short]
+
+
+def test_only_a_decoder_that_is_told_nothing_more_is_fused() -> None:
+    assert model(source_extra_size=2).given(source_extra=double(3, 2)).fused_search() is not None
+    assert model(target_extra_size=2).fused_search() is None
+    assert model(context_every_step=True).fused_search() is None
+
+
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["two-way", "one-way"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_context_is_read_at_every_step(cell: str, bidirectional: bool) -> None:
+    module = model(cell=cell, bidirectional=bidirectional, context_every_step=True, num_layers=2)
+    assert module.decoder.rnn.weight_ih_l0.shape[1] == 6 + 8 + 8  # with input feeding
+    source, lengths, target = batch()
+    memory, hidden = module.encoder(source, lengths)
+    context = (hidden[0] if cell == "lstm" else hidden)[-1]
+    x = module.decoder.embedding(target.t())
+    joined = torch.stack([torch.cat([step, context], 1) for step in x])
+    decoded = module.decoder.rnn(joined, memory, lengths=lengths, state=(hidden, None))
+    expected = module.decoder.output(decoded.output).transpose(0, 1)
+    assert_close({"logits": module(source, lengths, target)}, {"logits": expected})
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "per-step"])
+def test_scheduled_sampling_reads_what_greedy_search_finds(static: bool) -> None:
+    module, given = model(**BOTH, context_every_step=True), extras(static)
+    source, lengths, target = batch()
+    found = module.generate(source, lengths, max_length=STEPS, **given)
+    own = module.scheduled_inputs(source, lengths, target, Sampling(0.0), **given)
+    for row, hypothesis in enumerate(found):
+        tokens = hypothesis.tokens[: STEPS - 1]
+        assert own[row, 1 : len(tokens) + 1].tolist() == tokens
+    loss = module.loss(source, lengths, target, target, sampling=Sampling(0.5), **given)
+    assert loss.isfinite()
+
+
+Call = Callable[[], Any]
+
+
+def call(options: dict[str, Any], **given: Any) -> Any:
+    return model(**options)(*batch(), **given)
+
+
+ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
+    "mode": (lambda: ExtraInformation("gate", 2, 2), ValueError, "extra_mode must be .* 'gate'"),
+    "size": (lambda: ExtraInformation("add", 2, 0), ValueError, "extra_size must be .* got 0"),
+    "hidden": (
+        lambda: ExtraInformation("add", 2, 2, hidden_size=3),
+        ValueError,
+        "extra_hidden_size goes with extra_mode 'mlp', got 'add'",
+    ),
+    "place": (
+        lambda: model(source_extra_size=2, extra_place="state"),
+        ValueError,
+        "extra_place must be one of output, input, got 'state'",
+    ),
+    "missing": (
+        lambda: call(BOTH, source_extra=double(3, 2)),
+        RuntimeError,
+        r"target_extra must be given, \(B, Z\) or \(T, B, Z\) with Z = 4, got None",
+    ),
+    "missing-source": (lambda: call(BOTH), RuntimeError, "source_extra must be given"),
+    "unwanted": (
+        lambda: call({}, target_extra=double(3, 4)),
+        RuntimeError,
+        "target_extra must be left out: this model takes none",
+    ),
+    "rows": (
+        lambda: call({"source_extra_size": 2}, source_extra=double(2, 2)),
+        RuntimeError,
+        r"source_extra must be .*\(B, Z\) = \(3, 2\), got \(2, 2\)",
+    ),
+    "steps": (
+        lambda: call({"target_extra_size": 4}, target_extra=double(STEPS - 1, 3, 4)),
+        RuntimeError,
+        r"target_extra must be \(T, B, Z\) = \(6, 3, 4\), got \(5, 3, 4\)",
+    ),
+    "dtype": (
+        lambda: call({"source_extra_size": 2}, source_extra=torch.zeros(3, 2)),
+        RuntimeError,
+        "source_extra must have the dtype of the weights, torch.float64, got torch.float32",
+    ),
+    "type": (
+        lambda: call({"source_extra_size": 2}, source_extra=[1.0, 2.0]),
+        TypeError,
+        "source_extra must be a tensor, got list of 2",
+    ),
+    "few-steps": (
+        lambda: model(target_extra_size=4).generate(
+            *batch()[:2], max_length=9, target_extra=double(8, 3, 4)
+        ),
+        RuntimeError,
+        "target_extra must have at least max_length = 9 steps, got 8",
+    ),
+    "search-rows": (
+        lambda: model(target_extra_size=4).generate(
+            *batch()[:2], max_length=2, target_extra=double(2, 4)
+        ),
+        RuntimeError,
+        r"target_extra must be .* = \(3, 4\), got \(2, 4\)",
+    ),
+    "search-missing": (
+        lambda: model(target_extra_size=4).generate(*batch()[:2], max_length=2),
+        RuntimeError,
+        "target_extra must be given",
+    ),
+    "context": (
+        lambda: Decoder(9, embedding_size=6, hidden_size=8, score=None, context_size=2)(
+            torch.tensor([[START]]), None
+        ),
+        RuntimeError,
+        r"the context must be \(B, C\) with C = 2, got None",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_say_what_was_expected(case: str) -> None:
+    call, error, match = ERRORS[case]
+    with pytest.raises(error, match=match):
+        call()
