@@ -17,9 +17,10 @@ def scan(
     cell: str,
     reverse: bool,
     keep_every: int,
+    return_states: bool,
     /,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.ops.pyseq.scan``: y, h_n, c_n."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``torch.ops.pyseq.scan``: y, h_n, c_n, c_steps."""
 
 def attend(
     query: Tensor,

@@ -160,7 +160,9 @@ def _reason_against(module: torch.nn.Module, base: Class, target: Class) -> str 
     if any(is_quantized(buffer) for buffer in module.buffers(recurse=False)):
         return "its weights are quantized"
     for name in _options_unknown_to(target, module, base):
-        if name not in _WITHOUT_EFFECT and getattr(module, name) != getattr(base, name):
+        if name[0] == "_" or name in _WITHOUT_EFFECT:
+            continue
+        if getattr(module, name) != getattr(base, name):
             return f"{target.__module__.split('.')[0]} has no {name}"
     return None
 

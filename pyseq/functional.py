@@ -9,15 +9,17 @@ torch and is what these must agree with.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.overrides import has_torch_function_unary
 
-from . import _library as _library  # loads _C, which registers torch.ops.pyseq
 from . import reference
 from . import transforms as transforms  # registers what stands in for the operators there
 from ._checks import autocasts, check_like, check_positive, check_shape, check_tensor
+from ._library import _C  # which registers torch.ops.pyseq
 from ._packed import computing_dtype
 from .errors import SearchError
 from .types import (
@@ -56,6 +58,17 @@ def _beside(name: str, indices: Tensor | None, x: Tensor) -> Tensor | None:
         return None
     check_tensor(name, indices)
     return indices.to(x.device)
+
+
+def _scan_operator(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``torch.ops.pyseq.scan``, past its Python binding where nothing looks on there: a fifth of
+    the time of a small step. The binding also says better what a wrong argument is."""
+    if not is_compiling() and not has_torch_function_unary(x):
+        try:
+            return _C.scan(x, *others)
+        except TypeError:
+            pass
+    return torch.ops.pyseq.scan(x, *others)
 
 
 @overload
@@ -176,8 +189,8 @@ def scan(
     _check_option("cell", cell, GATES)
     if keep_every < 1:
         raise ValueError(f"keep_every must be at least 1, got {keep_every!r}")
-    h_0, c_0 = _h_and_c(state_parts(cell, state))
-    output, h_n, c_n, c_steps = torch.ops.pyseq.scan(
+    h_0, c_0 = (None, None) if state is None else _h_and_c(state_parts(cell, state))
+    output, h_n, c_n, c_steps = _scan_operator(
         x,
         w_ih,
         w_hh,
@@ -186,8 +199,8 @@ def scan(
         w_hr,
         h_0,
         c_0,
-        _beside("lengths", lengths, x),
-        _beside("resets", resets, x),
+        None if lengths is None else _beside("lengths", lengths, x),
+        None if resets is None else _beside("resets", resets, x),
         cell,
         reverse,
         keep_every,

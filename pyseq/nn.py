@@ -242,8 +242,11 @@ def _weights_now(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
     A parameter is found in its dictionary five times faster than by ``getattr``; what stands
     in for one (a parametrization, a pruned or normalised weight) is not in there.
     """
-    parameters = cast(dict[str, Tensor], module._parameters)
-    return [parameters[n] if n in parameters else getattr(module, n) for n in names]
+    parameters: dict[str, Any] = module._parameters
+    try:
+        return [parameters[name] for name in names]
+    except KeyError:
+        return [getattr(module, name) for name in names]
 
 
 class _Recurrent(torch.nn.RNNBase):
@@ -258,6 +261,10 @@ class _Recurrent(torch.nn.RNNBase):
     #: k above 1 keeps only every k-th state for backward; see ``functional.scan``. May be set
     #: at any time.
     keep_every: int = 1
+
+    #: Whether each option that torch.nn does not have is at its default, which is that of the
+    #: class; found anew when one is set.
+    _plain: bool = True
 
     # The options that torch.nn does not have. Their defaults stand here, so that modules pickled
     # before there were such options have them too.
@@ -355,6 +362,10 @@ class _Recurrent(torch.nn.RNNBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         torch.nn.Module.__setattr__(self, name, value)
+        cls = type(self)
+        if hasattr(cls, name) and not name.startswith("_"):
+            options = (each for each in vars(self) if hasattr(cls, each) and each[0] != "_")
+            self._plain = all(getattr(self, each) == getattr(cls, each) for each in options)
 
     def _replicate_for_data_parallel(self) -> _Recurrent:
         return torch.nn.Module._replicate_for_data_parallel(self)
@@ -369,7 +380,8 @@ class _Recurrent(torch.nn.RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise unless ``input`` has this module's dtype, dimensions and input size."""
-        _check_input("input", input, self.weight_ih_l0, self.training)
+        (weight,) = _weights_now(self, ("weight_ih_l0",))
+        _check_input("input", input, weight, self.training)
         expected_dim = 3 if batch_sizes is None else 2
         if input.dim() != expected_dim:
             raise RuntimeError(f"input must have {expected_dim} dimensions, got {input.dim()}")
@@ -447,9 +459,14 @@ class _Recurrent(torch.nn.RNNBase):
         return_states: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Time-major and batched: the output, the last state and those of every step in parts."""
-        if not parts:
-            parts = tuple(part.unsqueeze(1).expand(-1, x.shape[1], -1) for part in self._learned())
         try:
+            plain = self._plain and lengths is None and resets is None and not return_states
+            if plain and len(self._all_weights) == 1:
+                return self._scan_one(x, parts)
+            if not parts:
+                parts = tuple(
+                    part.unsqueeze(1).expand(-1, x.shape[1], -1) for part in self._learned()
+                )
             return _scan_layers(
                 x,
                 self._weights(),
@@ -470,6 +487,17 @@ class _Recurrent(torch.nn.RNNBase):
         except RuntimeError:
             self._explain(x, parts)
             raise
+
+    def _scan_one(
+        self, x: Tensor, parts: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """:meth:`_scan` of a single layer in one direction that does nothing besides. In single
+        steps of small layers the bookkeeping for more would take as long as the operator."""
+        state: State | None = None
+        if parts:
+            state = parts[0][0] if len(parts) == 1 else (parts[0][0], parts[1][0])
+        output, last = functional.scan(x, *self._weights()[0], state, cell=self.cell)
+        return output, tuple([part.unsqueeze(0) for part in state_parts(self.cell, last)]), ()
 
     def forward(
         self,
@@ -532,8 +560,9 @@ class _Recurrent(torch.nn.RNNBase):
                 f"got {dim}D{tensor} instead"
             )
         batched = dim == 3
-        if any(part.dim() != dim for part in parts):
-            self._refuse_state_dim(dim, parts)
+        for part in parts:
+            if part.dim() != dim:
+                self._refuse_state_dim(dim, parts)
         batch_dim = 0 if self.batch_first else 1
         if not batched:
             input = input.unsqueeze(batch_dim)
@@ -546,7 +575,8 @@ class _Recurrent(torch.nn.RNNBase):
                 lengths = lengths.reshape(1)
             resets = None if resets is None else resets.unsqueeze(batch_dim)
         self.check_input(input, None)
-        self._check_state(parts, input.size(batch_dim))
+        if parts:
+            self._check_state(parts, input.size(batch_dim))
 
         if self.batch_first:
             input = input.transpose(0, 1)
@@ -811,7 +841,8 @@ class _Cell(torch.nn.RNNCellBase):
             last = self._step(cell, input.unsqueeze(0), _join_parts(rows) if rows else None)
             return _join_parts(tuple(part.squeeze(0) for part in state_parts(cell, last)))
         w_ih, w_hh, b_ih, b_hh = _weights_now(self, _CELL_WEIGHTS)
-        _check_input("input", input, w_ih, self.training)
+        if input.dtype != w_ih.dtype:
+            _check_input("input", input, w_ih, self.training)
         try:
             return functional.scan(
                 input.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, state=hx, cell=cell

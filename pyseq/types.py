@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -40,13 +40,14 @@ def state_parts(cell: CellName, state: State | None) -> tuple[Tensor, ...]:
     if cell == "lstm":
         if not isinstance(state, (tuple, list)) or len(state) != 2:
             raise ValueError(f"the state of an lstm must be a pair (h, c), got {kind(state)}")
-        for name, part in zip("hc", state, strict=True):
-            if not isinstance(part, Tensor):
-                raise ValueError(
-                    f"the state of an lstm must be a pair of tensors (h, c), got {kind(part)} "
-                    f"for {name}"
-                )
-        return tuple(state)
+        pair: Any = state
+        h, c = pair
+        if isinstance(h, Tensor) and isinstance(c, Tensor):
+            return h, c
+        name, part = ("c", c) if isinstance(h, Tensor) else ("h", h)
+        raise ValueError(
+            f"the state of an lstm must be a pair of tensors (h, c), got {kind(part)} for {name}"
+        )
     if not isinstance(state, Tensor):
         raise ValueError(f"the state of {cell} must be one tensor h, got {kind(state)}")
     return (state,)

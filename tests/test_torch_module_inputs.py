@@ -147,30 +147,7 @@ def test_memory_with_gaps(case: tuple[str, Any]) -> None:
     assert_close(results(ours, *tree_unflatten(floating, spec)), expected)
 
 
-def _twice_differentiable() -> bool:
-    layer, x = nn.RNN(1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
-    try:
-        torch.autograd.grad(grad.sum(), x)
-    except RuntimeError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize(
-    "order",
-    [
-        1,
-        pytest.param(
-            2,
-            marks=pytest.mark.skipif(
-                not _twice_differentiable(), reason="the operators have no second derivative yet"
-            ),
-        ),
-    ],
-    ids=["grad", "gradgrad"],
-)
+@pytest.mark.parametrize("order", [1, 2], ids=["grad", "gradgrad"])
 def test_gradients_by_finite_differences(case: tuple[str, Any], order: int) -> None:
     name, sample = case
     _, ours = twins(name, sample)
