@@ -60,7 +60,7 @@ Tensor if_given(bool present, const Tensor& gradient) { return present ? gradien
 // Says which of the results of a scan are tensors without use, which take no gradient.
 void mark_scan_results(AutogradContext* context, const std::string& cell, bool return_states,
                        const Tensor& c_n, const Tensor& c_steps) {
-  const bool has_c = cell == "lstm";
+  const bool has_c = scan_cell_shape(cell, /*peepholes=*/false).has_cell;
   variable_list without_use;
   if (!has_c) without_use.push_back(c_n);
   if (!has_c || !return_states) without_use.push_back(c_steps);
@@ -74,23 +74,26 @@ OptionalTensor if_used(const c10::IValue& used, const Tensor& gradient) {
   return used.toBool() ? given(gradient) : std::nullopt;
 }
 
+// Takes the arguments of the operator, in its order: `differentiable` finds the gradients by it.
 struct Scan : Function<Scan> {
   static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& w_ih,
                                const Tensor& w_hh, const OptionalTensor& b_ih,
                                const OptionalTensor& b_hh, const OptionalTensor& w_hr,
                                const OptionalTensor& h_0, const OptionalTensor& c_0,
                                const OptionalTensor& lengths, const OptionalTensor& resets,
-                               std::string cell, bool reverse, bool return_states) {
+                               std::string cell, bool reverse, int64_t /*keep_every*/,
+                               bool return_states, const OptionalTensor& w_ch) {
     const bool needs_x = x.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&scan_forward>("pyseq::scan_forward");
-    const auto [y, h_n, c_n, gates, apart, states, cells, inner, c_steps] = op.call(
-        x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse, return_states);
+    const auto [y, h_n, c_n, gates, apart, states, cells, inner, c_steps] =
+        op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
+                return_states, w_ch);
     // The last four only to say which gradients there are, and for a second differentiation.
     context->save_for_backward({x, w_ih, w_hh, or_undefined(w_hr), or_undefined(lengths),
                                 or_undefined(resets), gates, apart, states, cells, inner,
-                                or_undefined(b_ih), or_undefined(b_hh), or_undefined(h_0),
-                                or_undefined(c_0)});
+                                or_undefined(w_ch), or_undefined(b_ih), or_undefined(b_hh),
+                                or_undefined(h_0), or_undefined(c_0)});
     auto& options = context->saved_data;
     options["cell"] = cell;
     options["reverse"] = reverse;
@@ -104,32 +107,34 @@ struct Scan : Function<Scan> {
     const variable_list saved = context->get_saved_variables();
     auto& options = context->saved_data;
     const OptionalTensor w_hr = given(saved[3]);
-    variable_list result(13);
+    variable_list result(15);
     {
       const at::NoGradGuard constant;
       static const auto op = find_operator<&scan_backward>("pyseq::scan_backward");
-      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0] =
-          op.call(given(d[0]), given(d[1]), if_used(options["has_c"], d[2]), saved[0], saved[1],
-                  saved[2], w_hr, given(saved[4]), given(saved[5]), saved[6], saved[7], saved[8],
-                  saved[9], saved[10], options["cell"].toStringView(), options["reverse"].toBool(),
-                  options["needs_x"].toBool(), if_used(options["has_c_steps"], d[3]));
+      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch] = op.call(
+          given(d[0]), given(d[1]), if_used(options["has_c"], d[2]), saved[0], saved[1], saved[2],
+          w_hr, given(saved[4]), given(saved[5]), saved[6], saved[7], saved[8], saved[9], saved[10],
+          options["cell"].toStringView(), options["reverse"].toBool(), options["needs_x"].toBool(),
+          if_used(options["has_c_steps"], d[3]), given(saved[11]));
       result[0] = if_given(options["needs_x"].toBool(), d_x);
       result[1] = d_w_ih;
       result[2] = d_w_hh;
-      result[3] = if_given(saved[11].defined(), d_b_ih);
-      result[4] = if_given(saved[12].defined(), d_b_hh);
+      result[3] = if_given(saved[12].defined(), d_b_ih);
+      result[4] = if_given(saved[13].defined(), d_b_hh);
       result[5] = if_given(w_hr.has_value(), d_w_hr);
-      result[6] = if_given(saved[13].defined(), d_h_0);
-      result[7] = if_given(saved[14].defined(), d_c_0);
+      result[6] = if_given(saved[14].defined(), d_h_0);
+      result[7] = if_given(saved[15].defined(), d_c_0);
+      result[14] = if_given(saved[11].defined(), d_w_ch);
     }
     return differentiable("scan", std::move(result), d, [&] {
       return torch::jit::Stack{saved[0],         saved[1],
-                               saved[2],         given(saved[11]),
-                               given(saved[12]), w_hr,
-                               given(saved[13]), given(saved[14]),
+                               saved[2],         given(saved[12]),
+                               given(saved[13]), w_hr,
+                               given(saved[14]), given(saved[15]),
                                given(saved[4]),  given(saved[5]),
                                options["cell"],  options["reverse"],
-                               int64_t{1},       options["has_c_steps"]};
+                               int64_t{1},       options["has_c_steps"],
+                               given(saved[11])};
     });
   }
 };
@@ -141,17 +146,18 @@ struct ScanKeeping : Function<ScanKeeping> {
                                const OptionalTensor& h_0, const OptionalTensor& c_0,
                                const OptionalTensor& lengths, const OptionalTensor& resets,
                                std::string cell, bool reverse, int64_t keep_every,
-                               bool return_states) {
+                               bool return_states, const OptionalTensor& w_ch) {
     const bool needs_x = x.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&scan_kept_forward>("pyseq::scan_kept_forward");
     const auto [y, h_n, c_n, h_kept, c_kept, c_steps] =
         op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
-                keep_every, return_states);
+                keep_every, return_states, w_ch);
     // The last two only to say which gradients there are, and for a second differentiation.
     context->save_for_backward({x, w_ih, w_hh, or_undefined(b_ih), or_undefined(b_hh),
                                 or_undefined(w_hr), or_undefined(lengths), or_undefined(resets),
-                                h_kept, c_kept, or_undefined(h_0), or_undefined(c_0)});
+                                h_kept, c_kept, or_undefined(w_ch), or_undefined(h_0),
+                                or_undefined(c_0)});
     auto& options = context->saved_data;
     options["cell"] = cell;
     options["reverse"] = reverse;
@@ -165,24 +171,25 @@ struct ScanKeeping : Function<ScanKeeping> {
   static variable_list backward(AutogradContext* context, variable_list d) {
     const variable_list saved = context->get_saved_variables();
     auto& options = context->saved_data;
-    variable_list result(14);
+    variable_list result(15);
     {
       const at::NoGradGuard constant;
       static const auto op = find_operator<&scan_kept_backward>("pyseq::scan_kept_backward");
-      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0] =
-          op.call(given(d[0]), given(d[1]), if_used(options["has_c"], d[2]), saved[0], saved[1],
-                  saved[2], given(saved[3]), given(saved[4]), given(saved[5]), given(saved[6]),
-                  given(saved[7]), saved[8], saved[9], options["cell"].toStringView(),
-                  options["reverse"].toBool(), options["keep_every"].toInt(),
-                  options["needs_x"].toBool(), if_used(options["has_c_steps"], d[3]));
+      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch] = op.call(
+          given(d[0]), given(d[1]), if_used(options["has_c"], d[2]), saved[0], saved[1], saved[2],
+          given(saved[3]), given(saved[4]), given(saved[5]), given(saved[6]), given(saved[7]),
+          saved[8], saved[9], options["cell"].toStringView(), options["reverse"].toBool(),
+          options["keep_every"].toInt(), options["needs_x"].toBool(),
+          if_used(options["has_c_steps"], d[3]), given(saved[10]));
       result[0] = if_given(options["needs_x"].toBool(), d_x);
       result[1] = d_w_ih;
       result[2] = d_w_hh;
       result[3] = if_given(saved[3].defined(), d_b_ih);
       result[4] = if_given(saved[4].defined(), d_b_hh);
       result[5] = if_given(saved[5].defined(), d_w_hr);
-      result[6] = if_given(saved[10].defined(), d_h_0);
-      result[7] = if_given(saved[11].defined(), d_c_0);
+      result[6] = if_given(saved[11].defined(), d_h_0);
+      result[7] = if_given(saved[12].defined(), d_c_0);
+      result[14] = if_given(saved[10].defined(), d_w_ch);
     }
     return differentiable("scan", std::move(result), d, [&] {
       return torch::jit::Stack{saved[0],
@@ -191,14 +198,15 @@ struct ScanKeeping : Function<ScanKeeping> {
                                given(saved[3]),
                                given(saved[4]),
                                given(saved[5]),
-                               given(saved[10]),
                                given(saved[11]),
+                               given(saved[12]),
                                given(saved[6]),
                                given(saved[7]),
                                options["cell"],
                                options["reverse"],
                                options["keep_every"],
-                               options["has_c_steps"]};
+                               options["has_c_steps"],
+                               given(saved[10])};
     });
   }
 };
@@ -428,26 +436,26 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
                 const OptionalTensor& b_hh, const OptionalTensor& w_hr, const OptionalTensor& h_0,
                 const OptionalTensor& c_0, const OptionalTensor& lengths,
                 const OptionalTensor& resets, std::string_view cell, bool reverse,
-                int64_t keep_every, bool return_states) {
+                int64_t keep_every, bool return_states, const OptionalTensor& w_ch) {
   const OptionalTensor x_(x), w_ih_(w_ih), w_hh_(w_hh);
-  if (!needs_grad("scan", {&x_, &w_ih_, &w_hh_, &b_ih, &b_hh, &w_hr, &h_0, &c_0})) {
+  if (!needs_grad("scan", {&x_, &w_ih_, &w_hh_, &b_ih, &b_hh, &w_hr, &h_0, &c_0, &w_ch})) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::scan>("pyseq::scan");
     return op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
-                   keep_every, return_states);
+                   keep_every, return_states, w_ch);
   }
   check_differentiable(w_hh);
   if (is_transformed()) {
     static const auto reference = find_operator<&pyseq::scan>("pyseq::scan_reference");
     return reference.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
-                          keep_every, return_states);
+                          keep_every, return_states, w_ch);
   }
   const std::string name(cell);
   const variable_list result =
       keep_every == 1 ? Scan::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets,
-                                    name, reverse, return_states)
+                                    name, reverse, keep_every, return_states, w_ch)
                       : ScanKeeping::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths,
-                                           resets, name, reverse, keep_every, return_states);
+                                           resets, name, reverse, keep_every, return_states, w_ch);
   return {result[0], result[1], result[2], result[3]};
 }
 

@@ -21,32 +21,35 @@ TORCH_LIBRARY(pyseq, m) {
   m.def(
       "scan(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
       "Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, bool reverse, "
-      "int keep_every=1, bool return_states=False) -> (Tensor y, Tensor h_n, Tensor c_n, "
-      "Tensor c_steps)");
+      "int keep_every=1, bool return_states=False, Tensor? w_ch=None) -> (Tensor y, Tensor h_n, "
+      "Tensor c_n, Tensor c_steps)");
   m.def(
       "scan_kept_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor? w_hr, Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, "
-      "bool reverse, int keep_every, bool return_states=False) -> (Tensor y, Tensor h_n, "
-      "Tensor c_n, Tensor h_kept, Tensor c_kept, Tensor c_steps)");
+      "bool reverse, int keep_every, bool return_states=False, Tensor? w_ch=None) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n, Tensor h_kept, Tensor c_kept, Tensor c_steps)");
   m.def(
       "scan_kept_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor w_ih, "
       "Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? lengths, Tensor? resets, "
       "Tensor h_kept, Tensor c_kept, str cell, bool reverse, int keep_every, bool needs_x, "
-      "Tensor? d_c_steps=None) -> (Tensor d_x, Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor "
+      "Tensor? d_c_steps=None, Tensor? w_ch=None) -> (Tensor d_x, Tensor d_w_ih, Tensor d_w_hh, "
+      "Tensor d_b_ih, Tensor "
       "d_b_hh, Tensor d_w_hr, "
-      "Tensor d_h_0, Tensor d_c_0)");
+      "Tensor d_h_0, Tensor d_c_0, Tensor d_w_ch)");
   m.def(
       "scan_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor? w_hr, Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, "
-      "bool reverse, bool return_states=False) -> (Tensor y, Tensor h_n, Tensor c_n, "
+      "bool reverse, bool return_states=False, Tensor? w_ch=None) -> (Tensor y, Tensor h_n, "
+      "Tensor c_n, "
       "Tensor gates, Tensor apart, Tensor states, Tensor cells, Tensor inner, Tensor c_steps)");
   m.def(
       "scan_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor w_ih, "
       "Tensor w_hh, Tensor? w_hr, Tensor? lengths, Tensor? resets, Tensor gates, Tensor apart, "
       "Tensor states, Tensor cells, Tensor inner, str cell, bool reverse, bool needs_x, "
-      "Tensor? d_c_steps=None) -> (Tensor d_x, Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor "
+      "Tensor? d_c_steps=None, Tensor? w_ch=None) -> (Tensor d_x, Tensor d_w_ih, Tensor d_w_hh, "
+      "Tensor d_b_ih, Tensor "
       "d_b_hh, Tensor d_w_hr, "
-      "Tensor d_h_0, Tensor d_c_0)");
+      "Tensor d_h_0, Tensor d_c_0, Tensor d_w_ch)");
   m.def(
       "attend(Tensor query, Tensor keys, Tensor memory, Tensor? weight_v, Tensor? lengths, "
       "str score, Tensor? positions=None, int window=0, int heads=1) -> "

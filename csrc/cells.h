@@ -18,27 +18,33 @@ namespace pyseq {
 //                      recurrent part of a gate must stay apart from the input part;
 //   recurrent_slot(g)  the sum that the recurrent product of gate g adds to (the input
 //                      product of gate g always adds to sum g);
-//   kHasCell           whether there is a c beside h;
-//   forward            pre: in the sums, out what backward needs; h, c: in t-1, out t;
+//   kRecurrent         whether there is a recurrent product at all;
+//   kStates            numbers that a unit hands on beside h: none, or c;
+//   kUnitWeights       weights of the unit itself, that multiply nothing but its own states;
+//   forward            pre: in the sums, out what backward needs; w: the unit's own weights;
+//                      h, c: in t-1, out t;
 //   backward           dh, dc: in the gradients of h_t, c_t, out the parts of those of
-//                      h_{t-1}, c_{t-1} that do not pass through the weights; d_pre: out,
-//                      the gradients of the sums.
+//                      h_{t-1}, c_{t-1} that do not pass through the recurrent product; d_pre,
+//                      d_w: out, the gradients of the sums and of the unit's own weights.
 
 template <bool Relu>
 struct RnnCell {
   static constexpr int kGates = 1;
   static constexpr int kPre = 1;
-  static constexpr bool kHasCell = false;
+  static constexpr bool kRecurrent = true;
+  static constexpr int kStates = 0;
+  static constexpr int kUnitWeights = 0;
   static PYSEQ_INLINE constexpr int recurrent_slot(int gate) { return gate; }
 
   template <class M, class V>
-  static PYSEQ_INLINE void forward(V (&pre)[kPre], V& h, V&) {
+  static PYSEQ_INLINE void forward(V (&pre)[kPre], const V*, V& h, V*) {
     pre[0] = Relu ? M::relu(pre[0]) : M::tanh(pre[0]);
     h = pre[0];
   }
 
   template <class M, class V>
-  static PYSEQ_INLINE void backward(const V (&saved)[kPre], V, V, V& dh, V&, V (&d_pre)[kPre]) {
+  static PYSEQ_INLINE void backward(const V (&saved)[kPre], const V*, V, const V*, V& dh, V*,
+                                    V (&d_pre)[kPre], V*) {
     d_pre[0] = Relu ? M::where_positive(saved[0], dh) : dh * (1 - saved[0] * saved[0]);
     dh = M::zero();
   }
@@ -47,16 +53,47 @@ struct RnnCell {
 using RnnTanh = RnnCell<false>;
 using RnnRelu = RnnCell<true>;
 
+// Units that see no state but their own (Li et al. 2018): h' = relu(x + w h), or tanh.
+template <bool Relu>
+struct IndRnnCell {
+  static constexpr int kGates = 1;
+  static constexpr int kPre = 1;
+  static constexpr bool kRecurrent = false;
+  static constexpr int kStates = 0;
+  static constexpr int kUnitWeights = 1;
+  static PYSEQ_INLINE constexpr int recurrent_slot(int gate) { return gate; }
+
+  template <class M, class V>
+  static PYSEQ_INLINE void forward(V (&pre)[kPre], const V* w, V& h, V*) {
+    const V sum = pre[0] + w[0] * h;
+    pre[0] = Relu ? M::relu(sum) : M::tanh(sum);
+    h = pre[0];
+  }
+
+  template <class M, class V>
+  static PYSEQ_INLINE void backward(const V (&saved)[kPre], const V* w, V h_prev, const V*, V& dh,
+                                    V*, V (&d_pre)[kPre], V* d_w) {
+    d_pre[0] = Relu ? M::where_positive(saved[0], dh) : dh * (1 - saved[0] * saved[0]);
+    d_w[0] = d_pre[0] * h_prev;
+    dh = d_pre[0] * w[0];
+  }
+};
+
+using IndRnnTanh = IndRnnCell<false>;
+using IndRnnRelu = IndRnnCell<true>;
+
 // The reset gate multiplies the recurrent part of the candidate only, after the product
 // (cuDNN's form): h' = (1 - z) n + z h with n = tanh(x_n + r * r_n).
 struct Gru {
   static constexpr int kGates = 3;
   static constexpr int kPre = 4;
-  static constexpr bool kHasCell = false;
+  static constexpr bool kRecurrent = true;
+  static constexpr int kStates = 0;
+  static constexpr int kUnitWeights = 0;
   static PYSEQ_INLINE constexpr int recurrent_slot(int gate) { return gate == 2 ? 3 : gate; }
 
   template <class M, class V>
-  static PYSEQ_INLINE void forward(V (&pre)[kPre], V& h, V&) {
+  static PYSEQ_INLINE void forward(V (&pre)[kPre], const V*, V& h, V*) {
     const V r = M::sigmoid(pre[0]);
     const V z = M::sigmoid(pre[1]);
     const V n = M::tanh(pre[2] + r * pre[3]);
@@ -67,8 +104,8 @@ struct Gru {
   }
 
   template <class M, class V>
-  static PYSEQ_INLINE void backward(const V (&saved)[kPre], V h_prev, V, V& dh, V&,
-                                    V (&d_pre)[kPre]) {
+  static PYSEQ_INLINE void backward(const V (&saved)[kPre], const V*, V h_prev, const V*, V& dh, V*,
+                                    V (&d_pre)[kPre], V*) {
     const V r = saved[0], z = saved[1], n = saved[2], r_n = saved[3];
     const V d_candidate = dh * (1 - z) * (1 - n * n);
     d_pre[0] = d_candidate * r_n * r * (1 - r);
@@ -79,37 +116,58 @@ struct Gru {
   }
 };
 
-struct Lstm {
+// With peepholes (Gers & Schmidhuber 2000) the gates see c as well: i and f that before the
+// step, o that after it. The unit's own weights are those of i, f, o.
+template <bool Peepholes>
+struct LstmCell {
   static constexpr int kGates = 4;
   static constexpr int kPre = 4;
-  static constexpr bool kHasCell = true;
+  static constexpr bool kRecurrent = true;
+  static constexpr int kStates = 1;
+  static constexpr int kUnitWeights = Peepholes ? 3 : 0;
   static PYSEQ_INLINE constexpr int recurrent_slot(int gate) { return gate; }
 
   template <class M, class V>
-  static PYSEQ_INLINE void forward(V (&pre)[kPre], V& h, V& c) {
+  static PYSEQ_INLINE void forward(V (&pre)[kPre], const V* w, V& h, V* c) {
+    if constexpr (Peepholes) {
+      pre[0] += w[0] * c[0];
+      pre[1] += w[1] * c[0];
+    }
     pre[0] = M::sigmoid(pre[0]);
     pre[1] = M::sigmoid(pre[1]);
     pre[2] = M::tanh(pre[2]);
+    c[0] = pre[1] * c[0] + pre[0] * pre[2];
+    if constexpr (Peepholes) pre[3] += w[2] * c[0];
     pre[3] = M::sigmoid(pre[3]);
-    c = pre[1] * c + pre[0] * pre[2];
-    h = pre[3] * M::tanh(c);
+    h = pre[3] * M::tanh(c[0]);
   }
 
   // c_t is computed again from c_{t-1}: a state buffer in which some steps were reset
   // holds what the next step starts from, not what this step gave.
   template <class M, class V>
-  static PYSEQ_INLINE void backward(const V (&saved)[kPre], V, V c_prev, V& dh, V& dc,
-                                    V (&d_pre)[kPre]) {
+  static PYSEQ_INLINE void backward(const V (&saved)[kPre], const V* w, V, const V* c_prev, V& dh,
+                                    V* dc, V (&d_pre)[kPre], V* d_w) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const V tanh_c = M::tanh(f * c_prev + i * g);
-    dc = dc + dh * o * (1 - tanh_c * tanh_c);
-    d_pre[0] = dc * g * i * (1 - i);
-    d_pre[1] = dc * c_prev * f * (1 - f);
-    d_pre[2] = dc * i * (1 - g * g);
+    const V c = f * c_prev[0] + i * g;
+    const V tanh_c = M::tanh(c);
     d_pre[3] = dh * tanh_c * o * (1 - o);
-    dc = dc * f;
+    V d = dc[0] + dh * o * (1 - tanh_c * tanh_c);
+    if constexpr (Peepholes) d += d_pre[3] * w[2];
+    d_pre[0] = d * g * i * (1 - i);
+    d_pre[1] = d * c_prev[0] * f * (1 - f);
+    d_pre[2] = d * i * (1 - g * g);
+    dc[0] = d * f;
+    if constexpr (Peepholes) {
+      dc[0] += d_pre[0] * w[0] + d_pre[1] * w[1];
+      d_w[0] = d_pre[0] * c_prev[0];
+      d_w[1] = d_pre[1] * c_prev[0];
+      d_w[2] = d_pre[3] * c;
+    }
     dh = M::zero();
   }
 };
+
+using Lstm = LstmCell<false>;
+using LstmPeephole = LstmCell<true>;
 
 }  // namespace pyseq

@@ -23,16 +23,39 @@ using cpu::CellKind;
 struct CellShape {
   CellKind kind;
   int64_t gates;
-  bool has_cell;   // a c beside h
-  bool has_apart;  // the recurrent part of the last gate stays apart
+  int64_t states = 0;        // numbers that a unit hands on beside h
+  bool has_apart = false;    // the recurrent part of the last gate stays apart
+  int64_t unit_weights = 0;  // weights of a unit itself
+  bool recurrent = true;     // a matrix multiplies the state
+  bool has_cell = states > 0;
 };
 
+// The cells that decoders take.
+inline std::optional<CellShape> decoder_cell(std::string_view name) {
+  if (name == "lstm") return CellShape{CellKind::kLstm, 4, 1};
+  if (name == "gru") return CellShape{CellKind::kGru, 3, 0, true};
+  if (name == "rnn_tanh") return CellShape{CellKind::kRnnTanh, 1};
+  if (name == "rnn_relu") return CellShape{CellKind::kRnnRelu, 1};
+  return std::nullopt;
+}
+
 inline CellShape cell_shape(std::string_view name) {
-  if (name == "lstm") return {CellKind::kLstm, 4, true, false};
-  if (name == "gru") return {CellKind::kGru, 3, false, true};
-  if (name == "rnn_tanh") return {CellKind::kRnnTanh, 1, false, false};
-  if (name == "rnn_relu") return {CellKind::kRnnRelu, 1, false, false};
-  TORCH_CHECK_VALUE(false, "cell must be one of rnn_tanh, rnn_relu, gru, lstm, got ", name);
+  const std::optional<CellShape> cell = decoder_cell(name);
+  TORCH_CHECK_VALUE(cell.has_value(), "cell must be one of rnn_tanh, rnn_relu, gru, lstm, got ",
+                    name);
+  return *cell;
+}
+
+// The cells of a scan: those and more.
+inline CellShape scan_cell_shape(std::string_view name, bool peepholes) {
+  if (name == "lstm" && peepholes) return {CellKind::kLstmPeephole, 4, 1, false, 3};
+  if (name == "indrnn_tanh") return {CellKind::kIndRnnTanh, 1, 0, false, 1, false};
+  if (name == "indrnn_relu") return {CellKind::kIndRnnRelu, 1, 0, false, 1, false};
+  const std::optional<CellShape> cell = decoder_cell(name);
+  TORCH_CHECK_VALUE(
+      cell.has_value(),
+      "cell must be one of rnn_tanh, rnn_relu, gru, lstm, indrnn_tanh, indrnn_relu, got ", name);
+  return *cell;
 }
 
 inline bool is_additive(std::string_view score) {

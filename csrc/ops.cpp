@@ -94,12 +94,16 @@ struct ScanShape {
 ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                      const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                      const OptionalTensor& w_hr, const OptionalTensor& h_0,
-                     const OptionalTensor& c_0, const OptionalTensor& resets,
-                     std::string_view name) {
-  const CellShape cell = cell_shape(name);
+                     const OptionalTensor& c_0, const OptionalTensor& resets, std::string_view name,
+                     const OptionalTensor& w_ch) {
+  const CellShape cell = scan_cell_shape(name, w_ch.has_value());
   check_floating(x, "x");
   check_dim(x, "x", 3, "(T, B, I)");
-  check_dim(w_hh, "w_hh", 2, "(G*H, P)");
+  if (cell.recurrent) {
+    check_dim(w_hh, "w_hh", 2, "(G*H, P)");
+  } else {
+    check_dim(w_hh, "w_hh", 1, "(H,)");
+  }
   const int64_t steps = x.size(0), batch = x.size(1), input = x.size(2);
   TORCH_CHECK(steps > 0, "x must be (T, B, I) with T at least 1, got ", shape_text(x.sizes()));
   TORCH_CHECK(w_hh.size(0) > 0 && w_hh.size(0) % cell.gates == 0, "w_hh must be (G*H, P) with ",
@@ -107,12 +111,18 @@ ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const int64_t hidden = w_hh.size(0) / cell.gates;
   const bool projects = w_hr.has_value();
   TORCH_CHECK_VALUE(!projects || name == "lstm", "w_hr goes with cell lstm, got ", name);
+  TORCH_CHECK_VALUE(!w_ch.has_value() || name == "lstm", "w_ch goes with cell lstm, got ", name);
   if (projects) check_dim(*w_hr, "w_hr", 2, "(P, H)");
   const int64_t state_size = projects ? w_hr->size(0) : hidden;
   TORCH_CHECK(state_size > 0, "w_hr must be (P, H) with P at least 1, got ",
               shape_text(w_hr.value_or(w_hh).sizes()));
   const int64_t rows = cell.gates * hidden;
-  check_weight(w_hh, "w_hh", "(G*H, P)", rows, cell.gates, {state_size}, x, "x");
+  if (cell.recurrent) {
+    check_weight(w_hh, "w_hh", "(G*H, P)", rows, cell.gates, {state_size}, x, "x");
+  } else {
+    check_tensor(w_hh, "w_hh", "(H,)", {hidden}, x, "x");
+  }
+  check_tensor(w_ch, "w_ch", "(3*H,)", {cell.unit_weights * hidden}, x, "x");
   check_weight(w_ih, "w_ih", "(G*H, I)", rows, cell.gates, {input}, x, "x");
   check_same_kind(w_ih, "w_ih", w_hh, "w_hh");
   check_tensor(b_ih, "b_ih", "(G*H,)", {rows}, x, "x");
@@ -122,7 +132,7 @@ ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
     check_same_kind(*w_hr, "w_hr", w_hh, "w_hh");
   }
   check_tensor(h_0, "h_0", "(B, P)", {batch, state_size}, x, "x");
-  check_tensor(c_0, "c_0", "(B, H)", {batch, hidden}, x, "x");
+  check_tensor(c_0, "c_0", "(B, H)", {batch, cell.states * hidden}, x, "x");
   if (resets.has_value()) {
     TORCH_CHECK(resets->scalar_type() == at::kBool, "resets must be bool, got ",
                 resets->scalar_type());
@@ -142,17 +152,24 @@ Tensor first_state(const OptionalTensor& initial, const Tensor& like, int64_t sl
   return states;
 }
 
+// The weights of the units themselves, (U*H,).
+OptionalTensor own_weights(const CellShape& cell, const Tensor& w_hh, const OptionalTensor& w_ch) {
+  return cell.recurrent ? contiguous(w_ch) : OptionalTensor(w_hh);
+}
+
 ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                    const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                    const OptionalTensor& w_hr_in, const OptionalTensor& h_0,
                    const OptionalTensor& c_0, const OptionalTensor& lengths_in,
                    const OptionalTensor& resets_in, std::string_view name, bool reverse, bool save,
-                   bool return_states) {
-  const ScanShape shape = check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr_in, h_0, c_0, resets_in, name);
+                   bool return_states, const OptionalTensor& w_ch) {
+  const ScanShape shape =
+      check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr_in, h_0, c_0, resets_in, name, w_ch);
   const auto& [cell, T_, B, I, H, P, projects] = shape;
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
   const Tensor w_hh_rows = w_hh.contiguous();
+  const OptionalTensor unit_weights = own_weights(cell, w_hh_rows, w_ch);
   const Bias bias = fold_bias(b_ih, b_hh, cell, H);
 
   if (save) check_differentiable(w_hh);
@@ -171,12 +188,12 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   }
   const Tensor states = first_state(h_0, x, slots, first, B, P, cleared);
   const Tensor cells =
-      cell.has_cell ? first_state(c_0, x, slots, first, B, H, cleared) : nothing(x);
+      cell.has_cell ? first_state(c_0, x, slots, first, B, cell.states * H, cleared) : nothing(x);
   const Tensor apart = save && cell.has_apart ? fresh({T_, B, H}, x) : nothing(x);
   const Tensor inner = projects ? fresh({save ? T_ : 1, B, H}, x) : nothing(x);
   const Tensor y = fresh({T_, B, P}, x);
   const bool keeps_c = return_states && cell.has_cell;
-  const Tensor c_steps = keeps_c ? fresh({T_, B, H}, x) : nothing(x);
+  const Tensor c_steps = keeps_c ? fresh({T_, B, cell.states * H}, x) : nothing(x);
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan", [&] {
     cpu::kernels<scalar_t>().scan_forward({
@@ -192,7 +209,7 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
         .x = x_rows.const_data_ptr<scalar_t>(),
         .w_ih = reads_input ? w_ih_rows.const_data_ptr<scalar_t>() : nullptr,
         .bias = data<scalar_t>(bias.sum),
-        .w_hh = values<scalar_t>(w_hh_rows),
+        .w_hh = cell.recurrent ? values<scalar_t>(w_hh_rows) : nullptr,
         .w_hr = values<scalar_t>(w_hr),
         .quantized_hh = quantized(w_hh_rows),
         .quantized_hr = quantized(w_hr),
@@ -206,6 +223,7 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
         .inner = data_or_null<scalar_t>(inner, projects),
         .y = y.data_ptr<scalar_t>(),
         .c_steps = data_or_null<scalar_t>(c_steps, keeps_c),
+        .unit_weights = data<scalar_t>(unit_weights),
     });
   });
   return {y,
@@ -225,22 +243,22 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
                 const OptionalTensor& b_hh, const OptionalTensor& w_hr, const OptionalTensor& h_0,
                 const OptionalTensor& c_0, const OptionalTensor& lengths,
                 const OptionalTensor& resets, std::string_view cell, bool reverse,
-                int64_t /*keep_every*/, bool return_states) {
+                int64_t /*keep_every*/, bool return_states, const OptionalTensor& w_ch) {
   // With few rows the input is multiplied ahead. Of a long sequence a stretch at a time, so that
   // what is written is read again from the cache.
   constexpr int64_t kAhead = 1 << 19, kLeast = 64;  // numbers; steps
-  if (x.dim() == 3 && w_hh.dim() == 2 && x.size(1) < cpu::kRowsToReadInput) {
+  if (x.dim() == 3 && w_hh.dim() > 0 && x.size(1) < cpu::kRowsToReadInput) {
     const int64_t stretch =
         std::max(kLeast, kAhead / std::max<int64_t>(1, x.size(1) * w_hh.size(0)));
     if (x.size(0) > 2 * stretch) {
       const auto [y, h_n, c_n, h_kept, c_kept, c_steps] =
           scan_kept_forward(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell,
-                            reverse, stretch, return_states);
+                            reverse, stretch, return_states, w_ch);
       return {y, h_n, c_n, c_steps};
     }
   }
   const ScanSaved all = run_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell,
-                                 reverse, /*save=*/false, return_states);
+                                 reverse, /*save=*/false, return_states, w_ch);
   return {std::get<0>(all), std::get<1>(all), std::get<2>(all), std::get<8>(all)};
 }
 
@@ -249,9 +267,9 @@ ScanSaved scan_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
                        const OptionalTensor& c_0, const OptionalTensor& lengths,
                        const OptionalTensor& resets, std::string_view cell, bool reverse,
-                       bool return_states) {
+                       bool return_states, const OptionalTensor& w_ch) {
   return run_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
-                  /*save=*/true, return_states);
+                  /*save=*/true, return_states, w_ch);
 }
 
 ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
@@ -260,22 +278,24 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
                             const OptionalTensor& lengths_in, const OptionalTensor& resets_in,
                             const Tensor& gates_in, const Tensor& apart_in, const Tensor& states_in,
                             const Tensor& cells_in, const Tensor& inner_in, std::string_view name,
-                            bool reverse, bool needs_x, const OptionalTensor& d_c_steps_in) {
-  const ScanShape shape =
-      check_scan(x, w_ih, w_hh, std::nullopt, std::nullopt, w_hr_in, d_h_n, d_c_n, resets_in, name);
+                            bool reverse, bool needs_x, const OptionalTensor& d_c_steps_in,
+                            const OptionalTensor& w_ch) {
+  const ScanShape shape = check_scan(x, w_ih, w_hh, std::nullopt, std::nullopt, w_hr_in, d_h_n,
+                                     d_c_n, resets_in, name, w_ch);
   const auto& [cell, T_, B, I, H, P, projects] = shape;
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
   const Tensor w_hh_rows = w_hh.contiguous();
-  const int64_t rows = cell.gates * H;
-  const std::vector<int64_t> none{0}, steps_hidden{T_, B, H}, slots_hidden{T_ + 1, B, H};
+  const OptionalTensor unit_weights = own_weights(cell, w_hh_rows, w_ch);
+  const int64_t rows = cell.gates * H, cell_size = cell.states * H;
+  const std::vector<int64_t> none{0}, steps_hidden{T_, B, H}, slots_cells{T_ + 1, B, cell_size};
   const Tensor gates = check_saved(gates_in, "gates", {T_, B, rows}, x);
   const Tensor apart = check_saved(apart_in, "apart", cell.has_apart ? steps_hidden : none, x);
   const Tensor states = check_saved(states_in, "states", {T_ + 1, B, P}, x);
-  const Tensor cells = check_saved(cells_in, "cells", cell.has_cell ? slots_hidden : none, x);
+  const Tensor cells = check_saved(cells_in, "cells", cell.has_cell ? slots_cells : none, x);
   const Tensor inner = check_saved(inner_in, "inner", projects ? steps_hidden : none, x);
   check_tensor(d_y, "d_y", "(T, B, P)", {T_, B, P}, x, "x");
-  check_tensor(d_c_steps_in, "d_c_steps", "(T, B, H)", {T_, B, H}, x, "x");
+  check_tensor(d_c_steps_in, "d_c_steps", "(T, B, H)", {T_, B, cell_size}, x, "x");
   const OptionalTensor d_c_steps = contiguous(d_c_steps_in);
 
   const Tensor d_output = d_y.has_value() ? d_y->contiguous() : at::zeros({T_, B, P}, x.options());
@@ -283,15 +303,17 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
   d_h_n.has_value() ? d_h.copy_(*d_h_n) : d_h.zero_();
   Tensor d_c = nothing(x);
   if (cell.has_cell) {
-    d_c = fresh({B, H}, x);
+    d_c = fresh({B, cell_size}, x);
     d_c_n.has_value() ? d_c.copy_(*d_c_n) : d_c.zero_();
   }
   const Tensor x_rows = without_padding(x, lengths).contiguous(), w_ih_rows = w_ih.contiguous();
   const Tensor d_x = needs_x ? fresh({T_, B, I}, x) : nothing(x);
   const Tensor d_w_ih = fresh({rows, I}, x);
-  const Tensor d_w_hh = fresh({rows, P}, x);
+  Tensor d_w_hh = cell.recurrent ? fresh({rows, P}, x) : nothing(x);
   const Tensor d_w_hr = projects ? fresh({P, H}, x) : nothing(x);
   const Tensor d_b_ih = fresh({rows}, x), d_b_hh = fresh({rows}, x);
+  const bool has_own = cell.unit_weights > 0;
+  const Tensor d_own = has_own ? at::zeros({B, cell.unit_weights * H}, x.options()) : nothing(x);
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan_backward", [&] {
     cpu::kernels<scalar_t>().scan_backward({
@@ -305,7 +327,7 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
         .threads = thread_count(),
         .x = x_rows.const_data_ptr<scalar_t>(),
         .w_ih = w_ih_rows.const_data_ptr<scalar_t>(),
-        .w_hh = w_hh_rows.const_data_ptr<scalar_t>(),
+        .w_hh = cell.recurrent ? w_hh_rows.const_data_ptr<scalar_t>() : nullptr,
         .w_hr = data<scalar_t>(w_hr),
         .lengths = data<int64_t>(lengths),
         .resets = data<bool>(resets),
@@ -319,14 +341,21 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
         .d_c = data_or_null<scalar_t>(d_c, cell.has_cell),
         .d_x = data_or_null<scalar_t>(d_x, needs_x),
         .d_w_ih = d_w_ih.data_ptr<scalar_t>(),
-        .d_w_hh = d_w_hh.data_ptr<scalar_t>(),
+        .d_w_hh = data_or_null<scalar_t>(d_w_hh, cell.recurrent),
         .d_w_hr = data_or_null<scalar_t>(d_w_hr, projects),
         .d_b_ih = d_b_ih.data_ptr<scalar_t>(),
         .d_b_hh = d_b_hh.data_ptr<scalar_t>(),
         .d_c_steps = data<scalar_t>(d_c_steps),
+        .unit_weights = data<scalar_t>(unit_weights),
+        .d_unit_weights = data_or_null<scalar_t>(d_own, has_own),
     });
   });
-  return {d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h, d_c};
+  Tensor d_w_ch = has_own ? d_own.sum(0) : nothing(x);
+  if (!cell.recurrent) {
+    std::swap(d_w_hh, d_w_ch);
+    d_b_hh.copy_(d_b_ih);
+  }
+  return {d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h, d_c, d_w_ch};
 }
 
 namespace {
@@ -362,18 +391,18 @@ ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_
                            const OptionalTensor& w_hr, const OptionalTensor& h_0,
                            const OptionalTensor& c_0, const OptionalTensor& lengths_in,
                            const OptionalTensor& resets, std::string_view name, bool reverse,
-                           int64_t keep_every, bool return_states) {
+                           int64_t keep_every, bool return_states, const OptionalTensor& w_ch) {
   const auto [cell, T_, B, I, H, P, projects] =
-      check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, resets, name);
+      check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, resets, name, w_ch);
   TORCH_CHECK_VALUE(keep_every > 0, "keep_every must be at least 1, got ", keep_every);
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const std::vector<Stretch> list = stretches(T_, keep_every, reverse);
   const int64_t count = static_cast<int64_t>(list.size());
   const Tensor y = fresh({T_, B, P}, x);
   const Tensor h_kept = fresh({count, B, P}, x);
-  const Tensor c_kept = cell.has_cell ? fresh({count, B, H}, x) : nothing(x);
+  const Tensor c_kept = cell.has_cell ? fresh({count, B, cell.states * H}, x) : nothing(x);
   const bool keeps_c = return_states && cell.has_cell;
-  const Tensor c_steps = keeps_c ? fresh({T_, B, H}, x) : nothing(x);
+  const Tensor c_steps = keeps_c ? fresh({T_, B, cell.states * H}, x) : nothing(x);
   const auto first = [&](const Tensor& kept, const OptionalTensor& given) {
     given.has_value() ? kept.select(0, 0).copy_(*given) : kept.select(0, 0).zero_();
   };
@@ -385,7 +414,7 @@ ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_
     const OptionalTensor c = cell.has_cell ? OptionalTensor(c_kept.select(0, i)) : std::nullopt;
     const ScanSaved run = run_scan(stretch.of(x), w_ih, w_hh, b_ih, b_hh, w_hr, h_kept.select(0, i),
                                    c, stretch.lengths(lengths), stretch.of(resets), name, reverse,
-                                   /*save=*/false, return_states);
+                                   /*save=*/false, return_states, w_ch);
     stretch.of(y).copy_(std::get<0>(run));
     if (keeps_c) stretch.of(c_steps).copy_(std::get<8>(run));
     h_n = std::get<1>(run);
@@ -405,19 +434,20 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
                                  const OptionalTensor& lengths_in, const OptionalTensor& resets,
                                  const Tensor& h_kept, const Tensor& c_kept, std::string_view name,
                                  bool reverse, int64_t keep_every, bool needs_x,
-                                 const OptionalTensor& d_c_steps) {
+                                 const OptionalTensor& d_c_steps, const OptionalTensor& w_ch) {
   const auto [cell, T_, B, I, H, P, projects] =
-      check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, d_h_n, d_c_n, resets, name);
+      check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, d_h_n, d_c_n, resets, name, w_ch);
   TORCH_CHECK_VALUE(keep_every > 0, "keep_every must be at least 1, got ", keep_every);
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   check_tensor(d_y, "d_y", "(T, B, P)", {T_, B, P}, x, "x");
-  check_tensor(d_c_steps, "d_c_steps", "(T, B, H)", {T_, B, H}, x, "x");
+  const int64_t cell_size = cell.states * H;
+  check_tensor(d_c_steps, "d_c_steps", "(T, B, H)", {T_, B, cell_size}, x, "x");
   const std::vector<Stretch> list = stretches(T_, keep_every, reverse);
   const int64_t count = static_cast<int64_t>(list.size());
   check_saved(h_kept, "h_kept", {count, B, P}, x);
-  if (cell.has_cell) check_saved(c_kept, "c_kept", {count, B, H}, x);
+  if (cell.has_cell) check_saved(c_kept, "c_kept", {count, B, cell_size}, x);
   const Tensor d_x = needs_x ? fresh({T_, B, I}, x) : nothing(x);
-  std::array<Tensor, 5> weights;  // w_ih, w_hh, b_ih, b_hh, w_hr
+  std::array<Tensor, 6> weights;  // w_ih, w_hh, b_ih, b_hh, w_hr, w_ch
   OptionalTensor d_h = d_h_n, d_c = d_c_n;
   for (int64_t i = count - 1; i >= 0; --i) {
     const Stretch& stretch = list[i];
@@ -426,12 +456,13 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
     const Tensor own_x = stretch.of(x);
     const auto [y, h_n, c_n, gates, apart, states, cells, inner, c_steps] =
         run_scan(own_x, w_ih, w_hh, b_ih, b_hh, w_hr, h_kept.select(0, i), c, own_lengths,
-                 own_resets, name, reverse, /*save=*/true, /*return_states=*/false);
-    const auto [d_own_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0] = scan_backward(
-        stretch.of(d_y), d_h, d_c, own_x, w_ih, w_hh, w_hr, own_lengths, own_resets, gates, apart,
-        states, cells, inner, name, reverse, needs_x, stretch.of(d_c_steps));
+                 own_resets, name, reverse, /*save=*/true, /*return_states=*/false, w_ch);
+    const auto [d_own_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch] =
+        scan_backward(stretch.of(d_y), d_h, d_c, own_x, w_ih, w_hh, w_hr, own_lengths, own_resets,
+                      gates, apart, states, cells, inner, name, reverse, needs_x,
+                      stretch.of(d_c_steps), w_ch);
     if (needs_x) stretch.of(d_x).copy_(d_own_x);
-    const std::array<Tensor, 5> own{d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr};
+    const std::array<Tensor, 6> own{d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_w_ch};
     for (size_t w = 0; w < own.size(); ++w) {
       i + 1 == count ? weights[w] = own[w] : weights[w].add_(own[w]);
     }
@@ -439,7 +470,8 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
     d_c = cell.has_cell ? OptionalTensor(d_c_0) : std::nullopt;
   }
   return {d_x,        weights[0], weights[1], weights[2],
-          weights[3], weights[4], *d_h,       cell.has_cell ? *d_c : nothing(x)};
+          weights[3], weights[4], *d_h,       cell.has_cell ? *d_c : nothing(x),
+          weights[5]};
 }
 
 namespace {

@@ -24,7 +24,7 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
                 const OptionalTensor& b_hh, const OptionalTensor& w_hr, const OptionalTensor& h_0,
                 const OptionalTensor& c_0, const OptionalTensor& lengths,
                 const OptionalTensor& resets, std::string_view cell, bool reverse,
-                int64_t keep_every, bool return_states);
+                int64_t keep_every, bool return_states, const OptionalTensor& w_ch);
 
 // (y, h_n, c_n), for backward (gates, apart, states, cells, inner), see kernels.h, and c_steps.
 using ScanSaved =
@@ -34,17 +34,19 @@ ScanSaved scan_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
                        const OptionalTensor& c_0, const OptionalTensor& lengths,
                        const OptionalTensor& resets, std::string_view cell, bool reverse,
-                       bool return_states);
+                       bool return_states, const OptionalTensor& w_ch);
 
-// (d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0)
-using ScanGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// (d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch)
+using ScanGradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
                             const OptionalTensor& d_c_n, const Tensor& x, const Tensor& w_ih,
                             const Tensor& w_hh, const OptionalTensor& w_hr,
                             const OptionalTensor& lengths, const OptionalTensor& resets,
                             const Tensor& gates, const Tensor& apart, const Tensor& states,
                             const Tensor& cells, const Tensor& inner, std::string_view cell,
-                            bool reverse, bool needs_x, const OptionalTensor& d_c_steps);
+                            bool reverse, bool needs_x, const OptionalTensor& d_c_steps,
+                            const OptionalTensor& w_ch);
 
 // The same for long sequences: of the steps only every `keep_every`-th state is kept, and
 // backward runs each stretch between two of them forward once more.
@@ -56,7 +58,7 @@ ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_
                            const OptionalTensor& w_hr, const OptionalTensor& h_0,
                            const OptionalTensor& c_0, const OptionalTensor& lengths,
                            const OptionalTensor& resets, std::string_view cell, bool reverse,
-                           int64_t keep_every, bool return_states);
+                           int64_t keep_every, bool return_states, const OptionalTensor& w_ch);
 
 ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
                                  const OptionalTensor& d_c_n, const Tensor& x, const Tensor& w_ih,
@@ -65,7 +67,7 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
                                  const OptionalTensor& lengths, const OptionalTensor& resets,
                                  const Tensor& h_kept, const Tensor& c_kept, std::string_view cell,
                                  bool reverse, int64_t keep_every, bool needs_x,
-                                 const OptionalTensor& d_c_steps);
+                                 const OptionalTensor& d_c_steps, const OptionalTensor& w_ch);
 
 // (context, attn)
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,

@@ -12,7 +12,9 @@ namespace pyseq {
 
 namespace {
 
-constexpr int64_t kDirections = 2, kPerDirection = 5;
+constexpr size_t kDirections = 2;
+// w_ih, w_hh, b_ih, b_hh, w_hr, and w_ch, which may be left out.
+constexpr size_t kPerDirection = 6;
 
 // Whether each direction is better off with one thread, and waits for none, than both in turn
 // with all of them: if there are two, or if a step is too short to be shared out.
@@ -28,44 +30,45 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
                                              const OptionalTensor& h_0, const OptionalTensor& c_0,
                                              const OptionalTensor& lengths,
                                              const OptionalTensor& resets, std::string_view cell) {
-  const bool has_cell = cell_shape(cell).has_cell;
-  TORCH_CHECK(weights.size() == kDirections * kPerDirection,
-              "weights must hold w_ih, w_hh, b_ih, b_hh, w_hr of each direction, got ",
-              weights.size(), " tensors");
+  const size_t each = weights.size() / kDirections;
+  TORCH_CHECK(
+      weights.size() % kDirections == 0 && (each == kPerDirection || each == kPerDirection - 1),
+      "weights must hold w_ih, w_hh, b_ih, b_hh, w_hr, w_ch of each direction, got ",
+      weights.size(), " tensors");
   check_dim(x, "x", 3, "(T, B, I)");
   for (const auto& [state, name] : {std::pair{&h_0, "h_0"}, std::pair{&c_0, "c_0"}}) {
     if (!state->has_value()) continue;
-    TORCH_CHECK((*state)->dim() == 3 && (*state)->size(0) == kDirections, name,
-                " must be (2, B, .), got ", shape_text((*state)->sizes()));
+    TORCH_CHECK((*state)->dim() == 3 && (*state)->size(0) == static_cast<int64_t>(kDirections),
+                name, " must be (2, B, .), got ", shape_text((*state)->sizes()));
   }
   ScanResult results[kDirections];
   const auto run = [&](int64_t direction) {
-    const auto weight = [&](int64_t i) {
-      return weights.get(static_cast<size_t>(direction * kPerDirection + i));
+    const auto weight = [&](size_t i) {
+      return i < each ? weights.get(static_cast<size_t>(direction) * each + i) : std::nullopt;
     };
     const auto state = [&](const OptionalTensor& both) {
       return both.has_value() ? OptionalTensor(both->select(0, direction)) : std::nullopt;
     };
     const OptionalTensor w_ih = weight(0), w_hh = weight(1);
     TORCH_CHECK(w_ih.has_value() && w_hh.has_value(), "w_ih and w_hh must be given");
-    results[direction] =
-        scan(x, *w_ih, *w_hh, weight(2), weight(3), weight(4), state(h_0), state(c_0), lengths,
-             resets, cell, /*reverse=*/direction == 1, /*keep_every=*/1, /*return_states=*/false);
+    results[direction] = scan(x, *w_ih, *w_hh, weight(2), weight(3), weight(4), state(h_0),
+                              state(c_0), lengths, resets, cell, /*reverse=*/direction == 1,
+                              /*keep_every=*/1, /*return_states=*/false, weight(5));
   };
   const OptionalTensor w_hh = weights.get(1);
   if (one_thread_each(x.size(1), w_hh.has_value() ? w_hh->numel() : 0, thread_count())) {
     const at::ThreadLocalState caller;
-    at::parallel_for(0, kDirections, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, int64_t{kDirections}, 1, [&](int64_t begin, int64_t end) {
       const at::ThreadLocalStateGuard as_the_caller(caller);
       for (int64_t direction = begin; direction < end; ++direction) run(direction);
     });
   } else {
-    for (int64_t direction = 0; direction < kDirections; ++direction) run(direction);
+    for (int64_t direction = 0; direction < int64_t{kDirections}; ++direction) run(direction);
   }
   const auto& [y, h_n, c_n, c_steps] = results[0];
   const auto& [y_reverse, h_n_reverse, c_n_reverse, c_steps_reverse] = results[1];
   return {at::cat({y, y_reverse}, 2), at::stack({h_n, h_n_reverse}),
-          has_cell ? at::stack({c_n, c_n_reverse}) : nothing(x)};
+          c_n.dim() > 1 ? at::stack({c_n, c_n_reverse}) : nothing(x)};
 }
 
 }  // namespace pyseq

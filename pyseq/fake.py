@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import get_ctx, register_fake
 from torch.utils._pytree import tree_leaves
 
-from .types import GATES
+from .types import SCAN_GATES
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,6 +55,13 @@ def _cell_size(cell: str, batch: int, hidden: int) -> tuple[int, ...]:
     return (batch, hidden) if cell == "lstm" else (0,)
 
 
+def _sizes(cell: str, w_hh: Tensor, w_hr: Tensor | None) -> tuple[int, int, int]:
+    """G*H, H and P. Quantized weights have the rows of the matrix, but other columns."""
+    rows = w_hh.shape[0]
+    hidden = rows // SCAN_GATES[cell]
+    return rows, hidden, hidden if w_hr is None else w_hr.shape[0]
+
+
 def _rows_first(tensor: Tensor, heads: int = 1) -> Tensor:
     """(S, B, D), which lies in memory as (B, S, D), as the kernels leave it, but for several
     heads, which have to be put together."""
@@ -84,11 +91,10 @@ def _scan(
     reverse: bool,
     keep_every: int = 1,
     return_states: bool = False,
+    w_ch: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
-    # Quantized weights have the rows of the matrix, but other columns.
-    hidden = w_hh.shape[0] // GATES[cell]
-    size = hidden if w_hr is None else w_hr.shape[0]
+    _, hidden, size = _sizes(cell, w_hh, w_hr)
     return (
         x.new_empty(steps, batch, size),
         x.new_empty(batch, size),
@@ -112,10 +118,10 @@ def _scan_forward(
     cell: str,
     reverse: bool,
     return_states: bool = False,
+    w_ch: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
-    rows, size = w_hh.shape
-    hidden = rows // GATES[cell]
+    rows, hidden, size = _sizes(cell, w_hh, w_hr)
     return (
         *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse)[:3],
         x.new_empty(steps, batch, rows),
@@ -147,15 +153,22 @@ def _scan_backward(
     reverse: bool,
     needs_x: bool,
     d_c_steps: Tensor | None = None,
+    w_ch: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x)
+    return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x, w_ch)
 
 
 def _scan_gradients(
-    x: Tensor, w_ih: Tensor, w_hh: Tensor, w_hr: Tensor | None, cell: str, needs_x: bool
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    cell: str,
+    needs_x: bool,
+    w_ch: Tensor | None,
 ) -> tuple[Tensor, ...]:
     batch = x.shape[1]
-    rows, size = w_hh.shape
+    rows, hidden, size = _sizes(cell, w_hh, w_hr)
     return (
         x.new_empty(x.shape if needs_x else 0),
         w_ih.new_empty(w_ih.shape),
@@ -164,7 +177,8 @@ def _scan_gradients(
         x.new_empty(rows),
         x.new_empty(0 if w_hr is None else w_hr.shape),
         x.new_empty(batch, size),
-        x.new_empty(_cell_size(cell, batch, rows // GATES[cell])),
+        x.new_empty(_cell_size(cell, batch, hidden)),
+        x.new_empty(0 if w_ch is None else w_ch.shape),
     )
 
 
@@ -184,10 +198,10 @@ def _scan_kept_forward(
     reverse: bool,
     keep_every: int,
     return_states: bool = False,
+    w_ch: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
-    rows, size = w_hh.shape
-    hidden = rows // GATES[cell]
+    _, hidden, size = _sizes(cell, w_hh, w_hr)
     kept = (steps + keep_every - 1) // keep_every
     return (
         *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse)[:3],
@@ -217,8 +231,9 @@ def _scan_kept_backward(
     keep_every: int,
     needs_x: bool,
     d_c_steps: Tensor | None = None,
+    w_ch: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x)
+    return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x, w_ch)
 
 
 @_fake("pyseq::scan_both")
@@ -234,7 +249,7 @@ def _scan_both(
     steps, batch, _ = x.shape
     w_hh = weights[1]
     assert w_hh is not None
-    hidden, size = w_hh.shape[0] // GATES[cell], w_hh.shape[1]
+    _, hidden, size = _sizes(cell, w_hh, weights[4])
     return (
         x.new_empty(steps, batch, 2 * size),
         x.new_empty(2, batch, size),

@@ -24,6 +24,7 @@ from ._packed import computing_dtype
 from .errors import SearchError
 from .types import (
     GATES,
+    SCAN_GATES,
     SCORES,
     AttendOutput,
     CellName,
@@ -87,6 +88,7 @@ def scan(
     reverse: bool = False,
     keep_every: int = 1,
     return_states: Literal[False] = False,
+    w_ch: Tensor | None = None,
 ) -> ScanOutput: ...
 
 
@@ -106,6 +108,7 @@ def scan(
     reverse: bool = False,
     keep_every: int = 1,
     return_states: Literal[True],
+    w_ch: Tensor | None = None,
 ) -> ScanStates: ...
 
 
@@ -125,6 +128,7 @@ def scan(
     reverse: bool = False,
     keep_every: int = 1,
     return_states: bool,
+    w_ch: Tensor | None = None,
 ) -> ScanOutput | ScanStates: ...
 
 
@@ -143,6 +147,7 @@ def scan(
     reverse: bool = False,
     keep_every: int = 1,
     return_states: bool = False,
+    w_ch: Tensor | None = None,
 ) -> ScanOutput | ScanStates:
     """Run one recurrent layer over a sequence, in one direction.
 
@@ -150,15 +155,21 @@ def scan(
     gates in torch.nn's order: LSTM i, f, g, o; GRU r, z, n. P is H, or the rows of ``w_hr``.
     In float32 and without gradients the weights may be quantized; see :func:`pyseq.quantize`.
 
+    The cells beyond torch.nn's: ``"indrnn_relu"`` and ``"indrnn_tanh"``, whose units see of the
+    state themselves alone, ``h_t = relu(W_ih x_t + b_ih + w_hh * h_{t-1} + b_hh)`` with a vector
+    ``w_hh``; and ``"lstm"`` with peepholes ``w_ch``, by which its gates see c:
+    ``i = sigmoid(... + w_i * c_{t-1})``, f likewise, ``o = sigmoid(... + w_o * c_t)``.
+
     Args:
         x: (T, B, I), float32 or float64, T at least 1.
-        w_ih: (G*H, I), the input weights; G is 1 for RNN, 3 for GRU, 4 for LSTM.
-        w_hh: (G*H, P), the recurrent weights.
+        w_ih: (G*H, I), the input weights; G is 1 for RNN and IndRNN, 3 for GRU, 4 for LSTM.
+        w_hh: (G*H, P), the recurrent weights; (H,) for IndRNN.
         b_ih: (G*H,), added to the input part. Default: zero.
         b_hh: (G*H,), added to the recurrent part. Default: zero.
         w_hr: (P, H), LSTM only: ``h_t = W_hr (o * tanh(c_t))``.
         state: h (B, P), or for LSTM the pair h (B, P), c (B, H). Default: zero.
-        cell: ``"rnn_tanh"``, ``"rnn_relu"``, ``"gru"`` or ``"lstm"``.
+        cell: ``"rnn_tanh"``, ``"rnn_relu"``, ``"gru"``, ``"lstm"``, ``"indrnn_tanh"`` or
+            ``"indrnn_relu"``.
         lengths: (B,) int64, valid steps of each row, 0 to T, in any order, on any device.
             Later steps leave the state as it is and give a zero output.
         resets: (T, B) bool; where true, the row's state is set to zero before that step,
@@ -168,6 +179,7 @@ def scan(
             only, instead of gates and states of all; backward runs each stretch of k steps
             forward once more. For long sequences, whose memory binds.
         return_states: also return the state after every step.
+        w_ch: (3*H,), LSTM only: the peepholes of i, f and o. Default: none.
 
     Returns:
         ``output`` (T, B, P), and ``state`` after the last valid step, shaped as given. With
@@ -183,10 +195,12 @@ def scan(
     Reference:
         Elman 1990; Cho et al. 2014, arXiv 1406.1078 (GRU; here the reset gate applies
         after the recurrent product, as in cuDNN); Hochreiter & Schmidhuber 1997 and Gers
-        et al. 2000 (LSTM); Sak et al. 2014, arXiv 1402.1128, eq. 7 (projection); Chen et al.
-        2016, arXiv 1604.06174 (keeping some states).
+        et al. 2000 (LSTM); Gers & Schmidhuber 2000, Recurrent nets that time and count
+        (peepholes); Sak et al. 2014, arXiv 1402.1128, eq. 7 (projection); Li et al. 2018,
+        arXiv 1803.04831, eq. 4 (IndRNN); Chen et al. 2016, arXiv 1604.06174 (keeping some
+        states).
     """
-    _check_option("cell", cell, GATES)
+    _check_option("cell", cell, SCAN_GATES)
     if keep_every < 1:
         raise ValueError(f"keep_every must be at least 1, got {keep_every!r}")
     h_0, c_0 = (None, None) if state is None else _h_and_c(state_parts(cell, state))
@@ -205,6 +219,7 @@ def scan(
         reverse,
         keep_every,
         return_states,
+        w_ch,
     )
     state = (h_n, c_n) if cell == "lstm" else h_n
     if not return_states:
@@ -230,7 +245,7 @@ def scan_both(
     Args:
         x: (T, B, I), float32 or float64, T at least 1.
         weights, weights_reverse: ``(w_ih, w_hh, b_ih, b_hh, w_hr)`` as in :func:`scan`, where
-            the last three may be None.
+            the last three may be None; and ``w_ch`` after them, for both or for neither.
         state: h (2, B, P), or for LSTM the pair h (2, B, P), c (2, B, H), of the forward
             direction first. Default: zero.
         cell, lengths, resets: as in :func:`scan`.
@@ -247,7 +262,7 @@ def scan_both(
     Reference:
         Schuster & Paliwal 1997, Bidirectional recurrent neural networks.
     """
-    _check_option("cell", cell, GATES)
+    _check_option("cell", cell, SCAN_GATES)
     h_0, c_0 = _h_and_c(state_parts(cell, state))
     output, h_n, c_n = torch.ops.pyseq.scan_both(
         x,

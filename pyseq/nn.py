@@ -45,6 +45,7 @@ __all__ = [
     "Attention",
     "AttentionDecoder",
     "GRUCell",
+    "IndRNN",
     "LSTMCell",
     "Positions",
     "RNNCell",
@@ -54,8 +55,8 @@ __all__ = [
 
 Device = torch.device | str | int | None
 
-#: w_ih, w_hh, b_ih, b_hh and w_hr of one layer and direction, as functional.scan takes them.
-_ScanWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+#: w_ih, w_hh, b_ih, b_hh, w_hr and w_ch of one layer and direction, as functional.scan takes them.
+_ScanWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def cell_name(cell: str) -> CellName:
@@ -115,8 +116,8 @@ class _Regularization(NamedTuple):
         """Those of one layer and direction, as this call sees them."""
         if self.weight_dropout == 0:
             return own
-        w_ih, w_hh, b_ih, b_hh, w_hr = own
-        return w_ih, apply_dropout(w_hh, self.weight_dropout), b_ih, b_hh, w_hr
+        w_ih, w_hh, *_ = own
+        return w_ih, apply_dropout(w_hh, self.weight_dropout), own[2], own[3], own[4], own[5]
 
 
 _PLAIN = _Regularization()
@@ -216,7 +217,7 @@ def _scan_layer(
     for direction, own in enumerate(weights):
         result = functional.scan(
             x,
-            *own,
+            *own[:5],
             _join_parts(tuple(part[direction] for part in parts)) if parts else None,
             cell=cell,
             lengths=lengths,
@@ -224,6 +225,7 @@ def _scan_layer(
             reverse=direction == 1,
             keep_every=keep_every,
             return_states=return_states,
+            w_ch=own[5],
         )
         outputs.append(result.output)
         states.append(state_parts(cell, result.state))
@@ -249,8 +251,19 @@ def _weights_now(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
         return [getattr(module, name) for name in names]
 
 
+def _add_unit_weights(module: _Recurrent, name: str, count: int) -> None:
+    """Give ``module`` a parameter of ``count`` numbers for each unit, drawn within 1/sqrt(H).
+
+    The place of one that is there already is kept.
+    """
+    hidden = module.hidden_size
+    weight = torch.nn.Parameter(module.weight_ih_l0.new_empty(count * hidden))
+    init.uniform_(weight, -1 / math.sqrt(hidden), 1 / math.sqrt(hidden))
+    module.register_parameter(name, weight)
+
+
 class _Recurrent(torch.nn.RNNBase):
-    """What RNN, GRU and LSTM share.
+    """What the recurrent layers share.
 
     RNNBase gives the parameters, their initialisation and the argument checks. (The
     compiler front end refuses subclasses of torch.nn.LSTM itself, not of RNNBase.)
@@ -273,6 +286,7 @@ class _Recurrent(torch.nn.RNNBase):
     weight_dropout: float = 0.0
     learned_state: bool = False
     forget_bias: float | None = None
+    peepholes: bool = False
     h_0: torch.nn.Parameter
     c_0: torch.nn.Parameter
 
@@ -339,7 +353,13 @@ class _Recurrent(torch.nn.RNNBase):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        for name in ("residual", "variational_dropout", "weight_dropout", "learned_state"):
+        for name in (
+            "residual",
+            "variational_dropout",
+            "weight_dropout",
+            "learned_state",
+            "peepholes",
+        ):
             if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
         return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias}"
@@ -445,9 +465,10 @@ class _Recurrent(torch.nn.RNNBase):
         layers: list[_ScanWeights] = []
         for names in self._all_weights:
             w_ih, w_hh, *rest = _weights_now(self, names)
+            w_ch = rest.pop() if self.peepholes else None
             w_hr = rest.pop() if self.proj_size else None
             b_ih, b_hh = rest or (None, None)
-            layers.append((w_ih, w_hh, b_ih, b_hh, w_hr))
+            layers.append((w_ih, w_hh, b_ih, b_hh, w_hr, w_ch))
         return layers
 
     def _scan(
@@ -768,16 +789,20 @@ class LSTM(_Recurrent):
 
     ``i, f, g, o`` from ``W_ih x_t + b_ih + W_hh h_{t-1} + b_hh`` (sigmoid, tanh for g);
     ``c_t = f * c_{t-1} + i * g``; ``h_t = o * tanh(c_t)``, or with ``proj_size``
-    ``h_t = W_hr (o * tanh(c_t))``.
+    ``h_t = W_hr (o * tanh(c_t))``. With peepholes the gates see c as well: what i and f are the
+    sigmoid of has ``w_i * c_{t-1}`` and ``w_f * c_{t-1}`` added, and that of o ``w_o * c_t``.
     A drop-in for torch.nn.LSTM that also takes ``lengths`` and ``resets``.
 
     Args, Raises: as :class:`RNN`, without ``nonlinearity``, and
         proj_size: P, size of the projected hidden state, below H; 0 for none.
         forget_bias: what the forget gates start from. Their two biases add up, so ``bias_ih``
             starts at this number and ``bias_hh`` at zero. Default: drawn as all others.
+        peepholes: whether each layer and direction has ``weight_ch_l0`` (3*H,), the peepholes of
+            i, f and o; drawn within 1/sqrt(H) like all others.
 
     Reference:
-        Hochreiter & Schmidhuber 1997; Gers et al. 2000 (forget gate); Sak et al. 2014,
+        Hochreiter & Schmidhuber 1997; Gers et al. 2000 (forget gate); Gers & Schmidhuber 2000,
+        Recurrent nets that time and count (peepholes); Sak et al. 2014,
         arXiv 1402.1128, eq. 7 (projection); Jozefowicz et al. 2015, An Empirical Exploration
         of Recurrent Network Architectures, section 3.2 (a forget bias of 1).
     """
@@ -800,6 +825,7 @@ class LSTM(_Recurrent):
         weight_dropout: float = 0.0,
         learned_state: bool = False,
         forget_bias: float | None = None,
+        peepholes: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -814,6 +840,11 @@ class LSTM(_Recurrent):
             device,
             dtype,
         )
+        self.peepholes = peepholes
+        if peepholes:
+            for names, suffix in zip(self._all_weights, self._suffixes(), strict=True):
+                _add_unit_weights(self, f"weight_ch_{suffix}", 3)
+                names.append(f"weight_ch_{suffix}")
         self._set_options(
             residual=residual,
             variational_dropout=variational_dropout,
@@ -821,6 +852,74 @@ class LSTM(_Recurrent):
             learned_state=learned_state,
             forget_bias=forget_bias,
         )
+
+
+class IndRNN(_Recurrent):
+    """Independently recurrent layers, whose units see of the state themselves alone.
+
+    ``h_t = relu(W_ih x_t + b_ih + w_hh * h_{t-1} + b_hh)`` with a vector ``w_hh``, or tanh. A
+    step costs H multiplications instead of H^2; units meet in the layer above.
+
+    Args, Raises: as :class:`RNN`, where ``nonlinearity`` is ``"relu"`` by default. ``weight_hh_l0``
+        is (H,) and drawn uniformly from 0 to 1, so that from the start there are units that
+        forget at once and units that hardly do; all others within 1/sqrt(H). With relu, a weight
+        above 1 lets its unit grow without bound: the paper keeps weights below 2^(1/T).
+
+    Reference:
+        Li et al. 2018, arXiv 1803.04831, eq. 4.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "relu",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        residual: bool = False,
+        variational_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        learned_state: bool = False,
+    ) -> None:
+        _check_nonlinearity(nonlinearity)
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+        )
+        self.nonlinearity = nonlinearity
+        for suffix in self._suffixes():
+            _add_unit_weights(self, f"weight_hh_{suffix}", 1)
+        self._set_options(
+            residual=residual,
+            variational_dropout=variational_dropout,
+            weight_dropout=weight_dropout,
+            learned_state=learned_state,
+        )
+
+    @property
+    def cell(self) -> CellName:
+        """The cell's name in ``pyseq.functional``."""
+        return "indrnn_relu" if self.nonlinearity == "relu" else "indrnn_tanh"
+
+    def _reset_options(self) -> None:
+        super()._reset_options()
+        for suffix in self._suffixes():
+            init.uniform_(getattr(self, f"weight_hh_{suffix}"))
 
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -1496,7 +1595,7 @@ class AttentionDecoder(torch.nn.Module):
     ) -> DecoderOutput:
         output, parts, _ = _scan_layers(
             x,
-            [(*layer, None) for layer in self.layer_weights()],
+            [(*layer, None, None) for layer in self.layer_weights()],
             parts,
             cell=self.cell,
             dropout=self.dropout if self.training else 0.0,

@@ -18,8 +18,9 @@ from . import search
 from ._packed import is_quantized, unpack
 from .search import EncodedSource, Step
 from .types import (
-    GATES,
+    DIAGONAL,
     PAD,
+    SCAN_GATES,
     AttendOutput,
     AttentionState,
     CellName,
@@ -73,18 +74,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def cell_step(
-    cell: CellName, x_gates: Tensor, r_gates: Tensor, h: Tensor, c: Tensor | None
+    cell: CellName,
+    x_gates: Tensor,
+    r_gates: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    w_ch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """New ``(h, c)`` of one step, before any projection.
 
     ``x_gates`` and ``r_gates`` (B, G*H) are the input's and the recurrent part of the
     pre-activations; they stay apart because the GRU's candidate gate multiplies only
     the recurrent part: ``n = tanh(x_n + r * r_n)``, as cuDNN has it (Cho et al. 2014,
-    arXiv 1406.1078, apply ``r`` before the product).
+    arXiv 1406.1078, apply ``r`` before the product). An IndRNN differs from an RNN in its
+    ``r_gates`` only. ``w_ch`` (3*H,) are an LSTM's peepholes, those of i, f and o.
     """
-    if cell == "rnn_tanh":
+    if cell in ("rnn_tanh", "indrnn_tanh"):
         return torch.tanh(x_gates + r_gates), None
-    if cell == "rnn_relu":
+    if cell in ("rnn_relu", "indrnn_relu"):
         return torch.relu(x_gates + r_gates), None
     if cell == "gru":
         x_r, x_z, x_n = x_gates.chunk(3, -1)
@@ -94,8 +101,17 @@ def cell_step(
         return (1 - update) * candidate + update * h, None
     i, f, g, o = (x_gates + r_gates).chunk(4, -1)
     assert c is not None
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    w_i, w_f, w_o = (0, 0, 0) if w_ch is None else w_ch.chunk(3)
+    c_prev = c
+    c = torch.sigmoid(f + w_f * c_prev) * c_prev + torch.sigmoid(i + w_i * c_prev) * torch.tanh(g)
+    return torch.sigmoid(o + w_o * c) * torch.tanh(c), c
+
+
+def recurrent_part(cell: CellName, h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
+    """``r_gates`` (B, G*H): the product with ``w_hh``, of an IndRNN that with a diagonal."""
+    if cell in DIAGONAL:
+        return h * w_hh + (0 if b_hh is None else b_hh)
+    return linear(h, w_hh, b_hh)
 
 
 def scan(
@@ -113,6 +129,7 @@ def scan(
     reverse: bool = False,
     keep_every: int = 1,
     return_states: bool = False,
+    w_ch: Tensor | None = None,
 ) -> ScanOutput | ScanStates:
     """One recurrent layer in one direction; see :func:`pyseq.functional.scan`.
 
@@ -121,7 +138,7 @@ def scan(
     steps, batch, _ = x.shape
     x = without_padding(x, lengths)
     parts = state_parts(cell, state)
-    hidden = w_hh.shape[0] // GATES[cell]
+    hidden = w_hh.shape[0] // SCAN_GATES[cell]
     h = parts[0] if parts else x.new_zeros(batch, hidden if w_hr is None else w_hr.shape[0])
     c: Tensor | None = None
     if cell == "lstm":
@@ -137,7 +154,8 @@ def scan(
             reset = resets[t].unsqueeze(1).to(x.device) & valid
             h = torch.where(reset, torch.zeros_like(h), h)
             c = None if c is None else torch.where(reset, torch.zeros_like(c), c)
-        new_h, new_c = cell_step(cell, linear(x[t], w_ih, b_ih), linear(h, w_hh, b_hh), h, c)
+        r_gates = recurrent_part(cell, h, w_hh, b_hh)
+        new_h, new_c = cell_step(cell, linear(x[t], w_ih, b_ih), r_gates, h, c, w_ch)
         if w_hr is not None:
             new_h = linear(new_h, w_hr)
         h = torch.where(valid, new_h, h)
@@ -165,7 +183,8 @@ def scan_both(
     """One recurrent layer in both directions; see :func:`pyseq.functional.scan_both`."""
     parts = state_parts(cell, state)
     outputs, states = [], []
-    for direction, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate((weights, weights_reverse)):
+    for direction, all_weights in enumerate((weights, weights_reverse)):
+        w_ih, w_hh, b_ih, b_hh, w_hr, *w_ch = all_weights
         assert w_ih is not None
         assert w_hh is not None
         own = tuple(part[direction] for part in parts)
@@ -181,6 +200,7 @@ def scan_both(
             lengths=lengths,
             resets=resets,
             reverse=direction == 1,
+            w_ch=w_ch[0] if w_ch else None,
         )
         outputs.append(result.output)
         states.append(state_parts(cell, result.state))

@@ -17,7 +17,7 @@ from torch.library import Library, register_vmap
 from torch.utils._pytree import tree_leaves
 
 from . import reference
-from .types import GATES, CellName, LayerWeights, ScoreName, State, state_parts
+from .types import SCAN_GATES, CellName, LayerWeights, ScoreName, State, state_parts
 
 Results = Tensor | tuple[Tensor, ...]
 #: What stands for a result that a call cannot have, as in ``csrc/ops.h``.
@@ -52,9 +52,11 @@ def _scan(
     reverse: bool,
     keep_every: int = 1,
     return_states: bool = False,
+    w_ch: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    batch, (rows, size) = x.shape[1], w_hh.shape
-    zero_h, zero_c = x.new_zeros(batch, size), x.new_zeros(batch, rows // GATES[cell])
+    batch, hidden = x.shape[1], w_hh.shape[0] // SCAN_GATES[cell]
+    size = hidden if w_hr is None else w_hr.shape[0]
+    zero_h, zero_c = x.new_zeros(batch, size), x.new_zeros(batch, hidden)
     output, state, *states = reference.scan(
         x,
         w_ih,
@@ -69,6 +71,7 @@ def _scan(
         reverse=reverse,
         keep_every=keep_every,
         return_states=return_states,
+        w_ch=w_ch,
     )
     c_steps = _parts(cell, states[0], x)[1] if states else x.new_empty(_NOTHING)
     return output, *_parts(cell, state, x), c_steps
@@ -84,12 +87,14 @@ def _scan_both(
     cell: str,
 ) -> tuple[Tensor, ...]:
     w_hh = cast(Tensor, weights[1])
-    batch, (rows, size) = x.shape[1], w_hh.shape
-    zero_h, zero_c = x.new_zeros(2, batch, size), x.new_zeros(2, batch, rows // GATES[cell])
+    each, w_hr = len(weights) // 2, weights[4]
+    batch, hidden = x.shape[1], w_hh.shape[0] // SCAN_GATES[cell]
+    size = hidden if w_hr is None else w_hr.shape[0]
+    zero_h, zero_c = x.new_zeros(2, batch, size), x.new_zeros(2, batch, hidden)
     output, state = reference.scan_both(
         x,
-        tuple(weights[:5]),
-        tuple(weights[5:]),
+        tuple(weights[:each]),
+        tuple(weights[each:]),
         _state(cell, h_0, c_0, zero_h, zero_c),
         cell=cast(CellName, cell),
         lengths=lengths,

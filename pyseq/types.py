@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-CellName = Literal["rnn_tanh", "rnn_relu", "gru", "lstm"]
+CellName = Literal["rnn_tanh", "rnn_relu", "gru", "lstm", "indrnn_tanh", "indrnn_relu"]
 ScoreName = Literal["dot", "general", "concat", "location", "scaled_dot"]
 OrderName = Literal["luong", "bahdanau"]
 FeedName = Literal["output", "context"]
@@ -15,6 +15,10 @@ HistoryName = Literal["previous", "cumulative"]
 
 #: Rows of weight per hidden unit, in torch.nn's order (LSTM i, f, g, o; GRU r, z, n).
 GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+#: The same of the cells that a scan takes, where a decoder takes those above.
+SCAN_GATES: dict[str, int] = {**GATES, "indrnn_tanh": 1, "indrnn_relu": 1}
+#: Cells of which no matrix multiplies the state: ``w_hh`` is (H,).
+DIAGONAL: tuple[str, ...] = ("indrnn_tanh", "indrnn_relu")
 SCORES: tuple[str, ...] = ("dot", "general", "concat", "location", "scaled_dot")
 WINDOWS: tuple[str, ...] = ("local-m", "local-p")
 DEFAULT_WINDOW_SIZE = 10  # D of Luong et al. 2015, arXiv 1508.04025, section 4.1

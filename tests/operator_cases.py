@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyseq import reference
-from pyseq.types import GATES, CellName, ScoreName
+from pyseq.types import DIAGONAL, GATES, SCAN_GATES, CellName, ScoreName
 
 DTYPES = (torch.float32, torch.float64)
 DEVICES = ("cpu",)
@@ -261,6 +261,7 @@ class ScanCase:
     bias: str = "both"
     keep_every: int = 1
     return_states: bool = False
+    peepholes: bool = False
 
     @property
     def id(self) -> str:
@@ -278,6 +279,7 @@ class ScanCase:
             self.bias != "both" and f"bias_{self.bias}",
             self.keep_every > 1 and f"keep{self.keep_every}",
             self.return_states and "states",
+            self.peepholes and "peepholes",
         )
 
     def call(self) -> Call:
@@ -285,13 +287,16 @@ class ScanCase:
         torch.manual_seed(0)
         steps, batch, inputs, hidden = self.sizes
         kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        rows, width = GATES[self.cell] * hidden, self.projection or hidden
+        rows, width = SCAN_GATES[self.cell] * hidden, self.projection or hidden
+        diagonal = self.cell in DIAGONAL
         tensors: dict[str, Any] = {
             "x": torch.randn(steps, batch, inputs, **kind),
             "w_ih": _weight(rows, inputs, **kind),
-            "w_hh": _weight(rows, width, **kind),
+            "w_hh": torch.rand(rows, **kind) if diagonal else _weight(rows, width, **kind),
             **_biases(self.bias, rows, **kind),
         }
+        if self.peepholes:
+            tensors["w_ch"] = torch.randn(3 * hidden, **kind)
         if self.projection:
             tensors["w_hr"] = _weight(width, hidden, **kind)
         if self.state:
@@ -536,6 +541,12 @@ def op_of(case: Case) -> str:
 
 
 CELLS: tuple[CellName, ...] = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+#: Cells of a scan that no decoder takes, with the options that make them.
+SCAN_CELLS: tuple[dict[str, Any], ...] = (
+    {"cell": "lstm", "peepholes": True},
+    {"cell": "indrnn_tanh"},
+    {"cell": "indrnn_relu"},
+)
 
 # Widths next to 8, 16, 32 and 64 meet the borders of vectors and tiles on every tier; the
 # batches 1 to 9 and 13 those of rows in a tile; the large ones are shared by the threads.
@@ -651,6 +662,7 @@ def scan_cases() -> list[ScanCase]:
         # A projection to fewer numbers, as is usual, and for some sizes to more.
         width = hidden + 2 if hidden % 16 == 0 else max(1, hidden // 2)
         cases.append(ScanCase(projection=width, dtype=dtype, device=device, **row))
+        cases += [ScanCase(dtype=dtype, device=device, **cell, **row) for cell in SCAN_CELLS]
     return cases
 
 
@@ -729,6 +741,12 @@ def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
             dtype=dtype,
         )
     )
+    scans += [
+        ScanCase(
+            lengths="holes", resets="random", reverse=True, return_states=True, dtype=dtype, **cell
+        )
+        for cell in SCAN_CELLS
+    ]
     base = ScanCase(projection=3, lengths="ragged", return_states=True, dtype=dtype)
     attends = [
         AttendCase(score=score, lengths="holes", need_weights=True, dtype=dtype)

@@ -141,7 +141,7 @@ const T* step_cells(const Decode<T>& args, const DecoderWeights<T>& weights,
           T* const row_gates = gates + row * G * H + unit;
           const T* c_prev = nullptr;
           T* c_next = nullptr;
-          if constexpr (Cell::kHasCell) {
+          if constexpr (Cell::kStates > 0) {
             c_prev = layer.cells + step.before + offset;
             c_next = layer.cells + step.after + offset;
           }
@@ -464,7 +464,7 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
               d_h += load(sums + kLanes<T>) + load(layer.d_h + offset, lanes);
               const T* c_prev = nullptr;
               T* d_c = nullptr;
-              if constexpr (Cell::kHasCell) {
+              if constexpr (Cell::kStates > 0) {
                 c_prev = layer.cells + t * B * H + offset;
                 d_c = layer.d_c + offset;
               }

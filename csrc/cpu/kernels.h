@@ -9,7 +9,16 @@
 
 namespace pyseq::cpu {
 
-enum class CellKind { kRnnTanh, kRnnRelu, kGru, kLstm };
+enum class CellKind {
+  kRnnTanh,
+  kRnnRelu,
+  kGru,
+  kLstm,
+  // Of a scan only.
+  kIndRnnTanh,
+  kIndRnnRelu,
+  kLstmPeephole
+};
 
 // Weights of 8 or 16 bits, packed for the tier in use: this, and the panels behind it. They are
 // rows (gate, unit) of k. See quantized.h.
@@ -26,7 +35,8 @@ struct alignas(64) QuantizedWeights {
 };
 
 // Letters as everywhere: T steps, B batch, H hidden, P state size (H, or the projection's),
-// G gates, S source positions, A key size, M memory size, L layers.
+// G gates, K states beside h, U weights of a unit itself, S source positions, A key size, M memory
+// size, L layers.
 //
 // States lie in slots of (B, P): with `save` there are T + 1, the state before the first
 // step, and after each; without, two that take turns. `slot_before` and `slot_after` in
@@ -47,7 +57,7 @@ struct ScanForward {
   const T* x;     // (T, B, I)
   const T* w_ih;  // (G*H, I), or null: the product lies in `gates`, biases added
   const T* bias;  // (G*H) or null; only with w_ih
-  const T* w_hh;  // (G*H, P)
+  const T* w_hh;  // (G*H, P), or null: no matrix multiplies the state
   const T* w_hr;  // (P, H) or null
   // In place of the last two, float32 and without `save` or w_ih only.
   const QuantizedWeights* quantized_hh;
@@ -59,10 +69,12 @@ struct ScanForward {
                            // was made; null if neither
   T* apart;                // (T, B, H) or null: the same for the sum that stays apart
   T* states;               // (slots, B, P)
-  T* cells;                // (slots, B, H) or null
+  T* cells;                // (slots, B, K*H) or null
   T* inner;                // with w_hr: (T or 1, B, H), h before the projection
   T* y;                    // (T, B, P)
-  T* c_steps;              // (T, B, H) or null: out, c after every step, zero where it is padding
+  // (T, B, K*H) or null: out, c after every step, zero where it is padding.
+  T* c_steps;
+  const T* unit_weights;  // (U*H) or null
 };
 
 template <class T>
@@ -84,14 +96,16 @@ struct ScanBackward {
   const T* inner;
   const T* d_y;  // (T, B, P)
   T* d_h;        // (B, P): in of the last state, out of the first
-  T* d_c;        // (B, H) or null: likewise
+  T* d_c;        // (B, K*H) or null: likewise
   T* d_x;        // (T, B, I) or null
   T* d_w_ih;
-  T* d_w_hh;
+  T* d_w_hh;  // or null
   T* d_w_hr;  // or null
   T* d_b_ih;
-  T* d_b_hh;
-  const T* d_c_steps;  // (T, B, H) or null
+  T* d_b_hh;           // with w_hh
+  const T* d_c_steps;  // (T, B, K*H) or null
+  const T* unit_weights;
+  T* d_unit_weights;  // (B, U*H) or null: one summand per row, zero at first
 };
 
 // Attention of N heads is that of N rows for each row of the batch: B counts them all, sizes are

@@ -30,23 +30,32 @@ struct Steps {
   }
 };
 
+// The cost of a unit's arithmetic, in multiply-adds.
+constexpr int64_t kUnitCost = 16;
+
+// The plan of a loop in which no thread waits for another: all share the units.
+inline Plan plan_free(int64_t multiply_adds, int threads) {
+  return {static_cast<int>(smaller(threads, 1 + multiply_adds / 1000000)), 1};
+}
+
 template <class T, class Cell>
 void scan_forward_cell(const ScanForward<T>& args) {
-  constexpr int G = Cell::kGates;
+  constexpr int G = Cell::kGates, K = Cell::kStates;
   const int64_t B = args.batch, H = args.hidden, P = args.state_size;
+  const int64_t recurrent = Cell::kRecurrent ? P : 0;
   const bool projects = args.w_hr != nullptr || args.quantized_hr != nullptr;
   const int64_t unit_panels = vectors<T>(H), state_panels = vectors<T>(P);
   const Steps steps{args.steps, B, args.reverse, args.lengths, args.resets};
 
   const bool reads_input = args.w_ih != nullptr;
   const int64_t I = reads_input ? args.input : 0;
-  const int64_t weights = G * H * (I + P) + (projects ? P * H : 0);
-  const Plan plan = plan_steps(
-      quantized_cost(args.quantized_hh,
-                     {B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1}),
-      args.threads);
+  const int64_t weights = G * H * (I + recurrent) + (projects ? P * H : 0);
+  const StepCost cost{B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1};
+  const Plan plan = Cell::kRecurrent
+                        ? plan_steps(quantized_cost(args.quantized_hh, cost), args.threads)
+                        : plan_free(args.steps * B * (weights + H * kUnitCost), args.threads);
   Weights<T> w_ih{args.w_ih, I, H, G, I, nullptr};
-  Weights<T> w_hh{args.w_hh, P, H, G, P, nullptr, args.quantized_hh};
+  Weights<T> w_hh{args.w_hh, P, H, G, recurrent, nullptr, args.quantized_hh};
   Weights<T> w_hr{args.w_hr, H, P, 1, H, nullptr, args.quantized_hr};
   const bool packs = args.quantized_hh == nullptr && repays_packing(args.steps, B);
   const int64_t w_ih_size = packs && reads_input ? w_ih.packed_size() : 0;
@@ -89,7 +98,9 @@ void scan_forward_cell(const ScanForward<T>& args) {
       Segment<T> segments[2];
       int segment_count = 0;
       if (reads_input) segments[segment_count++] = input_segment<T>(args.x + t * B * I, w_ih);
-      segments[segment_count++] = recurrent_segment<Cell>(h_before, w_hh);
+      if constexpr (Cell::kRecurrent) {
+        segments[segment_count++] = recurrent_segment<Cell>(h_before, w_hh);
+      }
       product<T, G, Cell::kPre>(
           segments, works ? segment_count : 0, at.rows.begin, at.rows.end, units.begin, units.end,
           n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
@@ -98,9 +109,9 @@ void scan_forward_cell(const ScanForward<T>& args) {
             const bool active = steps.active(n, row);
             const T* c_prev = nullptr;
             T* c_next = nullptr;
-            if constexpr (Cell::kHasCell) {
-              c_prev = args.cells + before * B * H + offset;
-              c_next = args.cells + after * B * H + offset;
+            if constexpr (K > 0) {
+              c_prev = args.cells + (before * B + row) * K * H + unit;
+              c_next = args.cells + (after * B + row) * K * H + unit;
             }
             Vec<T> h = {};
             if (active) {
@@ -112,19 +123,28 @@ void scan_forward_cell(const ScanForward<T>& args) {
               const T* apart_bias = args.apart_bias == nullptr ? nullptr : args.apart_bias + unit;
               // With a projection no cell that reads h_prev comes here, only LSTM.
               const T* h_prev = projects ? c_prev : h_before + offset;
+              const T* own = args.unit_weights == nullptr ? nullptr : args.unit_weights + unit;
               h = cell_forward<Cell>(
                   UnitForward<T>{H, count, x, apart_bias, args.save ? gates : nullptr, apart,
-                                 h_prev, c_prev, c_next},
+                                 h_prev, c_prev, c_next, own},
                   sums);
-            } else if constexpr (Cell::kHasCell) {
-              store(c_next, load(c_prev, count), count);
             }
-            if constexpr (Cell::kHasCell) {
-              if (args.c_steps != nullptr) {
-                store(args.c_steps + t * B * H + offset, active ? load(c_next, count) : Vec<T>{},
-                      count);
+            if constexpr (K > 0) {
+              Vec<T> c[K];
+              if (!active) {
+                load_each<K>(c_prev, H, count, c);
+                store_each<K>(c_next, H, count, c);
               }
-              if (steps.cleared(n + 1, row)) store(c_next, Vec<T>{}, count);
+              if (args.c_steps != nullptr) {
+                T* const c_step = args.c_steps + (t * B + row) * K * H + unit;
+                if (active) {
+                  load_each<K>(c_next, H, count, c);
+                  store_each<K>(c_step, H, count, c);
+                } else {
+                  store_zero<K>(c_step, H, count);
+                }
+              }
+              if (steps.cleared(n + 1, row)) store_zero<K>(c_next, H, count);
             }
             if (projects) {
               store(inner + offset, h, count);
@@ -132,7 +152,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
               keep_state(row, panel, h, active);
             }
           });
-      at.wait();
+      if constexpr (Cell::kRecurrent) at.wait();
       if (projects) {
         const Segment<T> projection = plain_segment(inner, w_hr);
         product<T, 1, 1>(&projection, works ? 1 : 0, at.rows.begin, at.rows.end, outputs.begin,
@@ -163,7 +183,7 @@ struct ScanGradientRun {
 template <class T, class Cell>
 void scan_backward_run(const ScanBackward<T>& args, const ScanGradientRun<T>& run,
                        const Weights<T>& w_hh, const Weights<T>& w_hr, const Place& at) {
-  constexpr int G = Cell::kGates;
+  constexpr int G = Cell::kGates, K = Cell::kStates, U = Cell::kUnitWeights;
   const int64_t B = args.batch, H = args.hidden, P = args.state_size;
   const bool projects = args.w_hr != nullptr;
   const Steps steps{args.steps, B, args.reverse, args.lengths, args.resets};
@@ -178,8 +198,10 @@ void scan_backward_run(const ScanBackward<T>& args, const ScanGradientRun<T>& ru
     const auto step_back = [&](int64_t row, int64_t panel, Vec<T> d_h) {
       const int count = lanes_inside<T>(H, panel);
       const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
-      if constexpr (Cell::kHasCell) {
-        if (steps.cleared(n + 1, row)) store(args.d_c + offset, Vec<T>{}, count);
+      T* d_c = nullptr;
+      if constexpr (K > 0) {
+        d_c = args.d_c + row * K * H + unit;
+        if (steps.cleared(n + 1, row)) store_zero<K>(d_c, H, count);
       }
       if (!inside) return;
       const int64_t gates = (t * B + row) * G * H + unit;
@@ -192,13 +214,21 @@ void scan_backward_run(const ScanBackward<T>& args, const ScanGradientRun<T>& ru
         return;
       }
       const T* c_prev = nullptr;
-      T* d_c = nullptr;
-      if constexpr (Cell::kHasCell) {
-        c_prev = args.cells + before * B * H + offset;
-        d_c = args.d_c + offset;
+      if constexpr (K > 0) {
+        c_prev = args.cells + (before * B + row) * K * H + unit;
         if (args.d_c_steps != nullptr) {
-          store(d_c, load(d_c, count) + load(args.d_c_steps + t * B * H + offset, count), count);
+          const T* const d_c_step = args.d_c_steps + (t * B + row) * K * H + unit;
+          for (int k = 0; k < K; ++k) {
+            T* const d = d_c + k * H;
+            store(d, load(d, count) + load(d_c_step + k * H, count), count);
+          }
         }
+      }
+      const T* own = nullptr;
+      T* d_own = nullptr;
+      if constexpr (U > 0) {
+        own = args.unit_weights + unit;
+        d_own = args.d_unit_weights + row * U * H + unit;
       }
       T unused[kLanes<T>];
       cell_backward<Cell>(
@@ -206,11 +236,11 @@ void scan_backward_run(const ScanBackward<T>& args, const ScanGradientRun<T>& ru
                           args.apart == nullptr ? nullptr : args.apart + t * B * H + offset,
                           projects ? c_prev : args.states + before * B * P + offset, c_prev,
                           projects ? unused : args.d_h + offset, d_c, run.d_x_gates + d_gates,
-                          run.d_r_gates + d_gates},
+                          run.d_r_gates + d_gates, own, d_own},
           d_h);
     };
 
-    const bool follows = n + 1 < run.end && steps.any_active(n + 1, at.rows);
+    const bool follows = Cell::kRecurrent && n + 1 < run.end && steps.any_active(n + 1, at.rows);
     const T* d_next =
         follows ? run.d_r_gates + (steps.time(n + 1) - run.first_time) * B * G * H : nullptr;
     const Segment<T> recurrent = plain_segment(d_next, w_hh);
@@ -234,7 +264,7 @@ void scan_backward_run(const ScanBackward<T>& args, const ScanGradientRun<T>& ru
                          step_back(row, panel, d_h);
                        }
                      });
-    at.wait();
+    if constexpr (Cell::kRecurrent) at.wait();
     if (projects) {
       const Segment<T> projection = plain_segment<T>(d_projected, w_hr);
       product<T, 1, 1>(&projection, inside ? 1 : 0, at.rows.begin, at.rows.end, units.begin,
@@ -266,7 +296,9 @@ void scan_gradient_products(const ScanBackward<T>& args, const ScanGradientRun<T
   // Slot t lies before step t, or after it in reverse: what each step started from.
   const T* const h_before = args.states + (t + (args.reverse ? 1 : 0)) * B * P;
   accumulate(run.d_x_gates, gate_rows, args.x + t * B * I, I, args.d_w_ih, args.d_b_ih);
-  accumulate(run.d_r_gates, gate_rows, h_before, P, args.d_w_hh, args.d_b_hh);
+  if (args.w_hh != nullptr) {
+    accumulate(run.d_r_gates, gate_rows, h_before, P, args.d_w_hh, args.d_b_hh);
+  }
   if (args.w_hr != nullptr) {
     accumulate(run.d_projected, P, args.inner + t * B * H, H, args.d_w_hr, nullptr);
   }
@@ -280,10 +312,11 @@ void scan_backward_cell(const ScanBackward<T>& args) {
   const bool projects = args.w_hr != nullptr;
   const int64_t length = smaller(args.steps, larger(1, kGradientRows / larger(1, B)));
 
-  const int64_t weights = G * H * P + (projects ? P * H : 0);
-  const Plan plan = plan_steps(
-      {B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1}, args.threads);
-  Weights<T> w_hh{args.w_hh, P, P, 1, G * H, nullptr};
+  const int64_t weights = (Cell::kRecurrent ? G * H * P : 0) + (projects ? P * H : 0);
+  const StepCost cost{B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), projects ? 2 : 1};
+  const Plan plan = Cell::kRecurrent ? plan_steps(cost, args.threads)
+                                     : plan_free(length * B * H * kUnitCost, args.threads);
+  Weights<T> w_hh{args.w_hh, P, P, 1, Cell::kRecurrent ? G * H : 0, nullptr};
   Weights<T> w_hr{args.w_hr, H, H, 1, P, nullptr};
   ScanGradientRun<T> run{};
   const auto take = [&](Pieces<T> pieces) {
@@ -315,12 +348,12 @@ void scan_backward_cell(const ScanBackward<T>& args) {
 
 template <class T>
 void scan_forward(const ScanForward<T>& args) {
-  with_cell(args.cell, [&](auto cell) { scan_forward_cell<T, decltype(cell)>(args); });
+  with_any_cell(args.cell, [&](auto cell) { scan_forward_cell<T, decltype(cell)>(args); });
 }
 
 template <class T>
 void scan_backward(const ScanBackward<T>& args) {
-  with_cell(args.cell, [&](auto cell) { scan_backward_cell<T, decltype(cell)>(args); });
+  with_any_cell(args.cell, [&](auto cell) { scan_backward_cell<T, decltype(cell)>(args); });
 }
 
 }  // namespace pyseq::cpu::PYSEQ_TIER

@@ -573,7 +573,7 @@ GenerateStatus generate(const Generate<T>& args) {
   with_cell(args.decoder.cell, [&](auto cell) {
     using Cell = decltype(cell);
     parts.gates = Cell::kGates;
-    parts.has_cell = Cell::kHasCell;
+    parts.has_cell = Cell::kStates > 0;
     parts.cells = step_cells<T, Cell>;
     parts.inputs = input_parts<T, Cell::kGates>;
   });

@@ -78,8 +78,12 @@ PYSEQ_FORCE_INLINE Segment<T> plain_segment(const T* a, const Weights<T>& weight
   return {a, weights.k_count, weights, {slot, 0, 0, 0}};
 }
 
+// An array of no elements is one that is not used.
+constexpr int at_least_one(int count) { return count > 0 ? count : 1; }
+
 // One vector of units of one row, at one step: where its values lie. Pointers are to the
-// first of `count` units; gate g is at gates + g * hidden.
+// first of `count` units; gate g is at gates + g * hidden, and so are the states beside h and the
+// units' own weights.
 template <class T>
 struct UnitForward {
   int64_t hidden;
@@ -91,7 +95,25 @@ struct UnitForward {
   const T* h_prev;
   const T* c_prev;
   T* c;
+  const T* unit_weights = nullptr;  // (U*H) or null
 };
+
+// From where a row's numbers lie, `hidden` apart, and back.
+template <int Count, class T>
+PYSEQ_FORCE_INLINE void load_each(const T* from, int64_t hidden, int count, Vec<T>* values) {
+#pragma GCC unroll 4
+  for (int i = 0; i < Count; ++i) values[i] = load(from + i * hidden, count);
+}
+template <int Count, class T>
+PYSEQ_FORCE_INLINE void store_each(T* to, int64_t hidden, int count, const Vec<T>* values) {
+#pragma GCC unroll 4
+  for (int i = 0; i < Count; ++i) store(to + i * hidden, values[i], count);
+}
+template <int Count, class T>
+PYSEQ_FORCE_INLINE void store_zero(T* to, int64_t hidden, int count) {
+#pragma GCC unroll 4
+  for (int i = 0; i < Count; ++i) store(to + i * hidden, Vec<T>{}, count);
+}
 
 // The new h; c and what backward needs are stored.
 template <class Cell, class T>
@@ -111,10 +133,11 @@ PYSEQ_FORCE_INLINE Vec<T> cell_forward(const UnitForward<T>& unit, const T* sums
     }
   }
   V h = load(unit.h_prev, unit.count);
-  V c = {};
-  if constexpr (Cell::kHasCell) c = load(unit.c_prev, unit.count);
-  Cell::template forward<Math<T>>(pre, h, c);
-  if constexpr (Cell::kHasCell) store(unit.c, c, unit.count);
+  V c[at_least_one(Cell::kStates)], own[at_least_one(Cell::kUnitWeights)];
+  load_each<Cell::kStates>(unit.c_prev, unit.hidden, unit.count, c);
+  load_each<Cell::kUnitWeights>(unit.unit_weights, unit.hidden, unit.count, own);
+  Cell::template forward<Math<T>>(pre, own, h, c);
+  store_each<Cell::kStates>(unit.c, unit.hidden, unit.count, c);
   if (unit.gates != nullptr) {
 #pragma GCC unroll 4
     for (int g = 0; g < Cell::kGates; ++g) {
@@ -137,6 +160,8 @@ struct UnitBackward {
   T* d_c;  // in of c_t, out of c_{t-1}
   T* d_x_gates;
   T* d_r_gates;
+  const T* unit_weights = nullptr;
+  T* d_unit_weights = nullptr;  // added to
 };
 
 // Stores the gradients of the pre-activations and what goes on to the step before.
@@ -150,14 +175,19 @@ PYSEQ_FORCE_INLINE void cell_backward(const UnitBackward<T>& unit, Vec<T> d_h) {
     saved[g] = load(unit.gates + g * unit.hidden, unit.count);
   }
   if constexpr (Cell::kPre > Cell::kGates) saved[Cell::kGates] = load(unit.apart, unit.count);
-  V c_prev = {};
-  V d_c = {};
-  if constexpr (Cell::kHasCell) {
-    c_prev = load(unit.c_prev, unit.count);
-    d_c = load(unit.d_c, unit.count);
+  constexpr int kStates = at_least_one(Cell::kStates), kOwn = at_least_one(Cell::kUnitWeights);
+  V c_prev[kStates], d_c[kStates], own[kOwn], d_own[kOwn];
+  load_each<Cell::kStates>(unit.c_prev, unit.hidden, unit.count, c_prev);
+  load_each<Cell::kStates>(unit.d_c, unit.hidden, unit.count, d_c);
+  load_each<Cell::kUnitWeights>(unit.unit_weights, unit.hidden, unit.count, own);
+  Cell::template backward<Math<T>>(saved, own, load(unit.h_prev, unit.count), c_prev, d_h, d_c,
+                                   d_pre, d_own);
+  store_each<Cell::kStates>(unit.d_c, unit.hidden, unit.count, d_c);
+#pragma GCC unroll 4
+  for (int i = 0; i < Cell::kUnitWeights; ++i) {
+    T* const sum = unit.d_unit_weights + i * unit.hidden;
+    store(sum, load(sum, unit.count) + d_own[i], unit.count);
   }
-  Cell::template backward<Math<T>>(saved, load(unit.h_prev, unit.count), c_prev, d_h, d_c, d_pre);
-  if constexpr (Cell::kHasCell) store(unit.d_c, d_c, unit.count);
   store(unit.d_h, d_h, unit.count);
 #pragma GCC unroll 4
   for (int g = 0; g < Cell::kGates; ++g) {
@@ -168,7 +198,7 @@ PYSEQ_FORCE_INLINE void cell_backward(const UnitBackward<T>& unit, Vec<T> d_h) {
   }
 }
 
-// Calls body with the cell's type.
+// Calls body with the cell's type, for the cells that decoders take.
 template <class Body>
 void with_cell(CellKind cell, const Body& body) {
   switch (cell) {
@@ -180,6 +210,23 @@ void with_cell(CellKind cell, const Body& body) {
       return body(Gru{});
     case CellKind::kLstm:
       return body(Lstm{});
+    default:
+      __builtin_unreachable();
+  }
+}
+
+// The same for every cell.
+template <class Body>
+void with_any_cell(CellKind cell, const Body& body) {
+  switch (cell) {
+    case CellKind::kIndRnnTanh:
+      return body(IndRnnTanh{});
+    case CellKind::kIndRnnRelu:
+      return body(IndRnnRelu{});
+    case CellKind::kLstmPeephole:
+      return body(LstmPeephole{});
+    default:
+      return with_cell(cell, body);
   }
 }
 

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cells beyond torch.nn's, and the layers over them.
+
+``test_functional.py`` compares their scans with the reference; here the reference and the modules
+are compared with what the cells are known to come to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from operator_cases import ScanCase, leaves
+from tolerances import assert_close, assert_same_bits
+from torch import Tensor
+
+from pyseq import functional, nn, reference
+
+I, H, T, B = 3, 6, 7, 4  # noqa: E741  (the letters of the docstrings)
+
+#: Layers that torch.nn does not have, by a name for them.
+LAYERS: dict[str, tuple[Callable[..., torch.nn.Module], dict[str, Any]]] = {
+    "peepholes": (nn.LSTM, {"peepholes": True}),
+    "peepholes_proj": (nn.LSTM, {"peepholes": True, "proj_size": 2}),
+    "indrnn": (nn.IndRNN, {}),
+    "indrnn_tanh": (nn.IndRNN, {"nonlinearity": "tanh"}),
+}
+
+
+def layer(name: str, *args: Any, **options: Any) -> Any:
+    """The layer of this name, from a fixed seed, in float64."""
+    make, extra = LAYERS[name]
+    torch.manual_seed(1)
+    return make(I, H, *args, **{"dtype": torch.float64, **extra, **options})
+
+
+def flat(result: Any) -> dict[str, Tensor]:
+    """Output and states of a layer by name."""
+    return dict(leaves(result))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """The tensors are tiny: more threads would only wait for one another."""
+    set_threads(1)
+
+
+# What the cells come to
+
+
+@pytest.mark.parametrize("module", [functional, reference], ids=["functional", "reference"])
+def test_peepholes_of_zero_are_none(module: ModuleType) -> None:
+    call = ScanCase(dtype=torch.float64, lengths="ragged").call()
+    plain = module.scan(**call.inputs)
+    blind = module.scan(**call.inputs, w_ch=torch.zeros(3 * 7, dtype=torch.float64))
+    assert_close(flat(blind._asdict()), flat(plain._asdict()))
+
+
+def test_peepholes_follow_their_equations() -> None:
+    torch.manual_seed(0)
+    # One unit, one step, everything but the peepholes zero: the gates see c alone.
+    c, weights = torch.tensor([[0.7]]).double(), torch.tensor([0.5, -1.5, 2.0]).double()
+    zero = torch.zeros(4, 1, dtype=torch.float64)
+    bias = torch.tensor([0.0, 0.0, 0.3, 0.0]).double()
+    _, (h, c_1) = functional.scan(
+        torch.zeros(1, 1, 1).double(), zero, zero, bias, state=(c * 0, c), w_ch=weights
+    )
+    i, f = torch.sigmoid(weights[0] * c), torch.sigmoid(weights[1] * c)
+    expected = f * c + i * bias[2].tanh()
+    assert_close(
+        {"c": c_1, "h": h},
+        {"c": expected, "h": torch.sigmoid(weights[2] * expected) * expected.tanh()},
+    )
+
+
+@pytest.mark.parametrize("module", [functional, reference], ids=["functional", "reference"])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_indrnn_is_an_rnn_with_a_diagonal_matrix(module: ModuleType, nonlinearity: Any) -> None:
+    case = ScanCase(cell=f"indrnn_{nonlinearity}", dtype=torch.float64, resets="random")
+    inputs = case.call().inputs
+    diagonal = module.scan(**inputs, cell=case.cell)
+    inputs["w_hh"] = torch.diag(inputs["w_hh"])
+    full = module.scan(**inputs, cell=f"rnn_{nonlinearity}")
+    assert_close(flat(diagonal._asdict()), flat(full._asdict()))
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "w_ch_of_gru": (
+        {"cell": "gru", "w_ch": torch.zeros(21)},
+        ValueError,
+        "w_ch goes with cell lstm, got gru",
+    ),
+    "w_ch_shape": (
+        {"cell": "lstm", "w_ch": torch.zeros(7)},
+        RuntimeError,
+        r"w_ch must be \(3\*H,\) = \(21,\), got \(7,\)",
+    ),
+    "w_ch_dtype": (
+        {"cell": "lstm", "w_ch": torch.zeros(21).double()},
+        RuntimeError,
+        "w_ch must have the dtype of x, Float, got Double",
+    ),
+    "matrix_for_indrnn": (
+        {"cell": "indrnn_relu", "w_hh": torch.zeros(7, 7)},
+        RuntimeError,
+        r"w_hh must be \(H,\), got \(7, 7\)",
+    ),
+    "projection_of_indrnn": (
+        {"cell": "indrnn_relu", "w_hr": torch.zeros(3, 7)},
+        ValueError,
+        "w_hr goes with cell lstm, got indrnn_relu",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_say_what_was_expected(name: str) -> None:
+    changes, error, message = BAD[name]
+    case = ScanCase(cell=changes["cell"], state=False)
+    with pytest.raises(error, match=message):
+        functional.scan(**(case.call().inputs | changes))
+
+
+def test_decoders_refuse_the_cells_of_scans() -> None:
+    with pytest.raises(ValueError, match="cell must be one of rnn_tanh, rnn_relu, gru, lstm"):
+        nn.AttentionDecoder(3, 4, 4, cell="indrnn_relu")
+    with pytest.raises(ValueError, match="cell must be one of rnn_tanh, rnn_relu, gru, lstm, got"):
+        torch.ops.pyseq.decode(
+            *[torch.zeros(1, 1, 1), [torch.zeros(1, 1)] * 4, *[torch.zeros(1, 1, 1)] * 2],
+            *[torch.zeros(1, 2), *[None] * 7, "indrnn_relu", "dot", True, False],
+        )
+
+
+# The layers
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_stacked_layers_are_the_references_scans(name: str) -> None:
+    ours = layer(name, 2, bidirectional=True)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    lengths, resets = torch.tensor([3, 7, 0, 5]), torch.rand(T, B) < 0.2
+    output, last = ours(x, lengths=lengths, resets=resets)
+    below, ends = x, []
+    for number in range(2):
+        outputs = []
+        for reverse in (False, True):
+            suffix = f"l{number}" + ("_reverse" if reverse else "")
+            result = reference.scan(
+                below,
+                *[
+                    getattr(ours, f"{kind}_{suffix}", None)
+                    for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+                ],
+                cell=ours.cell,
+                lengths=lengths,
+                resets=resets,
+                reverse=reverse,
+                w_ch=getattr(ours, f"weight_ch_{suffix}", None),
+            )
+            outputs.append(result.output)
+            ends.append(flat(result.state) if isinstance(result.state, tuple) else {"h": result[1]})
+        below = torch.cat(outputs, -1)
+    expected = [torch.stack(part) for part in zip(*(end.values() for end in ends), strict=True)]
+    actual = last if isinstance(last, tuple) else (last,)
+    assert_close(dict(enumerate([output, *actual])), dict(enumerate([below, *expected])))
+    gradients = torch.autograd.grad(output.square().sum(), list(ours.parameters()))
+    wanted = torch.autograd.grad(below.square().sum(), list(ours.parameters()))
+    names = [name for name, _ in ours.named_parameters()]
+    assert_close(dict(zip(names, gradients, strict=True)), dict(zip(names, wanted, strict=True)))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_inference_gives_the_bits_of_training(
+    name: str, threads: int, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(threads)
+    ours = layer(name, 2, bidirectional=True, dtype=torch.float32)
+    x, lengths = torch.randn(T, B, I), torch.tensor([3, 7, 0, 5])
+    trained = flat(ours(x, lengths=lengths))
+    with torch.no_grad():
+        assert_same_bits(flat(ours(x, lengths=lengths)), trained)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_keep_every_kth_state_and_return_all(name: str) -> None:
+    ours = layer(name, 2)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    inputs = list(ours.parameters())
+
+    def gradients() -> dict[int, Tensor]:
+        _, _, states = ours(x, return_states=True)
+        total = torch.stack([state.square().sum() for state in flat([states]).values()]).sum()
+        return dict(enumerate(torch.autograd.grad(total, inputs)))
+
+    expected = gradients()
+    assert all(gradient.abs().sum() > 0 for gradient in expected.values())
+    ours.keep_every = 3
+    assert_close(gradients(), expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_copy_save_and_compile(name: str) -> None:
+    ours = layer(name, 2, bidirectional=True)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    expected = flat(ours(x))
+    again = layer(name, 2, bidirectional=True)
+    again.reset_parameters()
+    again.load_state_dict(ours.state_dict())
+    assert_same_bits(flat(again(x)), expected)
+    assert_same_bits(flat(copy.deepcopy(ours)(x)), expected)
+    assert repr(copy.deepcopy(ours)) == repr(ours)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    assert_same_bits(flat(compiled(x)), expected)
+
+
+def test_parameters_of_the_new_layers() -> None:
+    shapes = {name: tuple(p.shape) for name, p in layer("peepholes").named_parameters()}
+    assert shapes["weight_ch_l0"] == (3 * H,)
+    assert "peepholes=True" in repr(layer("peepholes"))
+    indrnn = nn.IndRNN(I, 1000, 2)
+    assert indrnn.weight_hh_l1.shape == (1000,)
+    assert indrnn.weight_hh_l1.min() >= 0
+    assert 0.95 < indrnn.weight_hh_l1.max() <= 1
+    peepholes = nn.LSTM(I, 400, peepholes=True)
+    for _ in range(2):
+        assert 0.9 / 20 < peepholes.weight_ch_l0.abs().max() <= 1 / 20
+        peepholes.reset_parameters()
+    # The same weights from the same seed as without peepholes.
+    torch.manual_seed(1)
+    plain = nn.LSTM(I, H, dtype=torch.float64)
+    assert torch.equal(plain.weight_hh_l0, layer("peepholes").weight_hh_l0)
