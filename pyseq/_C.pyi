@@ -18,6 +18,7 @@ def scan(
     reverse: bool,
     keep_every: int,
     return_states: bool,
+    w_ch: Tensor | None,
     /,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``torch.ops.pyseq.scan``: y, h_n, c_n, c_steps."""

@@ -517,7 +517,8 @@ class _Recurrent(torch.nn.RNNBase):
         state: State | None = None
         if parts:
             state = parts[0][0] if len(parts) == 1 else (parts[0][0], parts[1][0])
-        output, last = functional.scan(x, *self._weights()[0], state, cell=self.cell)
+        own = self._weights()[0][:5]  # peepholes are no plain layer's
+        output, last = functional.scan(x, *own, state, cell=self.cell)
         return output, tuple([part.unsqueeze(0) for part in state_parts(self.cell, last)]), ()
 
     def forward(
