@@ -21,6 +21,7 @@ import torch
 from . import checkpoint, distributed, embeddings, g2p, info, metrics, scheduled, training
 from .averaging import AVERAGES
 from .bridge import BRIDGES
+from .copying import COPIES
 from .embeddings import EmbeddingsFile
 from .errors import DataError, PyseqError
 from .labeler import Labeler
@@ -287,6 +288,12 @@ def _add_train(commands: Any) -> None:
     group.add_argument("--source-tokens", choices=TOKENS, help="how the source is split")
     group.add_argument("--target-tokens", choices=TOKENS, help="how the target is split")
     group.add_argument(
+        "--min-count",
+        type=_positive,
+        metavar="N",
+        help="symbols that a new run sees less often are read as <unk> (default: 1)",
+    )
+    group.add_argument(
         "--reverse-source",
         action="store_true",
         help="read sources backwards; helps models without attention that read in one direction",
@@ -307,6 +314,7 @@ def _add_train(commands: Any) -> None:
     _add_option(group, ModelOptions, "num_layers", _positive, "layers of encoder and decoder")
     _add_option(group, ModelOptions, "cell", str, "recurrent cell", choices=tuple(GATES))
     _add_option(group, ModelOptions, "score", str, "attention score", choices=(*SCORES, "none"))
+    _add_option(group, ModelOptions, "copy", str, "copy symbols of the source", choices=COPIES)
     _add_switch(group, "bidirectional", "read the source forwards only")
     _add_switch(group, "input_feeding", "do not feed the attentional vector into the next step")
     _add_option(group, ModelOptions, "dropout", float, "dropout probability")
@@ -612,7 +620,7 @@ def _names(options: type) -> list[str]:
 def _label_options(arguments: argparse.Namespace) -> LabelerOptions:
     """What a Tagger or Classifier is made of; what belongs to a decoder is refused."""
     given = set(_given(arguments, ModelOptions)) - set(_names(LabelerOptions))
-    others = ("target_tokens", "target_embeddings", "reverse_source")
+    others = ("target_tokens", "target_embeddings", "reverse_source", "min_count")
     for name in (*sorted(given), *(name for name in others if getattr(arguments, name))):
         raise PyseqError(f"a model of labels has no decoder and takes no {name}: leave it out")
     return LabelerOptions(**_given(arguments, LabelerOptions))
@@ -673,6 +681,7 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
             validation,
             tokens=tokens,
             reverse_source=arguments.reverse_source,
+            min_count=arguments.min_count or 1,
             model=ModelOptions(**model_given),
             options=options,
             out=out,

@@ -16,6 +16,7 @@ from torch.nn import init
 from torch.nn.functional import linear
 
 from ._checks import check_like, check_positive, check_shape, check_tensor
+from .types import Copies
 
 __all__ = [
     "EXTRA_MODES",
@@ -185,6 +186,7 @@ class Conditions(NamedTuple):
 
     context: Tensor | None = None  # (B, C), read at every step
     extra: Tensor | None = None  # (B, Z), or (T, B, Z)
+    copies: Copies | None = None  # what it may copy
 
     def step(self, t: int) -> Conditions:
         """Those of one step, counted from 0."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import SearchError
-from .types import PAD, START, STOP, UNK, DecoderState, GenerateOutput, kind
+from .types import PAD, START, STOP, UNK, Copies, DecoderState, GenerateOutput, kind
 
 __all__ = [
     "EncodedSource",
@@ -196,6 +196,7 @@ class EncodedSource(NamedTuple):
     keys: Tensor | None  # (S, N, A), the projected memory
     lengths: Tensor | None  # (N,), valid positions
     context: Tensor | None = None  # (N, C), of a decoder that reads one at every step
+    copies: Copies | None = None  # what may be copied, for a model that copies
 
     def select(self, rows: Tensor) -> EncodedSource:
         """The given rows (N'), which may repeat."""
@@ -204,6 +205,7 @@ class EncodedSource(NamedTuple):
             None if self.keys is None else _select_rows(self.keys, rows),
             None if self.lengths is None else self.lengths.index_select(0, rows),
             None if self.context is None else self.context.index_select(0, rows),
+            None if self.copies is None else self.copies.select(rows),
         )
 
 

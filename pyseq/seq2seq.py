@@ -17,6 +17,7 @@ from . import functional, search
 from ._checks import check_like, check_positive, check_shape
 from ._dropout import apply_dropout
 from .bridge import Bridge
+from .copying import Copying
 from .extra import Conditions, ExtraInformation, ExtraOptions, check_extra
 from .nn import GRU, LSTM, RNN, AttentionDecoder, Score, cell_name
 from .scheduled import Sampling
@@ -33,11 +34,13 @@ from .types import (
     PAD,
     UNK,
     CellName,
+    Copies,
     DecoderOutput,
     DecoderStart,
     DecoderState,
     GenerateOutput,
     State,
+    kind,
     state_parts,
 )
 
@@ -285,6 +288,9 @@ class Decoder(torch.nn.Module):
             the embedding. Default: it reads none.
         extra: how extra information enters, if it does: into what the output layer reads, or
             with the place ``"input"`` into the embeddings.
+        copy: ``"pointer"`` or ``"joint"``, to copy tokens of the source too, which needs a
+            score; see :class:`pyseq.copying.Copying`. What is predicted then are
+            log-probabilities, and tokens beyond the vocabulary are read as ``<unk>``.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
@@ -305,11 +311,14 @@ class Decoder(torch.nn.Module):
         tie_embeddings: bool = False,
         context_size: int | None = None,
         extra: ExtraOptions | None = None,
+        copy: str | None = None,
     ) -> None:
         super().__init__()
         check_positive(vocab_size=vocab_size, embedding_size=embedding_size)
         if context_size is not None:
             check_positive(context_size=context_size)
+        if copy is not None and score is None:
+            raise ValueError(f"copy needs a score, since it looks at the memory, got {copy!r}")
         if tie_embeddings and embedding_size != hidden_size:
             raise ValueError(
                 "tie_embeddings needs a target embedding of hidden_size numbers, the input of the "
@@ -329,6 +338,14 @@ class Decoder(torch.nn.Module):
             dropout=dropout,
         )
         self.output = torch.nn.Linear(hidden_size, vocab_size)
+        self.copying: Copying | None = None
+        if copy is not None:
+            self.copying = Copying(
+                copy,
+                hidden_size=hidden_size,
+                memory_size=self.rnn.memory_size,
+                embedding_size=self.rnn.input_size,
+            )
         if tie_embeddings:
             self.output.weight = self.embedding.weight
             # As small as an output layer's weights: the logits of rows drawn from N(0, 1)
@@ -357,16 +374,17 @@ class Decoder(torch.nn.Module):
             target_in: (B, T) int64, token ids, ``<start>`` first.
             memory, lengths, state, need_weights, keys: as in
                 :meth:`pyseq.nn.AttentionDecoder.forward`, time-major.
-            conditions: the context (B, C) and the extra information, (B, Z) or (T, B, Z), of a
-                decoder that has been built for them.
+            conditions: the context (B, C), the extra information, (B, Z) or (T, B, Z), and
+                what may be copied, of a decoder that has been built for them.
 
         Returns:
-            The logits (B, T, V), and what the recurrent decoder gave.
+            The logits (B, T, V), or of a decoder that copies the log-probabilities
+            (B, T, V + X), and what the recurrent decoder gave.
 
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
-        hidden, decoded = self._hidden(
+        hidden, decoded, x = self._hidden(
             target_in,
             memory,
             lengths=lengths,
@@ -375,8 +393,22 @@ class Decoder(torch.nn.Module):
             keys=keys,
             conditions=conditions,
         )
+        return self._predict(hidden, x, memory, conditions), decoded
+
+    def _predict(
+        self, hidden: Tensor, x: Tensor, memory: Tensor | None, conditions: Conditions | None
+    ) -> Tensor:
+        """What :meth:`forward` returns first, for (T, B, H) and what was read, (T, B, I)."""
         # Transposed here, where it is narrow, so that the logits are contiguous.
-        return self.output(hidden.transpose(0, 1)), decoded
+        hidden = hidden.transpose(0, 1)
+        logits = self.output(hidden)
+        if self.copying is None:
+            return logits
+        if memory is None or conditions is None or conditions.copies is None:
+            raise RuntimeError("a decoder that copies must be given a memory and copies, got None")
+        return self.copying(
+            logits, hidden, memory.transpose(0, 1), x.transpose(0, 1), conditions.copies
+        )
 
     def loss(
         self,
@@ -411,9 +443,16 @@ class Decoder(torch.nn.Module):
                 unread=target_out == PAD,
                 conditions=conditions,
             )
-        hidden, _ = self._hidden(
+        hidden, _, x = self._hidden(
             target_in, memory, lengths=lengths, state=state, masks=masks, conditions=conditions
         )
+        if self.copying is not None:
+            return _mean_loss(
+                self._predict(hidden, x, memory, conditions),
+                target_out,
+                vocab_size=self.output.out_features,
+                label_smoothing=label_smoothing,
+            )
         return functional.linear_cross_entropy(
             hidden.flatten(0, 1),
             self.output.weight,
@@ -434,12 +473,15 @@ class Decoder(torch.nn.Module):
         keys: Tensor | None = None,
         masks: _Masks | None = None,
         conditions: Conditions | None = None,
-    ) -> tuple[Tensor, DecoderOutput]:
-        """What the output layer reads (T, B, H), and what the recurrent decoder gave."""
+    ) -> tuple[Tensor, DecoderOutput, Tensor]:
+        """What the output layer reads (T, B, H), what the recurrent decoder gave, and what it
+        read (T, B, I)."""
         _check_tokens("target_in", target_in)
+        if self.copying is not None:
+            target_in = target_in.masked_fill(target_in >= self.embedding.num_embeddings, UNK)
         if masks is None:
             masks = self._draw_masks(target_in)
-        context, extra = conditions or Conditions()
+        context, extra, _ = conditions or Conditions()
         x = _masked(self.embedding(target_in.t()), masks.embedding)
         check_extra("target_extra", self.extra, extra, rows=x.shape[1], steps=len(x))
         if self.extra is not None and extra is not None and self.extra_at_input:
@@ -463,7 +505,7 @@ class Decoder(torch.nn.Module):
         hidden = decoded.output
         if self.extra is not None and extra is not None and not self.extra_at_input:
             hidden = self.extra(hidden, extra)
-        return _masked(hidden, masks.output), decoded
+        return _masked(hidden, masks.output), decoded, x
 
     def _draw_masks(self, target_in: Tensor) -> _Masks:
         """What dropout zeroes in one pass over ``target_in`` (B, T)."""
@@ -549,7 +591,7 @@ class Decoder(torch.nn.Module):
         # Where all rows read the truth to the end nothing is to be found out.
         ends = (~coins).any(1).nonzero()
         for t in range(int(ends.max()) if len(ends) else 0):
-            hidden, decoded = self._hidden(
+            hidden, decoded, x = self._hidden(
                 fed[t].unsqueeze(1),
                 memory,
                 lengths=lengths,
@@ -558,7 +600,8 @@ class Decoder(torch.nn.Module):
                 masks=masks.step(t),
                 conditions=conditions.step(t),
             )
-            chosen = search.choose(self.output(hidden[0]), None if draws is None else draws[t + 1])
+            predicted = self._predict(hidden, x, memory, conditions)[:, 0]
+            chosen = search.choose(predicted, None if draws is None else draws[t + 1])
             fed[t + 1] = torch.where(coins[t + 1], fed[t + 1], chosen)
             state = decoded.state
         return fed
@@ -604,9 +647,9 @@ class Decoder(torch.nn.Module):
 
         Not on another device or in another dtype than the operator's; and not if a module
         has hooks, is parametrised or was replaced by one of another class, nor if it takes a
-        context or extra information.
+        context or extra information or copies.
         """
-        if self.context_size is not None or self.extra is not None:
+        if not (self.context_size is self.extra is self.copying is None):
             return False
         embedding, rnn = self.embedding, self.rnn
         parts = (
@@ -621,6 +664,31 @@ class Decoder(torch.nn.Module):
         return embedding.max_norm is None and all(
             module is None or _is_plain(module, kind) for module, kind in parts
         )
+
+
+def _mean_loss(
+    log_probs: Tensor, target: Tensor, *, vocab_size: int, label_smoothing: float
+) -> Tensor:
+    """Cross entropy, averaged over the tokens of ``target`` (B, T) that are not ``<pad>``.
+
+    What is smoothed over is the vocabulary: of the ids beyond it most have no probability.
+
+    Args:
+        log_probs: (B, T, W), W at least ``vocab_size``.
+    """
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    if target.numel() and int(target.max()) >= log_probs.shape[2]:
+        raise RuntimeError(
+            f"target_out must be below {log_probs.shape[2]}, the vocabulary and what may be "
+            f"copied, got {int(target.max())}"
+        )
+    losses = -log_probs.gather(2, target.unsqueeze(2)).squeeze(2)
+    if label_smoothing > 0:
+        spread = -log_probs[:, :, :vocab_size].mean(2)
+        losses = (1 - label_smoothing) * losses + label_smoothing * spread
+    valid = target != PAD
+    return losses.masked_fill(~valid, 0.0).sum() / valid.sum()
 
 
 class _Encoded(NamedTuple):
@@ -671,6 +739,12 @@ class Seq2Seq(torch.nn.Module):
         extra_place: where: ``"output"``, into the encoder's states (memory and last state) and
             into what the output layer reads; or ``"input"``, into the embeddings, and so into
             all states.
+        copy: ``"pointer"`` or ``"joint"``: the model may copy tokens of the source, those too
+            that the target's vocabulary lacks; see :class:`pyseq.copying.Copying`. All its
+            methods then take ``copies`` (B, S) int64: what each source position is as a target
+            token, ids from V on (V, V + 1, ... in each row) standing for tokens that the
+            vocabulary lacks, and those below ``<unk>`` for what may not be copied. Targets
+            and results may hold such ids; :meth:`pyseq.Vocab.extend` makes them.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
@@ -707,6 +781,7 @@ class Seq2Seq(torch.nn.Module):
         extra_mode: str = "concat",
         extra_hidden_size: int | None = None,
         extra_place: str = "output",
+        copy: str | None = None,
     ) -> None:
         super().__init__()
         sizes = {
@@ -745,6 +820,7 @@ class Seq2Seq(torch.nn.Module):
             "extra_mode": extra_mode,
             "extra_hidden_size": extra_hidden_size,
             "extra_place": extra_place,
+            "copy": copy,
         }
 
         def extra(size: int | None) -> ExtraOptions | None:
@@ -790,6 +866,7 @@ class Seq2Seq(torch.nn.Module):
             tie_embeddings=tie_embeddings,
             context_size=memory_size if context_every_step else None,
             extra=extra(target_extra_size),
+            copy=copy,
         )
 
     @property
@@ -812,6 +889,7 @@ class Seq2Seq(torch.nn.Module):
         *,
         source_extra: Tensor | None = None,
         target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
     ) -> Tensor:
         """Logits of every next target token, with teacher forcing.
 
@@ -823,9 +901,11 @@ class Seq2Seq(torch.nn.Module):
             source_extra: extra information for the encoder: (B, Z), or of each step (S, B, Z),
                 time-major; of a model with ``source_extra_size``.
             target_extra: that for the decoder: (B, Z) or (T, B, Z).
+            copies: (B, S) int64, of a model that copies.
 
         Returns:
-            (B, T, V), where ``[:, t]`` predicts the token after ``target_in[:, t]``.
+            (B, T, V), where ``[:, t]`` predicts the token after ``target_in[:, t]``. Of a
+            model that copies the log-probabilities (B, T, V + X), in nats.
 
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
@@ -836,7 +916,9 @@ class Seq2Seq(torch.nn.Module):
             encoded.memory,
             lengths=source_lengths,
             state=(encoded.hidden, None),
-            conditions=Conditions(encoded.context, target_extra),
+            conditions=Conditions(
+                encoded.context, target_extra, self._copies(copies, source, source_lengths)
+            ),
         )
         return logits
 
@@ -851,6 +933,7 @@ class Seq2Seq(torch.nn.Module):
         sampling: Sampling | None = None,
         source_extra: Tensor | None = None,
         target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
     ) -> Tensor:
         """Cross entropy in nats, averaged over the target tokens that are not ``<pad>``.
 
@@ -864,7 +947,7 @@ class Seq2Seq(torch.nn.Module):
             sampling: what the decoder reads, in place of ``target_in``: see
                 :meth:`scheduled_inputs`, with the same dropout as here. No gradient passes
                 through the choice. Default: ``target_in``, which is teacher forcing.
-            source_extra, target_extra: as in :meth:`forward`.
+            source_extra, target_extra, copies: as in :meth:`forward`.
 
         Returns:
             0-dimensional; NaN if every token of ``target_out`` is ``<pad>``.
@@ -882,7 +965,9 @@ class Seq2Seq(torch.nn.Module):
             state=(encoded.hidden, None),
             label_smoothing=label_smoothing,
             sampling=sampling,
-            conditions=Conditions(encoded.context, target_extra),
+            conditions=Conditions(
+                encoded.context, target_extra, self._copies(copies, source, source_lengths)
+            ),
         )
 
     @torch.no_grad()
@@ -896,6 +981,7 @@ class Seq2Seq(torch.nn.Module):
         generator: torch.Generator | None = None,
         source_extra: Tensor | None = None,
         target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
     ) -> Tensor:
         """What the decoder reads where it is shown the truth only now and then.
 
@@ -910,7 +996,7 @@ class Seq2Seq(torch.nn.Module):
             sampling: epsilon, how the model chooses, and whether each token has a coin or each
                 row one for all its tokens.
             generator: source of randomness on the device of the model. Default: torch's.
-            source_extra, target_extra: as in :meth:`forward`.
+            source_extra, target_extra, copies: as in :meth:`forward`.
 
         Returns:
             (B, T) int64. It does not depend on the number of threads.
@@ -929,8 +1015,31 @@ class Seq2Seq(torch.nn.Module):
             lengths=source_lengths,
             state=(encoded.hidden, None),
             generator=generator,
-            conditions=Conditions(encoded.context, target_extra),
+            conditions=Conditions(
+                encoded.context, target_extra, self._copies(copies, source, source_lengths)
+            ),
         )
+
+    def _copies(self, ids: Tensor | None, source: Tensor, lengths: Tensor) -> Copies | None:
+        """What may be copied of a batch, checked; None for a model that does not copy."""
+        copies = self._config["copy"] is not None
+        if (ids is not None) != copies:
+            raise ValueError(
+                "copies must be given to a model that copies, and to no other: expected "
+                f"{'a tensor' if copies else 'None'}, got {kind(ids)}"
+            )
+        if ids is None:
+            return None
+        check_shape("copies", ids, "(B, S)", tuple(source.shape[:2]))
+        if ids.dtype != torch.int64:
+            raise RuntimeError(f"copies must be int64, got {ids.dtype}")
+        ids = ids.to(source.device)
+        steps = torch.arange(ids.shape[1], device=ids.device)
+        ids = ids.masked_fill(steps >= lengths.to(ids.device).unsqueeze(1), PAD)
+        if ids.numel() and int(ids.min()) < 0:
+            raise RuntimeError(f"copies must hold ids of at least 0, got {int(ids.min())}")
+        vocab = self.decoder.output.out_features
+        return Copies(ids, max(0, int(ids.max()) + 1 - vocab) if ids.numel() else 0)
 
     def _encode(
         self,
@@ -961,6 +1070,7 @@ class Seq2Seq(torch.nn.Module):
         length_penalty: float = 0.0,
         source_extra: Tensor | None = None,
         target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
     ) -> list[Hypothesis]:
         """The best target sequence that search finds for each source.
 
@@ -971,8 +1081,8 @@ class Seq2Seq(torch.nn.Module):
             max_length: the most tokens to emit, ``<stop>`` included.
             beam_size: hypotheses to follow; 1 is greedy search.
             length_penalty: as in :func:`pyseq.search.beam`, for a beam_size above 1.
-            source_extra, target_extra: as in :meth:`forward`; of each step, there must be at
-                least max_length of them for the target.
+            source_extra, target_extra, copies: as in :meth:`forward`; of each step, there
+                must be at least max_length of them for the target.
 
         Returns:
             One :class:`pyseq.search.Hypothesis` per row, with tokens (no ``<start>``, no
@@ -983,7 +1093,7 @@ class Seq2Seq(torch.nn.Module):
             ValueError: an option is out of its range.
             RuntimeError: the logits are not finite.
         """
-        model = self._given(source_extra, target_extra, max_length)
+        model = self._given(source_extra, target_extra, copies, max_length)
         if beam_size == 1:
             return search.greedy(model, source, source_lengths, max_length=max_length)
         return search.beam(
@@ -1004,13 +1114,14 @@ class Seq2Seq(torch.nn.Module):
         generator: torch.Generator | None = None,
         source_extra: Tensor | None = None,
         target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
     ) -> list[list[Hypothesis]]:
         """The target sequences that a search with these options finds for each source.
 
         Args, Returns, Raises: see :func:`pyseq.search.search`, and for the extra information
-            :meth:`generate`.
+            and copies :meth:`generate`.
         """
-        model = self._given(source_extra, target_extra, options.max_length)
+        model = self._given(source_extra, target_extra, copies, options.max_length)
         return search.search(model, source, source_lengths, options, generator=generator)
 
     def stream(
@@ -1022,42 +1133,57 @@ class Seq2Seq(torch.nn.Module):
         generator: torch.Generator | None = None,
         source_extra: Tensor | None = None,
         target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
     ) -> Iterator[StreamedToken]:
         """The tokens of greedy search or sampling one by one, as they are found.
 
         Args, Returns, Raises: see :func:`pyseq.search.stream`, and for the extra information
-            :meth:`generate`.
+            and copies :meth:`generate`.
         """
-        model = self._given(source_extra, target_extra, options.max_length)
+        model = self._given(source_extra, target_extra, copies, options.max_length)
         return search.stream(model, source, source_lengths, options, generator=generator)
 
     def given(
-        self, *, source_extra: Tensor | None = None, target_extra: Tensor | None = None
+        self,
+        *,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
     ) -> Given:
-        """This model with the extra information of some sources, as :mod:`pyseq.search` and
-        :class:`pyseq.Ensemble` take it.
+        """This model with the extra information of some sources, and what may be copied of
+        them, as :mod:`pyseq.search` and :class:`pyseq.Ensemble` take it.
 
         Args:
-            source_extra, target_extra: as in :meth:`forward`, for the sources to be searched.
+            source_extra, target_extra, copies: as in :meth:`forward`, for the sources to be
+                searched.
         """
-        return Given(self, source_extra, target_extra)
+        return Given(self, source_extra, target_extra, copies)
 
     def _given(
-        self, source_extra: Tensor | None, target_extra: Tensor | None, max_length: int
+        self,
+        source_extra: Tensor | None,
+        target_extra: Tensor | None,
+        copies: Tensor | None,
+        max_length: int,
     ) -> SearchModel:
         if target_extra is not None and target_extra.dim() == 3 and len(target_extra) < max_length:
             raise RuntimeError(
                 f"target_extra must have at least max_length = {max_length} steps, got "
                 f"{len(target_extra)}"
             )
-        if source_extra is None and target_extra is None:
+        if source_extra is target_extra is copies is None:
             return self
-        return self.given(source_extra=source_extra, target_extra=target_extra)
+        return self.given(source_extra=source_extra, target_extra=target_extra, copies=copies)
 
     def encode_source(
-        self, source: Tensor, lengths: Tensor, source_extra: Tensor | None = None
+        self,
+        source: Tensor,
+        lengths: Tensor,
+        source_extra: Tensor | None = None,
+        copies: Tensor | None = None,
     ) -> tuple[EncodedSource, DecoderState]:
         """What a search begins with; see :class:`pyseq.search.SearchModel`."""
+        checked = self._copies(copies, source, lengths)
         memory, hidden, context = self._encode(source, lengths, None, source_extra)
         feed = memory.new_zeros(memory.shape[1], self.decoder.rnn.hidden_size)
         state = DecoderState(hidden, feed)
@@ -1066,7 +1192,7 @@ class Seq2Seq(torch.nn.Module):
             return EncodedSource(None, None, None, context), state
         # Every step reads the memory row by row, so it is laid out like that once.
         memory = memory.transpose(0, 1).contiguous().transpose(0, 1)
-        return EncodedSource(memory, keys, lengths.to(source.device), context), state
+        return EncodedSource(memory, keys, lengths.to(source.device), context, checked), state
 
     def step(
         self,
@@ -1093,10 +1219,13 @@ class Seq2Seq(torch.nn.Module):
             state=state,
             need_weights=need_weights,
             keys=encoded.keys,
-            conditions=Conditions(encoded.context, target_extra),
+            conditions=Conditions(encoded.context, target_extra, encoded.copies),
         )
+        log_probs = logits[:, 0]
+        if encoded.copies is None:
+            log_probs = torch.log_softmax(log_probs, -1)
         weights = None if decoded.weights is None else decoded.weights[0]
-        return Step(torch.log_softmax(logits[:, 0], -1), weights, decoded.state)
+        return Step(log_probs, weights, decoded.state)
 
     def fused_search(self) -> FusedSearch | None:
         """The searches of :mod:`pyseq.search` in one operator; see its ``SearchModel``.
@@ -1131,12 +1260,18 @@ class _GivenState(NamedTuple):
 
 
 class Given:
-    """A model with the extra information of some sources; what :meth:`Seq2Seq.given` returns."""
+    """A model with the extra information of some sources, and what may be copied of them; what
+    :meth:`Seq2Seq.given` returns."""
 
     def __init__(
-        self, model: Seq2Seq, source_extra: Tensor | None, target_extra: Tensor | None
+        self,
+        model: Seq2Seq,
+        source_extra: Tensor | None,
+        target_extra: Tensor | None,
+        copies: Tensor | None = None,
     ) -> None:
         self.model = model
+        self.copies = copies
         self.source_extra = source_extra
         self.target_extra = target_extra
 
@@ -1153,7 +1288,7 @@ class Given:
             RuntimeError: the extra information has not one row for each source, or is not what
                 the model takes.
         """
-        encoded, state = self.model.encode_source(source, lengths, self.source_extra)
+        encoded, state = self.model.encode_source(source, lengths, self.source_extra, self.copies)
         extra = self.target_extra
         steps = -1 if extra is None or extra.dim() == 2 else len(extra)
         check_extra(

@@ -161,18 +161,39 @@ class Vocab:
         kept = [s for s, count in ranked if count >= min_count and s not in SPECIALS]
         return cls(kept if max_size is None else kept[: max(0, max_size - len(SPECIALS))])
 
-    def encode(self, tokens: Sequence[str]) -> list[int]:
-        """Ids of ``tokens``; unknown ones are ``UNK``."""
-        return [self._ids.get(token, UNK) for token in tokens]
+    def encode(self, tokens: Sequence[str], *, extra: Sequence[str] = ()) -> list[int]:
+        """Ids of ``tokens``; unknown ones are ``UNK``.
 
-    def decode(self, ids: Iterable[int]) -> list[str]:
-        """Symbols of ``ids`` up to the first ``STOP``, without ``PAD`` and ``START``."""
+        Args:
+            tokens: the tokens.
+            extra: tokens beyond the vocabulary, with the ids that follow it.
+        """
+        beyond = {token: len(self) + place for place, token in enumerate(extra)}
+        return [self._ids.get(token, beyond.get(token, UNK)) for token in tokens]
+
+    def extend(self, tokens: Sequence[str]) -> tuple[list[int], list[str]]:
+        """Ids of ``tokens``, those of unknown ones following the vocabulary, and the latter.
+
+        The n-th different unknown token has the id ``len(self) + n``, counted from 0: what a
+        model that copies may put out for this source.
+        """
+        extra = list(dict.fromkeys(token for token in tokens if token not in self))
+        return self.encode(tokens, extra=extra), extra
+
+    def decode(self, ids: Iterable[int], *, extra: Sequence[str] = ()) -> list[str]:
+        """Symbols of ``ids`` up to the first ``STOP``, without ``PAD`` and ``START``.
+
+        Args:
+            ids: the ids.
+            extra: tokens beyond the vocabulary, as :meth:`extend` gave them.
+        """
         tokens = []
         for index in ids:
             if index == STOP:
                 break
             if index not in (PAD, START):
-                tokens.append(self.symbols[index])
+                beyond = index - len(self)
+                tokens.append(self.symbols[index] if beyond < 0 else extra[beyond])
         return tokens
 
     def to_json(self) -> str:
@@ -338,6 +359,9 @@ class Batch(NamedTuple):
     target_in: Tensor  # (B, T) int64, begins with START
     target_out: Tensor  # (B, T) int64, target_in shifted by one, ends with STOP
     lines: list[int]  # where each row came from
+    #: (B, S) int64, the sources in ids of the target, PAD where nothing may be copied; None
+    #: for a model that does not copy.
+    copies: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -362,6 +386,7 @@ class Batch(NamedTuple):
             self.target_in.to(device),
             self.target_out.to(device),
             self.lines,
+            None if self.copies is None else self.copies.to(device),
         )
 
     def share(self, rank: int, count: int) -> Batch:
@@ -379,6 +404,7 @@ class Batch(NamedTuple):
             self.target_in[rows, :target_size],
             self.target_out[rows, :target_size],
             self.lines[rows],
+            None if self.copies is None else self.copies[rows, :source_size],
         )
 
 
@@ -397,6 +423,21 @@ def encode_sources(vocab: Vocab, lines: Sequence[Sequence[str]]) -> tuple[Tensor
     return pad([[*vocab.encode(line), STOP] for line in lines])
 
 
+def encode_copies(vocab: Vocab, lines: Sequence[Sequence[str]]) -> tuple[Tensor, list[list[str]]]:
+    """Tokenised sources as a model that copies takes them, beside :func:`encode_sources`.
+
+    Args:
+        vocab: that of the target.
+        lines: the sources.
+
+    Returns:
+        (B, S) int64, ``PAD`` for the ``STOP`` at the end, and for each line the tokens that the
+        vocabulary lacks, in the order of their ids.
+    """
+    rows = [vocab.extend(line) for line in lines]
+    return pad([[*ids, PAD] for ids, _ in rows])[0], [extra for _, extra in rows]
+
+
 @dataclass(frozen=True)
 class Examples:
     """Pairs as ids, kept unpadded; the two special symbols are added when collating."""
@@ -405,17 +446,35 @@ class Examples:
     targets: list[list[int]]
     lines: list[int]
     name: str  # the file, for messages
+    copies: list[list[int]] | None = None  # the sources in ids of the target, to be copied
 
     @classmethod
     def encode(
-        cls, pairs: Sequence[Pair], source_vocab: Vocab, target_vocab: Vocab, *, name: str
+        cls,
+        pairs: Sequence[Pair],
+        source_vocab: Vocab,
+        target_vocab: Vocab,
+        *,
+        name: str,
+        copy: bool = False,
     ) -> Examples:
-        """``pairs`` in the ids of two vocabularies."""
+        """``pairs`` in the ids of two vocabularies.
+
+        Args:
+            pairs, source_vocab, target_vocab, name: see there.
+            copy: whether tokens of the source may be copied; in a target those that the
+                vocabulary lacks then have ids beyond it.
+        """
+        extended = [target_vocab.extend(pair.source) if copy else ([], []) for pair in pairs]
         return cls(
             [source_vocab.encode(pair.source) for pair in pairs],
-            [target_vocab.encode(pair.target) for pair in pairs],
+            [
+                target_vocab.encode(pair.target, extra=extra)
+                for pair, (_, extra) in zip(pairs, extended, strict=True)
+            ],
             [pair.line for pair in pairs],
             name,
+            [ids for ids, _ in extended] if copy else None,
         )
 
     def __len__(self) -> int:
@@ -433,6 +492,7 @@ class Examples:
             target[:, :-1],
             target[:, 1:],
             [self.lines[i] for i in indices],
+            None if self.copies is None else pad([[*self.copies[i], PAD] for i in indices])[0],
         )
 
     def by_length(self, indices: Iterable[int]) -> list[int]:
@@ -444,6 +504,8 @@ class Examples:
         digest = hashlib.sha256()
         for source, target in zip(self.sources, self.targets, strict=True):
             digest.update(f"{source}{target}\n".encode())
+        for copied in self.copies or ():
+            digest.update(f"{copied}\n".encode())
         return digest.hexdigest()
 
 

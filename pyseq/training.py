@@ -25,6 +25,7 @@ from torch import Tensor
 from . import checkpoint
 from .averaging import AVERAGES, AverageName, WeightAverage
 from .bridge import BridgeName
+from .copying import CopyName
 from .distributed import AnyBatch, DataParallel, Processes, peers_may_end
 from .embeddings import Embeddings, EmbeddingsFile
 from .errors import CheckpointError, DataError, TrainingError, require
@@ -43,6 +44,7 @@ from .scheduled import (
 from .seq2seq import Seq2Seq
 from .tagger import AnyModel, Classifier, PoolingName, Tagger
 from .text import (
+    Batch,
     BucketedBatches,
     Examples,
     ExampleSet,
@@ -96,6 +98,7 @@ class ModelOptions:
     bridge: BridgeName = "copy"
     tie_embeddings: bool = False
     context_every_step: bool = False
+    copy: CopyName | None = None
 
     def build(self, source_vocab: Vocab, target_vocab: Vocab) -> Seq2Seq:
         """A new model for these vocabularies, weights drawn from torch's global generator."""
@@ -346,7 +349,15 @@ def _loss(
     # Batches and models of one task go together, which the types cannot tell.
     compute: Callable[..., Tensor] = model.loss
     own = {"sampling": sampling} if isinstance(model, Seq2Seq) else {}
-    return compute(*batch.inputs, batch.expected, label_smoothing=label_smoothing, **own)
+    return compute(
+        *batch.inputs, batch.expected, label_smoothing=label_smoothing, **own, **_keywords(batch)
+    )
+
+
+def _keywords(batch: AnyBatch) -> dict[str, Tensor]:
+    """What only models that copy read."""
+    copies = batch.copies if isinstance(batch, Batch) else None
+    return {} if copies is None else {"copies": copies}
 
 
 @torch.no_grad()
@@ -381,7 +392,8 @@ def accuracy(
     right, count = 0, 0
     for batch in _own_batches(examples, batch_size, processes):
         batch = batch.to(_device(model))
-        fits = (model(*batch.inputs).argmax(-1) == batch.expected) | ~batch.counted
+        likeliest = model(*batch.inputs, **_keywords(batch)).argmax(-1)
+        fits = (likeliest == batch.expected) | ~batch.counted
         right += int(fits.reshape(len(fits), -1).all(1).sum())
         count += len(fits)
     model.train(training)
@@ -415,9 +427,9 @@ def errors_by_position(
     wrong: list[int] = []
     count: list[int] = []
     for batch in ordered_batches(examples, batch_size):
-        source, lengths, target_in, target_out, _ = batch.to(_device(model))
-        target_in = model.scheduled_inputs(source, lengths, target_in, sampling)
-        likeliest = model(source, lengths, target_in).argmax(-1)
+        source, lengths, target_in, target_out, _, copies = batch.to(_device(model))
+        target_in = model.scheduled_inputs(source, lengths, target_in, sampling, copies=copies)
+        likeliest = model(source, lengths, target_in, copies=copies).argmax(-1)
         valid = target_out != PAD
         more = target_out.shape[1] - len(count)
         wrong += [0] * more
@@ -994,6 +1006,7 @@ def start(
     *,
     tokens: tuple[str, str],
     reverse_source: bool = False,
+    min_count: int = 1,
     model: ModelOptions,
     options: TrainingOptions,
     out: str | Path | None = None,
@@ -1013,6 +1026,8 @@ def start(
         reverse_source: read sources backwards, in training and ever after, which brings their
             first tokens close to those of the target (Sutskever et al. 2014, arXiv 1409.3215,
             section 3.3); for a model without attention and with an encoder of one direction.
+        min_count: symbols that are seen less often are ``<unk>``; a model that copies learns
+            from them to copy what it does not know.
         model: what the model is made of.
         options, out, progress, log, tensorboard: as for :class:`Trainer`.
         source_embeddings, target_embeddings: pretrained vectors with which the embeddings of
@@ -1024,8 +1039,9 @@ def start(
     """
     if not data.pairs:
         raise DataError(f"{data.name}: no pairs to train on")
-    source_vocab = Vocab.build(pair.source for pair in data.pairs)
-    target_vocab = Vocab.build(pair.target for pair in data.pairs)
+    _check("min_count", min_count, min_count >= 1, "at least 1")
+    source_vocab = Vocab.build((pair.source for pair in data.pairs), min_count=min_count)
+    target_vocab = Vocab.build((pair.target for pair in data.pairs), min_count=min_count)
     pretrained = _read_embeddings(
         {"source": (source_embeddings, source_vocab), "target": (target_embeddings, target_vocab)},
         options.seed,
@@ -1316,6 +1332,7 @@ def train(
     validation: Sequence[tuple[str, str]] | None = None,
     tokens: str | tuple[str, str] = "char",
     reverse_source: bool = False,
+    min_count: int = 1,
     embedding_size: int = ModelOptions.embedding_size,
     hidden_size: int = ModelOptions.hidden_size,
     num_layers: int = ModelOptions.num_layers,
@@ -1331,6 +1348,7 @@ def train(
     bridge: BridgeName = ModelOptions.bridge,
     tie_embeddings: bool = ModelOptions.tie_embeddings,
     context_every_step: bool = ModelOptions.context_every_step,
+    copy: CopyName | None = ModelOptions.copy,
     epochs: int = TrainingOptions.epochs,
     batch_size: int = TrainingOptions.batch_size,
     learning_rate: float = TrainingOptions.learning_rate,
@@ -1349,10 +1367,10 @@ def train(
         validation: pairs that choose the best epoch. Default: the last epoch is taken.
         tokens: how text is split, for both sides or for (source, target): ``"char"``,
             ``"space"`` or ``"word"``; see :class:`pyseq.text.Tokenizer`.
-        reverse_source: read sources backwards; see :func:`start`.
+        reverse_source, min_count: see :func:`start`.
         embedding_size, hidden_size, num_layers, cell, bidirectional, score, input_feeding,
             dropout, source_embedding_size, target_embedding_size, encoder_hidden_size,
-            encoder_num_layers, bridge, tie_embeddings, context_every_step: as for
+            encoder_num_layers, bridge, tie_embeddings, context_every_step, copy: as for
             :class:`pyseq.Seq2Seq`.
         epochs, batch_size, learning_rate, seed, freeze_source, freeze_target: see
             :class:`TrainingOptions`.
@@ -1387,6 +1405,7 @@ def train(
         None if validation is None else tokenise(validation, "validation"),
         tokens=sides,
         reverse_source=reverse_source,
+        min_count=min_count,
         model=ModelOptions(
             embedding_size=embedding_size,
             hidden_size=hidden_size,
@@ -1403,6 +1422,7 @@ def train(
             bridge=bridge,
             tie_embeddings=tie_embeddings,
             context_every_step=context_every_step,
+            copy=copy,
         ),
         options=TrainingOptions(
             epochs=epochs,

@@ -19,7 +19,7 @@ from . import search as searches
 from .errors import CheckpointError, DataError
 from .search import Ensemble, Hypothesis, SearchModel, SearchOptions
 from .seq2seq import Seq2Seq
-from .text import Examples, Pair, Tokenizer, Vocab, encode_sources
+from .text import Examples, Pair, Tokenizer, Vocab, encode_copies, encode_sources
 from .types import UNK
 
 
@@ -33,6 +33,15 @@ class Translation(NamedTuple):
     # (T, S): a row for each token, a column for each source token and one more for the
     # <stop> behind them; None without attention and for a blank line.
     weights: Tensor | None
+
+
+class _Encoded(NamedTuple):
+    """Some sources, as a search takes them."""
+
+    model: SearchModel
+    source: Tensor  # (B, S)
+    lengths: Tensor  # (B,)
+    extra: list[list[str]]  # of each, the tokens beyond the vocabulary that may be copied
 
 
 class Translator:
@@ -76,6 +85,11 @@ class Translator:
         self.target_tokenizer = Tokenizer(target_tokens)
         self.max_length = max_length
         self.reverse_source = reverse_source
+
+    @property
+    def copies(self) -> bool:
+        """Whether the model may copy tokens of the line, those too that it does not know."""
+        return self.model.config["copy"] is not None
 
     def __call__(self, line: str, *, beam_size: int = 1) -> str:
         """The output text for one line; :meth:`translate` does many at once."""
@@ -150,15 +164,13 @@ class Translator:
         order = [i for i in order if sources[i]]
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
+            batch = self._encode([sources[i] for i in rows])
             found = searches.search(
-                self._searched(),
-                *self._encode([sources[i] for i in rows]),
-                options,
-                generator=generator,
+                batch.model, batch.source, batch.lengths, options, generator=generator
             )
-            for i, hypotheses in zip(rows, found, strict=True):
+            for i, hypotheses, extra in zip(rows, found, batch.extra, strict=True):
                 results[i] = [
-                    self._translation(sources[i], hypothesis, replace_unknown)
+                    self._translation(sources[i], extra, hypothesis, replace_unknown)
                     for hypothesis in hypotheses
                 ]
         return results
@@ -182,26 +194,28 @@ class Translator:
         source = self.source_tokenizer.split(line)
         if not source:
             return iter(())
+        batch = self._encode([source])
         tokens = searches.stream(
-            self._searched(), *self._encode([source]), options, generator=generator
+            batch.model, batch.source, batch.lengths, options, generator=generator
         )
-        return self._pieces(source, tokens, replace_unknown)
+        return self._pieces(source, batch.extra[0], tokens, replace_unknown)
 
     def _pieces(
-        self, source: list[str], tokens: Iterator[searches.StreamedToken], replace_unknown: bool
+        self,
+        source: list[str],
+        extra: list[str],
+        tokens: Iterator[searches.StreamedToken],
+        replace_unknown: bool,
     ) -> Iterator[str]:
         output: list[str] = []
         said = ""
         for item in tokens:
             weights = None if item.weights is None else item.weights.unsqueeze(0)
             one = Hypothesis([item.token], item.score, weights)
-            output += self._translation(source, one, replace_unknown).tokens
+            output += self._translation(source, extra, one, replace_unknown).tokens
             text = self.target_tokenizer.join(output)
             yield text[len(said) :]
             said = text
-
-    def _searched(self) -> SearchModel:
-        return Ensemble([self.model, *self.others]) if self.others else self.model
 
     def _text_options(
         self, options: SearchOptions | None, prefix: str, *, replace_unknown: bool
@@ -223,22 +237,29 @@ class Translator:
                 raise DataError(f"prefix: {token!r} was not in the training data")
         return replace(options, prefix=[self.target_vocab.encode(tokens)])
 
-    def _encode(self, sources: list[list[str]]) -> tuple[Tensor, Tensor]:
-        """The sources as the model reads them, and their lengths."""
+    def _encode(self, sources: list[list[str]]) -> _Encoded:
         device = next(self.model.parameters()).device
-        source, lengths = encode_sources(
-            self.source_vocab, [self.in_reading_order(source) for source in sources]
-        )
-        return source.to(device), lengths.to(device)
+        lines = [self.in_reading_order(source) for source in sources]
+        source, lengths = encode_sources(self.source_vocab, lines)
+        copies: Tensor | None = None
+        extra: list[list[str]] = [[] for _ in lines]
+        if self.copies:
+            copies, extra = encode_copies(self.target_vocab, lines)
+            copies = copies.to(device)
+        models: list[SearchModel] = [self.model, *self.others]
+        if copies is not None:
+            models = [model.given(copies=copies) for model in (self.model, *self.others)]
+        searched = Ensemble(models) if self.others else models[0]
+        return _Encoded(searched, source.to(device), lengths.to(device), extra)
 
     def _translation(
-        self, source: list[str], hypothesis: Hypothesis, replace_unknown: bool
+        self, source: list[str], extra: list[str], hypothesis: Hypothesis, replace_unknown: bool
     ) -> Translation:
         weights = hypothesis.weights
         if weights is not None and self.reverse_source:
             # Back to the order of the text; <stop> stays last.
             weights = torch.cat([weights[:, :-1].flip(1), weights[:, -1:]], 1)
-        output = self.target_vocab.decode(hypothesis.tokens)
+        output = self.target_vocab.decode(hypothesis.tokens, extra=extra)
         if replace_unknown and weights is not None and output:
             looked_at = weights[:, :-1].argmax(1).tolist()
             output = [
@@ -264,7 +285,9 @@ class Translator:
             name: where they came from, for messages.
         """
         ordered = [pair._replace(source=self.in_reading_order(pair.source)) for pair in pairs]
-        return Examples.encode(ordered, self.source_vocab, self.target_vocab, name=name)
+        return Examples.encode(
+            ordered, self.source_vocab, self.target_vocab, name=name, copy=self.copies
+        )
 
     def save(self, path: str | Path, *, training: checkpoint.TrainingState | None = None) -> None:
         """Save as a folder; see :func:`pyseq.save`.
@@ -305,7 +328,7 @@ class Translator:
         models = []
         for other in others:
             one = cls.from_saved(checkpoint.load(other), other)
-            for what in ("source_vocab", "target_vocab", "reverse_source"):
+            for what in ("source_vocab", "target_vocab", "reverse_source", "copies"):
                 if getattr(one, what) != getattr(first, what):
                     raise CheckpointError(
                         f"{other}: the models of an ensemble must have the same {what}, "

@@ -171,6 +171,19 @@ class DecoderOutput(NamedTuple):
     state: DecoderState
 
 
+class Copies(NamedTuple):
+    """What a model that copies may copy: the target's token at each source position."""
+
+    #: (B, S) int64: ids of the target's vocabulary, and from V on those of the tokens that it
+    #: lacks, counted in each row; below ``UNK`` where nothing may be copied, as in the padding.
+    ids: Tensor
+    extra: int  # X: such tokens have ids V to V + X - 1
+
+    def select(self, rows: Tensor) -> Copies:
+        """Those of the given rows (N,) int64, which may repeat."""
+        return Copies(self.ids.index_select(0, rows), self.extra)
+
+
 class GenerateOutput(NamedTuple):
     """What ``generate`` returns: the best sequence of each row."""
 

@@ -333,7 +333,7 @@ def test_the_schedule_goes_by_the_updates(monkeypatch: pytest.MonkeyPatch) -> No
 
     def spy(self: Seq2Seq, *args: Any, **options: Any) -> Tensor:
         if self.training:
-            seen.append(options["sampling"])
+            seen.append(options.get("sampling"))
         return loss(self, *args, **options)
 
     monkeypatch.setattr(Seq2Seq, "loss", spy)

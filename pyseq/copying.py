@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copying from the source: a distribution over the vocabulary and the tokens of the source.
+
+A head on top of the decoder, after its loop: all steps at once, in plain torch, and in log space
+from end to end. Used by ``seq2seq.Decoder``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .types import UNK, Copies
+
+CopyName = Literal["pointer", "joint"]
+COPIES: tuple[str, ...] = ("pointer", "joint")
+
+
+class Copying(torch.nn.Module):
+    """Generates a token of the vocabulary or copies one of the source.
+
+    For the output h of the decoder, the source's positions m_s and the logits g of the
+    vocabulary, the copy scores are ``e_s = h^T W m_s``, over positions that may be copied.
+
+    - ``"pointer"``: ``P(y) = p_gen softmax(g)_y + (1 - p_gen) sum_{s: id_s = y} a_s`` with
+      ``a = softmax(e)``, ``c = sum_s a_s m_s`` and ``p_gen = sigmoid(w^T [c; h; x] + b)``, x
+      being the embedding of the token that was read.
+    - ``"joint"``: generating and copying share one softmax,
+      ``P(y) = (exp(g_y) + sum_{s: id_s = y} exp(e_s)) / Z``.
+
+    In a row of which nothing may be copied everything is generated. The attention of See et al.
+    is that of the decoder and its gate reads the state; here both belong to the head, whose h
+    is made of context and state. Gu et al. put a tanh around ``W m_s``.
+
+    Args:
+        kind: ``"pointer"`` or ``"joint"``.
+        hidden_size, memory_size, embedding_size: H, M, E.
+
+    Raises:
+        ValueError: ``kind`` is unknown.
+
+    Reference:
+        See et al. 2017, arXiv 1704.04368, eq. 8 and 9 (pointer); Gu et al. 2016,
+        arXiv 1603.06393, eq. 4 to 8 (joint).
+    """
+
+    def __init__(
+        self, kind: str, *, hidden_size: int, memory_size: int, embedding_size: int
+    ) -> None:
+        super().__init__()
+        if kind not in COPIES:
+            raise ValueError(f"copy must be one of {', '.join(COPIES)} or None, got {kind!r}")
+        self.query = torch.nn.Linear(hidden_size, memory_size, bias=False)
+        self.gate: torch.nn.Linear | None = None
+        if kind == "pointer":
+            self.gate = torch.nn.Linear(memory_size + hidden_size + embedding_size, 1)
+
+    def forward(
+        self, logits: Tensor, hidden: Tensor, memory: Tensor, embedded: Tensor, copies: Copies
+    ) -> Tensor:
+        """Log-probabilities of the vocabulary and what follows it.
+
+        Args:
+            logits: (B, T, V).
+            hidden: (B, T, H), the decoder's output.
+            memory: (B, S, M).
+            embedded: (B, T, E), what the decoder read.
+            copies: the target's token at each source position.
+
+        Returns:
+            (B, T, V + X), in nats; minus infinity for ids beyond V that a row's source does
+            not have.
+        """
+        fixed = (copies.ids < UNK).unsqueeze(1)  # (B, 1, S), what is not copied
+        nothing = fixed.all(2, keepdim=True)
+        scores = (self.query(hidden) @ memory.transpose(1, 2)).masked_fill(fixed, -math.inf)
+        if self.gate is not None:
+            # Finite where there is nothing to choose from, which is masked again below.
+            attn = torch.log_softmax(scores.masked_fill(nothing, 0.0), 2)
+            weights = attn.exp().masked_fill(fixed, 0.0)
+            gate = self.gate(torch.cat([weights @ memory, hidden, embedded], 2))
+            generated = torch.log_softmax(logits, 2) + F.logsigmoid(gate).masked_fill(nothing, 0.0)
+            copied = attn + F.logsigmoid(-gate)
+        else:
+            total = torch.logsumexp(torch.cat([logits, scores], 2), 2, keepdim=True)
+            generated, copied = logits - total, scores - total
+        copied = copied.masked_fill(fixed, -math.inf)
+        return _add_copies(F.pad(generated, (0, copies.extra), value=-math.inf), copied, copies.ids)
+
+
+def _add_copies(generated: Tensor, copied: Tensor, ids: Tensor) -> Tensor:
+    """``log(exp(generated_y) + sum_{s: id_s = y} exp(copied_s))``, by its gradient too.
+
+    Args:
+        generated: (B, T, W).
+        copied: (B, T, S).
+        ids: (B, S).
+    """
+    places = ids.unsqueeze(1).expand_as(copied)
+    # Of each token the largest term, so that none of the sums underflows.
+    lowest = torch.full_like(generated, -math.inf)
+    largest = lowest.scatter_reduce(2, places, copied.detach(), "amax")
+    present = largest > -math.inf
+    largest = largest.masked_fill(~present, 0.0)
+    terms = (copied - largest.gather(2, places)).exp()
+    sums = torch.zeros_like(generated).scatter_add(2, places, terms)
+    # A logarithm of zero would have no gradient, even where it is not taken.
+    logs = sums.masked_fill(~present, 1.0).log() + largest
+    return torch.where(present, torch.logaddexp(generated, logs), generated)
