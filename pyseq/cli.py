@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from .bridge import BRIDGES
 from .copying import COPIES
 from .embeddings import EmbeddingsFile
 from .errors import DataError, PyseqError
+from .extra import EXTRA_MODES, EXTRA_PLACES
 from .labeler import Labeler
 from .labels import check_labels
 from .plot import save_heatmap
@@ -251,9 +252,10 @@ def _add_train(commands: Any) -> None:
         "train",
         help="train a model from a file of pairs",
         description="Train a model. PAIRS.tsv holds one pair a line, source and target "
-        "separated by a tab, in UTF-8; further columns are ignored. For --task tag the target is "
-        "one label for each token of the source, separated by spaces; for --task classify it is "
-        "one label. DIR gets the best model, DIR/last the last checkpoint.",
+        "separated by a tab, in UTF-8; further columns are ignored, or hold extra information. "
+        "For --task tag the target is one label for each token of the source, separated by "
+        "spaces; for --task classify it is one label. DIR gets the best model, DIR/last the last "
+        "checkpoint.",
     )
     command.set_defaults(run=_train)
     command.add_argument("pairs", nargs="?", metavar="PAIRS.tsv", help="the training pairs")
@@ -339,6 +341,14 @@ def _add_train(commands: Any) -> None:
         help="let the decoder read the encoder's last state at every step",
     )
 
+    for side in ("source", "target"):
+        text = f"numbers of extra information for the {side}, in a further column"
+        _add_option(group, ModelOptions, f"{side}_extra_size", _positive, text)
+    _add_option(group, ModelOptions, "extra_mode", str, "how it enters", choices=EXTRA_MODES)
+    _add_option(
+        group, ModelOptions, "extra_hidden_size", _positive, "hidden units of --extra-mode mlp"
+    )
+    _add_option(group, ModelOptions, "extra_place", str, "where it enters", choices=EXTRA_PLACES)
     group.add_argument(
         "--pooling",
         choices=POOLINGS,
@@ -659,7 +669,7 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
         training_given = {**g2p.TRAINING, **training_given}
     try:
         options = TrainingOptions(**training_given)
-        data, validation = _data(arguments, tokens, options.seed)
+        data, validation = _data(arguments, tokens, options.seed, model_given)
         if arguments.task in training.TASKS:
             return training.start_labeler(
                 data,
@@ -714,7 +724,8 @@ def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
             "--resume goes on with sources as they stand: leave --reverse-source out, or begin "
             "a new run"
         )
-    data, validation = _data(arguments, tokens, state.record["options"]["seed"])
+    seed = state.record["options"]["seed"]
+    data, validation = _data(arguments, tokens, seed, saved.model.config)
     return training.resume(
         data,
         validation,
@@ -751,9 +762,9 @@ def _refuse_changes(
 
 
 def _data(
-    arguments: argparse.Namespace, tokens: tuple[str, str], seed: int
+    arguments: argparse.Namespace, tokens: tuple[str, str], seed: int, options: Mapping[str, Any]
 ) -> tuple[Data, Data | None]:
-    """Training and validation pairs."""
+    """Training and validation pairs, for a model with these options."""
     if arguments.task == "g2p":
         parts = g2p.load()
         return (
@@ -765,7 +776,13 @@ def _data(
         texts = _read(path, skip_bad_lines=arguments.skip_bad_lines)
         if arguments.task in training.TASKS:
             return training.tokenise_labels(texts, task=arguments.task, tokens=tokens[0])
-        return tokenise(texts, source=Tokenizer(tokens[0]), target=Tokenizer(tokens[1]))
+        return tokenise(
+            texts,
+            source=Tokenizer(tokens[0]),
+            target=Tokenizer(tokens[1]),
+            extra_sizes=(options.get("source_extra_size"), options.get("target_extra_size")),
+            name=path,
+        )
 
     pairs = read(arguments.pairs)
     if arguments.valid is not None:
@@ -870,8 +887,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         }
     else:
         answers = {}
+        columns = sum(size is not None for size in translator.extra_sizes)
         for pair in _read(arguments.pairs, skip_bad_lines=arguments.skip_bad_lines):
-            answers.setdefault(pair.source, []).append(pair.target)
+            line = "\t".join((pair.source, *pair.columns[:columns]))
+            answers.setdefault(line, []).append(pair.target)
     results = [found[0] for found in search(list(answers))]
     references = list(answers.values())
     tokenizer = translator.target_tokenizer

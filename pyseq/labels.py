@@ -104,6 +104,11 @@ class LabelBatch(NamedTuple):
         return self.source, self.source_lengths
 
     @property
+    def options(self) -> dict[str, Tensor]:
+        """What it reads besides: nothing."""
+        return {}
+
+    @property
     def expected(self) -> Tensor:
         """What it should predict."""
         return self.labels

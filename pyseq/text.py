@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import unicodedata
 from collections import Counter
@@ -228,12 +229,20 @@ class Vocab:
         return f"Vocab({len(self)} symbols)"
 
 
+class Extra(NamedTuple):
+    """Extra information of one pair, for the encoder and for the decoder; () for none."""
+
+    source: tuple[float, ...] = ()
+    target: tuple[float, ...] = ()
+
+
 class TextPair(NamedTuple):
     """One line of a file of pairs."""
 
     source: str
     target: str
     line: int  # counted from 1
+    columns: tuple[str, ...] = ()  # those after the target
 
 
 class Pair(NamedTuple):
@@ -242,6 +251,7 @@ class Pair(NamedTuple):
     source: list[str]
     target: list[str]
     line: int
+    extra: Extra = Extra()
 
 
 class PairsFile(NamedTuple):
@@ -276,7 +286,7 @@ def read_lines(stream: Iterable[bytes], *, name: str) -> Iterator[tuple[int, str
 def read_pairs(path: str | Path, *, skip_bad_lines: bool = False) -> PairsFile:
     """Read a file of pairs: UTF-8, one pair a line, source and target separated by a tab.
 
-    Further columns are ignored, and so are blank lines.
+    Further columns may hold extra information; else they are ignored, like blank lines.
 
     Args:
         path: the file.
@@ -309,7 +319,7 @@ def _parse_pair(text: str, number: int, *, name: str) -> TextPair:
     columns = text.split("\t")
     if len(columns) < 2:
         raise DataError(f"{name}:{number}: no tab between source and target")
-    return make_pair(columns[0], columns[1], number, name=name)
+    return make_pair(columns[0], columns[1], number, name=name)._replace(columns=(*columns[2:],))
 
 
 def make_pair(source: str, target: str, line: int, *, name: str) -> TextPair:
@@ -327,10 +337,64 @@ def make_pair(source: str, target: str, line: int, *, name: str) -> TextPair:
 
 
 def tokenise_pairs(
-    pairs: Iterable[TextPair], *, source: Tokenizer, target: Tokenizer
+    pairs: Iterable[TextPair],
+    *,
+    source: Tokenizer,
+    target: Tokenizer,
+    extra_sizes: tuple[int | None, int | None] = (None, None),
+    name: str = "pairs",
 ) -> list[Pair]:
-    """Split both sides of each pair."""
-    return [Pair(source.split(pair.source), target.split(pair.target), pair.line) for pair in pairs]
+    """Split both sides of each pair.
+
+    Args:
+        pairs: the pairs.
+        source, target: how each side is split.
+        extra_sizes: numbers of extra information for the source and for the target, which are
+            read from further columns; None for none.
+        name: the file, for messages.
+
+    Raises:
+        DataError: a pair has not the extra information that is asked for.
+    """
+    return [
+        Pair(
+            source.split(pair.source),
+            target.split(pair.target),
+            pair.line,
+            parse_extra(pair.columns, extra_sizes, place=f"{name}:{pair.line}"),
+        )
+        for pair in pairs
+    ]
+
+
+def parse_extra(
+    columns: Sequence[str], sizes: tuple[int | None, int | None], *, place: str
+) -> Extra:
+    """Extra information as numbers, separated by spaces, a column for each side that has any.
+
+    Args:
+        columns: those of the source and of the target, without the ones that are not asked for.
+        sizes: numbers of extra information for the source and for the target; None for none.
+        place: file and line, for messages.
+
+    Raises:
+        DataError: a column is missing, or has not that many finite numbers.
+    """
+    found: list[tuple[float, ...]] = []
+    left = iter(columns)
+    for side, size in zip(("source", "target"), sizes, strict=True):
+        fields = [] if size is None else next(left, "").split()
+        try:
+            numbers = tuple(float(field) for field in fields)
+        except ValueError as error:
+            raise DataError(f"{place}: extra information for the {side}: {error}") from error
+        if len(numbers) != (size or 0) or not all(map(math.isfinite, numbers)):
+            raise DataError(
+                f"{place}: expected a column with {size} finite numbers of extra information for "
+                f"the {side}, got {' '.join(fields[:5])!r}"
+            )
+        found.append(numbers)
+    return Extra(*found)
 
 
 def hold_out(pairs: Sequence[Pair], share: float, *, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -362,11 +426,23 @@ class Batch(NamedTuple):
     #: (B, S) int64, the sources in ids of the target, PAD where nothing may be copied; None
     #: for a model that does not copy.
     copies: Tensor | None = None
+    source_extra: Tensor | None = None  # (B, Z), extra information for the encoder
+    target_extra: Tensor | None = None  # (B, Z), for the decoder
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What the model reads."""
         return self.source, self.source_lengths, self.target_in
+
+    @property
+    def options(self) -> dict[str, Tensor]:
+        """What it reads besides, by the name of the argument."""
+        given = {
+            "source_extra": self.source_extra,
+            "target_extra": self.target_extra,
+            "copies": self.copies,
+        }
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def expected(self) -> Tensor:
@@ -387,6 +463,7 @@ class Batch(NamedTuple):
             self.target_out.to(device),
             self.lines,
             None if self.copies is None else self.copies.to(device),
+            *(None if z is None else z.to(device) for z in (self.source_extra, self.target_extra)),
         )
 
     def share(self, rank: int, count: int) -> Batch:
@@ -405,6 +482,7 @@ class Batch(NamedTuple):
             self.target_out[rows, :target_size],
             self.lines[rows],
             None if self.copies is None else self.copies[rows, :source_size],
+            *(None if z is None else z[rows] for z in (self.source_extra, self.target_extra)),
         )
 
 
@@ -447,6 +525,7 @@ class Examples:
     lines: list[int]
     name: str  # the file, for messages
     copies: list[list[int]] | None = None  # the sources in ids of the target, to be copied
+    extras: list[Extra] | None = None
 
     @classmethod
     def encode(
@@ -475,6 +554,7 @@ class Examples:
             [pair.line for pair in pairs],
             name,
             [ids for ids, _ in extended] if copy else None,
+            [pair.extra for pair in pairs] if any(any(pair.extra) for pair in pairs) else None,
         )
 
     def __len__(self) -> int:
@@ -493,6 +573,7 @@ class Examples:
             target[:, 1:],
             [self.lines[i] for i in indices],
             None if self.copies is None else pad([[*self.copies[i], PAD] for i in indices])[0],
+            *extra_tensors([] if self.extras is None else [self.extras[i] for i in indices]),
         )
 
     def by_length(self, indices: Iterable[int]) -> list[int]:
@@ -506,7 +587,16 @@ class Examples:
             digest.update(f"{source}{target}\n".encode())
         for copied in self.copies or ():
             digest.update(f"{copied}\n".encode())
+        for extra in self.extras or ():
+            digest.update(f"{extra}\n".encode())
         return digest.hexdigest()
+
+
+def extra_tensors(extras: Sequence[Extra]) -> tuple[Tensor | None, Tensor | None]:
+    """(B, Z) for the source and for the target, each None if there is none."""
+    source = torch.tensor([extra.source for extra in extras])
+    target = torch.tensor([extra.target for extra in extras])
+    return source if source.numel() else None, target if target.numel() else None
 
 
 B = TypeVar("B", covariant=True)

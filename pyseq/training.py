@@ -30,6 +30,7 @@ from .distributed import AnyBatch, DataParallel, Processes, peers_may_end
 from .embeddings import Embeddings, EmbeddingsFile
 from .errors import CheckpointError, DataError, TrainingError, require
 from .events import Events, require_tensorboard
+from .extra import ExtraMode, ExtraPlace
 from .labeler import Labeler
 from .labels import Labels, check_labels
 from .scheduled import (
@@ -44,7 +45,6 @@ from .scheduled import (
 from .seq2seq import Seq2Seq
 from .tagger import AnyModel, Classifier, PoolingName, Tagger
 from .text import (
-    Batch,
     BucketedBatches,
     Examples,
     ExampleSet,
@@ -99,6 +99,11 @@ class ModelOptions:
     tie_embeddings: bool = False
     context_every_step: bool = False
     copy: CopyName | None = None
+    source_extra_size: int | None = None
+    target_extra_size: int | None = None
+    extra_mode: ExtraMode = "concat"
+    extra_hidden_size: int | None = None
+    extra_place: ExtraPlace = "output"
 
     def build(self, source_vocab: Vocab, target_vocab: Vocab) -> Seq2Seq:
         """A new model for these vocabularies, weights drawn from torch's global generator."""
@@ -350,14 +355,8 @@ def _loss(
     compute: Callable[..., Tensor] = model.loss
     own = {"sampling": sampling} if isinstance(model, Seq2Seq) else {}
     return compute(
-        *batch.inputs, batch.expected, label_smoothing=label_smoothing, **own, **_keywords(batch)
+        *batch.inputs, batch.expected, label_smoothing=label_smoothing, **own, **batch.options
     )
-
-
-def _keywords(batch: AnyBatch) -> dict[str, Tensor]:
-    """What only models that copy read."""
-    copies = batch.copies if isinstance(batch, Batch) else None
-    return {} if copies is None else {"copies": copies}
 
 
 @torch.no_grad()
@@ -392,7 +391,7 @@ def accuracy(
     right, count = 0, 0
     for batch in _own_batches(examples, batch_size, processes):
         batch = batch.to(_device(model))
-        likeliest = model(*batch.inputs, **_keywords(batch)).argmax(-1)
+        likeliest = model(*batch.inputs, **batch.options).argmax(-1)
         fits = (likeliest == batch.expected) | ~batch.counted
         right += int(fits.reshape(len(fits), -1).all(1).sum())
         count += len(fits)
@@ -427,9 +426,19 @@ def errors_by_position(
     wrong: list[int] = []
     count: list[int] = []
     for batch in ordered_batches(examples, batch_size):
-        source, lengths, target_in, target_out, _, copies = batch.to(_device(model))
-        target_in = model.scheduled_inputs(source, lengths, target_in, sampling, copies=copies)
-        likeliest = model(source, lengths, target_in, copies=copies).argmax(-1)
+        batch = batch.to(_device(model))
+        source, lengths, target_in = batch.inputs
+        target_in = model.scheduled_inputs(
+            source,
+            lengths,
+            target_in,
+            sampling,
+            source_extra=batch.source_extra,
+            target_extra=batch.target_extra,
+            copies=batch.copies,
+        )
+        likeliest = model(source, lengths, target_in, **batch.options).argmax(-1)
+        target_out = batch.target_out
         valid = target_out != PAD
         more = target_out.shape[1] - len(count)
         wrong += [0] * more
@@ -1312,24 +1321,34 @@ def _trainer(
     )
 
 
-def _text_pair(pair: Any, line: int, *, name: str) -> TextPair:
+def _text_pair(pair: Any, line: int, *, name: str, extras: int = 0) -> TextPair:
     if (
         not isinstance(pair, (tuple, list))
-        or len(pair) != 2
-        or not all(isinstance(side, str) for side in pair)
+        or len(pair) != 2 + extras
+        or not all(isinstance(side, str) for side in pair[:2])
     ):
-        raise DataError(f"{name}:{line}: a pair must be two strings, got {pair!r}")
-    return make_pair(pair[0], pair[1], line, name=name)
+        numbers = f" and extra information {extras} times" if extras else ""
+        raise DataError(f"{name}:{line}: a pair must be two strings{numbers}, got {pair!r}")
+    columns = (each if isinstance(each, str) else " ".join(map(str, each)) for each in pair[2:])
+    return make_pair(pair[0], pair[1], line, name=name)._replace(columns=tuple(columns))
 
 
 def _embeddings_file(given: EmbeddingsFile | str | Path | None) -> EmbeddingsFile | None:
     return EmbeddingsFile(given) if isinstance(given, (str, Path)) else given
 
 
+#: Source and target, and extra information for either or both.
+_AnyPair = (
+    tuple[str, str]
+    | tuple[str, str, Sequence[float] | str]
+    | tuple[str, str, Sequence[float] | str, Sequence[float] | str]
+)
+
+
 def train(
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[_AnyPair],
     *,
-    validation: Sequence[tuple[str, str]] | None = None,
+    validation: Sequence[_AnyPair] | None = None,
     tokens: str | tuple[str, str] = "char",
     reverse_source: bool = False,
     min_count: int = 1,
@@ -1349,6 +1368,11 @@ def train(
     tie_embeddings: bool = ModelOptions.tie_embeddings,
     context_every_step: bool = ModelOptions.context_every_step,
     copy: CopyName | None = ModelOptions.copy,
+    source_extra_size: int | None = ModelOptions.source_extra_size,
+    target_extra_size: int | None = ModelOptions.target_extra_size,
+    extra_mode: ExtraMode = ModelOptions.extra_mode,
+    extra_hidden_size: int | None = ModelOptions.extra_hidden_size,
+    extra_place: ExtraPlace = ModelOptions.extra_place,
     epochs: int = TrainingOptions.epochs,
     batch_size: int = TrainingOptions.batch_size,
     learning_rate: float = TrainingOptions.learning_rate,
@@ -1363,14 +1387,17 @@ def train(
     """Train a translator from pairs of strings.
 
     Args:
-        pairs: source and target of each pair.
+        pairs: source and target of each pair; for a model with extra information followed by
+            its numbers for the source, for the target, or for both in this order, as a sequence
+            each or as text with spaces between.
         validation: pairs that choose the best epoch. Default: the last epoch is taken.
         tokens: how text is split, for both sides or for (source, target): ``"char"``,
             ``"space"`` or ``"word"``; see :class:`pyseq.text.Tokenizer`.
         reverse_source, min_count: see :func:`start`.
         embedding_size, hidden_size, num_layers, cell, bidirectional, score, input_feeding,
             dropout, source_embedding_size, target_embedding_size, encoder_hidden_size,
-            encoder_num_layers, bridge, tie_embeddings, context_every_step, copy: as for
+            encoder_num_layers, bridge, tie_embeddings, context_every_step, copy,
+            source_extra_size, target_extra_size, extra_mode, extra_hidden_size, extra_place: as for
             :class:`pyseq.Seq2Seq`.
         epochs, batch_size, learning_rate, seed, freeze_source, freeze_target: see
             :class:`TrainingOptions`.
@@ -1396,9 +1423,16 @@ def train(
     sides = (given[0], given[1])
     source, target = Tokenizer(sides[0]), Tokenizer(sides[1])
 
-    def tokenise(part: Sequence[tuple[str, str]], name: str) -> Data:
-        texts = [_text_pair(pair, line, name=name) for line, pair in enumerate(part, start=1)]
-        return Data(tokenise_pairs(texts, source=source, target=target), name)
+    sizes = (source_extra_size, target_extra_size)
+    extras = sum(size is not None for size in sizes)
+
+    def tokenise(part: Sequence[_AnyPair], name: str) -> Data:
+        texts = [
+            _text_pair(pair, line, name=name, extras=extras)
+            for line, pair in enumerate(part, start=1)
+        ]
+        pairs = tokenise_pairs(texts, source=source, target=target, extra_sizes=sizes, name=name)
+        return Data(pairs, name)
 
     trainer = start(
         tokenise(pairs, "pairs"),
@@ -1423,6 +1457,11 @@ def train(
             tie_embeddings=tie_embeddings,
             context_every_step=context_every_step,
             copy=copy,
+            source_extra_size=source_extra_size,
+            target_extra_size=target_extra_size,
+            extra_mode=extra_mode,
+            extra_hidden_size=extra_hidden_size,
+            extra_place=extra_place,
         ),
         options=TrainingOptions(
             epochs=epochs,

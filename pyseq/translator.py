@@ -19,7 +19,17 @@ from . import search as searches
 from .errors import CheckpointError, DataError
 from .search import Ensemble, Hypothesis, SearchModel, SearchOptions
 from .seq2seq import Seq2Seq
-from .text import Examples, Pair, Tokenizer, Vocab, encode_copies, encode_sources
+from .text import (
+    Examples,
+    Extra,
+    Pair,
+    Tokenizer,
+    Vocab,
+    encode_copies,
+    encode_sources,
+    extra_tensors,
+    parse_extra,
+)
 from .types import UNK
 
 
@@ -133,7 +143,9 @@ class Translator:
     ) -> list[list[Translation]]:
         """The outputs that a search finds for each line, in batches of similar length.
 
-        An unknown symbol is read as ``<unk>``; a blank line gives an empty output.
+        An unknown symbol is read as ``<unk>``; a blank line gives an empty output. For a model
+        with extra information a line goes on with its numbers, after a tab, for the source, for
+        the target, or for both, with a tab between.
 
         Args:
             lines: the lines.
@@ -151,20 +163,22 @@ class Translator:
 
         Raises:
             ValueError: ``options.prefix`` is given, or the options do not go with the model.
-            DataError: the prefix holds a symbol that the model does not know.
+            DataError: the prefix holds a symbol that the model does not know, or a line has not
+                the extra information that the model takes.
 
         Reference:
             Luong et al. 2015, arXiv 1508.04025, section 4.1 (replacing unknown words), without
             its dictionary.
         """
         options = self._text_options(options, prefix, replace_unknown=replace_unknown)
-        sources = [self.source_tokenizer.split(line) for line in lines]
+        read = [self._read(line) for line in lines]
+        sources = [source for source, _ in read]
         results: list[list[Translation]] = [[Translation("", [], [], 0.0, None)] for _ in lines]
         order = sorted(range(len(lines)), key=lambda i: len(sources[i]))
         order = [i for i in order if sources[i]]
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = self._encode([sources[i] for i in rows])
+            batch = self._encode(*zip(*(read[i] for i in rows), strict=True))
             found = searches.search(
                 batch.model, batch.source, batch.lengths, options, generator=generator
             )
@@ -191,10 +205,10 @@ class Translator:
         Args, Raises: see :meth:`search`; the options are those of :func:`pyseq.search.stream`.
         """
         options = self._text_options(options, prefix, replace_unknown=replace_unknown)
-        source = self.source_tokenizer.split(line)
+        source, information = self._read(line)
         if not source:
             return iter(())
-        batch = self._encode([source])
+        batch = self._encode([source], [information])
         tokens = searches.stream(
             batch.model, batch.source, batch.lengths, options, generator=generator
         )
@@ -217,6 +231,20 @@ class Translator:
             yield text[len(said) :]
             said = text
 
+    @property
+    def extra_sizes(self) -> tuple[int | None, int | None]:
+        """Numbers of extra information for the source and for the target; None for none."""
+        config = self.model.config
+        return config["source_extra_size"], config["target_extra_size"]
+
+    def _read(self, line: str) -> tuple[list[str], Extra]:
+        """The tokens of a line, and the extra information behind them."""
+        if self.extra_sizes == (None, None) or not line.strip():
+            return self.source_tokenizer.split(line), Extra()
+        text, *columns = line.split("\t")
+        information = parse_extra(columns, self.extra_sizes, place=f"the line {text!r}")
+        return self.source_tokenizer.split(text), information
+
     def _text_options(
         self, options: SearchOptions | None, prefix: str, *, replace_unknown: bool
     ) -> SearchOptions:
@@ -237,7 +265,7 @@ class Translator:
                 raise DataError(f"prefix: {token!r} was not in the training data")
         return replace(options, prefix=[self.target_vocab.encode(tokens)])
 
-    def _encode(self, sources: list[list[str]]) -> _Encoded:
+    def _encode(self, sources: Sequence[list[str]], information: Sequence[Extra]) -> _Encoded:
         device = next(self.model.parameters()).device
         lines = [self.in_reading_order(source) for source in sources]
         source, lengths = encode_sources(self.source_vocab, lines)
@@ -246,9 +274,13 @@ class Translator:
         if self.copies:
             copies, extra = encode_copies(self.target_vocab, lines)
             copies = copies.to(device)
-        models: list[SearchModel] = [self.model, *self.others]
-        if copies is not None:
-            models = [model.given(copies=copies) for model in (self.model, *self.others)]
+        models: list[SearchModel] = []
+        for model in (self.model, *self.others):
+            weight = model.decoder.output.weight
+            z_source, z_target = (
+                None if z is None else z.to(weight) for z in extra_tensors(information)
+            )
+            models.append(model.given(source_extra=z_source, target_extra=z_target, copies=copies))
         searched = Ensemble(models) if self.others else models[0]
         return _Encoded(searched, source.to(device), lengths.to(device), extra)
 
@@ -275,7 +307,7 @@ class Translator:
 
     def unknown_symbols(self, line: str) -> list[str]:
         """The tokens of ``line`` that the model has never seen."""
-        return [t for t in self.source_tokenizer.split(line) if t not in self.source_vocab]
+        return [token for token in self._read(line)[0] if token not in self.source_vocab]
 
     def encode(self, pairs: Sequence[Pair], *, name: str) -> Examples:
         """Pairs of tokens as the ids that the model is trained on.
@@ -283,7 +315,19 @@ class Translator:
         Args:
             pairs: the pairs.
             name: where they came from, for messages.
+
+        Raises:
+            DataError: a pair has not the extra information that the model takes.
         """
+        for pair in pairs:
+            for side, size, numbers in zip(
+                ("source", "target"), self.extra_sizes, pair.extra, strict=True
+            ):
+                if len(numbers) != (size or 0):
+                    raise DataError(
+                        f"{name}:{pair.line}: expected {size or 0} numbers of extra information "
+                        f"for the {side}, got {len(numbers)}"
+                    )
         ordered = [pair._replace(source=self.in_reading_order(pair.source)) for pair in pairs]
         return Examples.encode(
             ordered, self.source_vocab, self.target_vocab, name=name, copy=self.copies

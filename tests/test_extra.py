@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import io
+import random
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +15,14 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from pyseq import Ensemble, search
+from pyseq import Ensemble, Translator, Vocab, checkpoint, cli, search, train
+from pyseq.errors import DataError
 from pyseq.extra import EXTRA_MODES, EXTRA_PLACES, ExtraInformation
 from pyseq.scheduled import Sampling
 from pyseq.search import SearchOptions
 from pyseq.seq2seq import Decoder, Seq2Seq
+from pyseq.text import Examples, Extra, Pair
+from pyseq.training import Data, ModelOptions, TrainingOptions, start
 from pyseq.types import PAD, START, STOP
 
 H, Z, T, B = 5, 3, 4, 2
@@ -372,3 +379,136 @@ def test_errors_say_what_was_expected(case: str) -> None:
     call, error, match = ERRORS[case]
     with pytest.raises(error, match=match):
         call()
+
+
+# From text and on the command line: the target is the source in the case that z asks for.
+
+Lines = list[tuple[str, str, tuple[float, ...]]]
+
+
+def cased(count: int, seed: int) -> Lines:
+    chance = random.Random(seed)
+    found: Lines = []
+    for _ in range(count):
+        text = "".join(chance.choices("abc", k=chance.randint(1, 4)))
+        upper = chance.random() < 0.5
+        found.append((text, text.upper() if upper else text, (1.0, 0.5) if upper else (-1.0, 0.5)))
+    return found
+
+
+def columns(numbers: tuple[float, ...]) -> str:
+    return " ".join(map(str, numbers))
+
+
+@pytest.fixture(scope="module")
+def translator() -> Translator:
+    torch.set_num_threads(1)
+    return train(
+        cased(120, 1),
+        source_extra_size=2,
+        extra_mode="mlp",
+        extra_hidden_size=4,
+        embedding_size=12,
+        hidden_size=48,
+        epochs=20,
+        batch_size=8,
+        learning_rate=0.01,
+        dropout=0.0,
+    )
+
+
+def test_a_translator_learns_what_it_is_told(translator: Translator) -> None:
+    test = cased(40, 2)
+    found = translator.translate([f"{text}\t{columns(z)}" for text, _, z in test], beam_size=2)
+    assert sum(each.text == target for each, (_, target, _) in zip(found, test, strict=True)) > 35
+    assert found[0].source_tokens == list(test[0][0])
+    assert translator.translate(["  "])[0].text == ""
+    assert "".join(translator.stream(f"ab\t{columns((1.0, 0.5))}")) == "AB"
+    assert translator.unknown_symbols("axb\t1 2") == ["x"]
+    both = Translator(
+        translator.model,
+        translator.source_vocab,
+        translator.target_vocab,
+        others=[translator.model],
+    )
+    assert both("ab\t1 0.5") == "AB"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ab", "the line 'ab': expected a column with 2 finite numbers .* source, got ''"),
+        ("ab\t1", "expected a column with 2 finite numbers .* for the source, got '1'"),
+        ("ab\t1 nan", "2 finite numbers .* got '1 nan'"),
+        ("ab\t1 x", "extra information for the source: could not convert string to float: 'x'"),
+    ],
+)
+def test_lines_without_it_are_refused(line: str, message: str, translator: Translator) -> None:
+    with pytest.raises(DataError, match=message):
+        translator.translate([line])
+
+
+def test_training_refuses_pairs_without_it() -> None:
+    with pytest.raises(
+        DataError, match=r"pairs:2: a pair must be two strings and extra .* 1 times"
+    ):
+        train([("a", "b", [1.0]), ("a", "b")], source_extra_size=1)
+    with pytest.raises(DataError, match=r"pairs:1: expected a column with 1 .* for the target"):
+        train([("a", "b", "1", [1.0, 2.0])], source_extra_size=1, target_extra_size=1)
+    data = Data([Pair(["a"], ["b"], 3)], "x")
+    with pytest.raises(DataError, match=r"x:3: expected 2 numbers of extra information .* got 0"):
+        start(
+            data,
+            tokens=("char", "char"),
+            model=ModelOptions(target_extra_size=2),
+            options=TrainingOptions(),
+        )
+
+
+def test_batches_and_fingerprints_hold_it() -> None:
+    vocab = Vocab("ab")
+
+    def examples(*extras: Extra) -> Examples:
+        pairs = [Pair(["a"] * n, ["b"], n, extra) for n, extra in enumerate(extras, 1)]
+        return Examples.encode(pairs, vocab, vocab, name="x")
+
+    first = examples(Extra((1.0,), (2.0, 3.0)), Extra((4.0,), (5.0, 6.0)))
+    batch = first.collate([1, 0])
+    assert batch.options["source_extra"].tolist() == [[4], [1]]
+    assert batch.options["target_extra"].tolist() == [[5, 6], [2, 3]]
+    share = batch.share(1, 2)
+    assert share.options["target_extra"].tolist() == [[2, 3]]
+    assert batch.to(torch.device("meta")).options["source_extra"].device.type == "meta"
+    plain = examples(Extra(), Extra())
+    assert plain.collate([0]).options == {}
+    other = examples(Extra((1.0,), (2.0, 3.0)), Extra((4.0,), (5.0, 7.0)))
+    assert len({each.fingerprint() for each in (first, plain, other)}) == 3
+
+
+def test_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("safetensors", "tqdm", "sacrebleu"):
+        pytest.importorskip(package, reason="the command line needs the extra 'train'")
+    path, out = tmp_path / "pairs.tsv", str(tmp_path / "out")
+    rows = [f"{text}\t{target}\t{columns(z)}\t3\n" for text, target, z in cased(60, 1)]
+    path.write_text("".join(rows))
+    command = ["train", str(path), "--out", out, "--threads", "1", "--valid-share", "0.1"]
+    sizes = ["--source-extra-size", "2", "--target-extra-size", "1", "--extra-place", "input"]
+    model = ["--extra-mode", "add", "--context-every-step", "--hidden-size", "8"]
+    assert cli.main([*command, *sizes, *model, "--epochs", "1", "--select", "accuracy"]) == 0
+    assert cli.main([*command, "--resume", "--epochs", "2"]) == 0
+    config = checkpoint.load(out).model.config
+    assert (config["extra_place"], config["context_every_step"]) == ("input", True)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\t1 2\t3\n\ncb\t4 5\t6\n")))
+    assert cli.main(["predict", out, "--beam-size", "2"]) == 0
+    assert capsys.readouterr().out.count("\n") == 3
+    assert cli.main(["evaluate", out, str(path)]) == 0
+    # The same text with other numbers is another question.
+    questions = {tuple(row.split("\t")[::2]) for row in rows}
+    assert capsys.readouterr().out.startswith(f"lines  {len(questions)}\n")
+    path.write_text("ab\tAB\t1 2\n")
+    assert cli.main(["evaluate", out, str(path)]) == 1
+    assert "expected a column with 1 finite numbers" in capsys.readouterr().err
+    assert cli.main([*command, *sizes, "--overwrite"]) == 1
+    assert f"{path}:1: expected a column with 1 finite numbers" in capsys.readouterr().err

@@ -95,7 +95,8 @@ def test_read_pairs(tmp_path: Path) -> None:
     path = tmp_path / "pairs.tsv"
     path.write_bytes("\ufeffa b\tx\tattribution\r\n\n 早 \ty\u2028z\n".encode())
     found = read_pairs(path)
-    assert [tuple(pair) for pair in found.pairs] == [("a b", "x", 1), ("早", "y\u2028z", 3)]
+    assert [pair[:3] for pair in found.pairs] == [("a b", "x", 1), ("早", "y\u2028z", 3)]
+    assert [pair.columns for pair in found.pairs] == [("attribution",), ()]
     assert found.skipped == []
     pairs = tokenise_pairs(found.pairs, source=Tokenizer("space"), target=Tokenizer("char"))
     assert pairs[0] == Pair(["a", "b"], ["x"], 1)
