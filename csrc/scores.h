@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The arithmetic of attention scores for ONE component of the query, as cells.h has it for
 // the cells: V is a scalar, a SIMD vector of neighbouring components or a CUDA thread's
-// value. A score is the sum of `term` over the components.
+// value, M supplies tanh and multiply_add. A score is what `add` makes of zero, component by
+// component.
 #pragma once
 
 #include "cells.h"
@@ -12,8 +13,8 @@ struct DotScore {
   static constexpr bool kAdditive = false;
 
   template <class M, class V>
-  static PYSEQ_INLINE V term(V query, V key, V) {
-    return query * key;
+  static PYSEQ_INLINE V add(V sum, V query, V key, V) {
+    return M::multiply_add(query, key, sum);
   }
 };
 
@@ -22,8 +23,8 @@ struct AdditiveScore {
   static constexpr bool kAdditive = true;
 
   template <class M, class V>
-  static PYSEQ_INLINE V term(V query, V key, V v) {
-    return v * M::tanh(query + key);
+  static PYSEQ_INLINE V add(V sum, V query, V key, V v) {
+    return M::multiply_add(v, M::tanh(query + key), sum);
   }
 
   // Adds the gradients of one component for the score's gradient d_score. The query's and

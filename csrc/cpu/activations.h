@@ -45,6 +45,10 @@ struct Math {
 
   static PYSEQ_FORCE_INLINE V zero() { return V{}; }
 
+  static PYSEQ_FORCE_INLINE V multiply_add(V a, V b, V c) {
+    return PYSEQ_TIER::multiply_add<T>(a, b, c);
+  }
+
   static PYSEQ_FORCE_INLINE V relu(V x) { return x < 0 ? V{} : x; }
 
   static PYSEQ_FORCE_INLINE V where_positive(V x, V value) { return x > 0 ? value : V{}; }

@@ -14,27 +14,37 @@ constexpr int kQueries = 4;
 
 namespace detail {
 
+// Scores of K keys, of which `inside` are there; those past them are the last one again. Not
+// inlined: the compiler may fuse the multiply-adds of a tanh in one copy as it does not in another,
+// and which block a key is in depends on the number of threads.
 template <class T, class Score, int Q, int K>
-PYSEQ_FORCE_INLINE void score_block(const T* query, int64_t query_stride, const T* keys,
-                                    int64_t size, const T* v, T* out, int64_t out_stride) {
+[[gnu::noinline]] void score_block(const T* query, int64_t query_stride, const T* keys, int inside,
+                                   int64_t size, const T* v, T* out, int64_t out_stride) {
   using V = Vec<T>;
+  const T* key_rows[K];
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) key_rows[k] = keys + smaller(k, inside - 1) * size;
   V sum[Q][K] = {};
-  for (int64_t i = 0; i < size; i += kLanes<T>) {
-    const int count = lanes_inside<T>(size, i / kLanes<T>);
-    V key[K];
-    for (int k = 0; k < K; ++k) key[k] = load(keys + k * size + i, count);
+  const auto add = [&](int64_t i, int count) __attribute__((always_inline)) {
     V scale = {};
     if constexpr (Score::kAdditive) scale = load(v + i, count);
-    for (int q = 0; q < Q; ++q) {
-      const V value = load(query + q * query_stride + i, count);
-      for (int k = 0; k < K; ++k) {
-        sum[q][k] += Score::template term<Math<T>>(value, key[k], scale);
+    V value[Q];
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; ++q) value[q] = load(query + q * query_stride + i, count);
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) {
+      const V key = load(key_rows[k] + i, count);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) {
+        sum[q][k] = Score::template add<Math<T>>(sum[q][k], value[q], key, scale);
       }
     }
-  }
-  for (int q = 0; q < Q; ++q) {
-    for (int k = 0; k < K; ++k) out[q * out_stride + k] = sum_lanes<T>(sum[q][k]);
-  }
+  };
+  int64_t i = 0;
+  for (; i + kLanes<T> <= size; i += kLanes<T>) add(i, kLanes<T>);
+  if (i < size) add(i, static_cast<int>(size - i));
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; ++q) store(out + q * out_stride, sum_each<T, K>(sum[q]), inside);
 }
 
 template <class T, int Q, int W>
@@ -66,16 +76,19 @@ PYSEQ_FORCE_INLINE void weighted_block(const T* weights, int64_t weight_stride, 
 template <class T, class Score, int Q>
 void scores(const T* query, int64_t query_stride, const T* keys, int64_t key_count, int64_t size,
             const T* v, T* out, int64_t out_stride) {
-  constexpr int K = Q == 1 ? 8 : 4;
+  // As many keys at a time as there are registers for, and lanes for their scores; a tanh needs
+  // most of the registers.
+  constexpr int kFew = smaller(kLanes<T>, 4);
+  constexpr int K = Q > 1 || Score::kAdditive ? kFew : smaller(kLanes<T>, kAccumulators);
   int64_t s = 0;
-  for (; s + K <= key_count; s += K) {
-    detail::score_block<T, Score, Q, K>(query, query_stride, keys + s * size, size, v, out + s,
-                                        out_stride);
-  }
-  for (; s < key_count; ++s) {
-    detail::score_block<T, Score, Q, 1>(query, query_stride, keys + s * size, size, v, out + s,
-                                        out_stride);
-  }
+  const auto block = [&]<int Keys>() {
+    const int inside = static_cast<int>(smaller(Keys, key_count - s));
+    detail::score_block<T, Score, Q, Keys>(query, query_stride, keys + s * size, inside, size, v,
+                                           out + s, out_stride);
+    s += Keys;
+  };
+  while (s + K <= key_count) block.template operator()<K>();
+  while (s < key_count) block.template operator()<kFew>();
 }
 
 // out[q] = sum_s weights[q][s] * rows[s], for the vectors [begin, end) of a row.
@@ -100,8 +113,13 @@ template <class T>
 void softmax(const T* scores, int64_t count, T* attn) {
   using V = Vec<T>;
   if (count == 0) return;
-  T largest = scores[0];
-  for (int64_t s = 1; s < count; ++s) largest = scores[s] > largest ? scores[s] : largest;
+  V above = broadcast(scores[0]);
+  for (int64_t s = 0; s < count; s += kLanes<T>) {
+    const int inside = lanes_inside<T>(count, s / kLanes<T>);
+    const V some = load(scores + s, inside);
+    above = (some > above) & lanes_below<T>(inside) ? some : above;
+  }
+  const T largest = max_lanes<T>(above);
   V sum = {};
   for (int64_t s = 0; s < count; s += kLanes<T>) {
     const int inside = lanes_inside<T>(count, s / kLanes<T>);
@@ -110,7 +128,10 @@ void softmax(const T* scores, int64_t count, T* attn) {
     sum += inside == kLanes<T> ? e : load(attn + s, inside);
   }
   const T scale = 1 / sum_lanes<T>(sum);
-  for (int64_t s = 0; s < count; ++s) attn[s] *= scale;
+  for (int64_t s = 0; s < count; s += kLanes<T>) {
+    const int inside = lanes_inside<T>(count, s / kLanes<T>);
+    store(attn + s, load(attn + s, inside) * scale, inside);
+  }
 }
 
 // d_scores = attn * (d_attn - sum(attn * d_attn)), over d_attn or elsewhere.

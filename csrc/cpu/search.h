@@ -47,19 +47,6 @@ PYSEQ_FORCE_INLINE uint32_t lanes_above(Vec<T> value, T threshold) {
 #endif
 }
 
-template <class T>
-PYSEQ_FORCE_INLINE T max_lanes(Vec<T> value) {
-#pragma GCC unroll 4
-  for (int half = kLanes<T> / 2; half >= 1; half /= 2) {
-    VecInt<T> other;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes<T>; ++lane) other[lane] = lane ^ half;
-    const Vec<T> shuffled = __builtin_shuffle(value, other);
-    value = shuffled > value ? shuffled : value;
-  }
-  return value[0];
-}
-
 // A continuation of a hypothesis by one token.
 template <class T>
 struct Candidate {

@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -26,6 +26,9 @@ constexpr int kAccumulators = 12;  // of 16 registers
 constexpr int kVectorBytes = 16;
 constexpr int kAccumulators = 12;
 #endif
+
+PYSEQ_FORCE_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PYSEQ_FORCE_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
@@ -101,6 +104,34 @@ PYSEQ_FORCE_INLINE Vec<T> broadcast(T value) {
   return Vec<T>{} + value;
 }
 
+// a * b + c, rounded once where the tier can. The compiler contracts sums of products too, but not
+// in every copy of a function alike: this is for sums that several copies must make bit by bit.
+template <class T>
+PYSEQ_FORCE_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_fmadd_ps(a, b, c);
+  else
+    return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  if constexpr (sizeof(T) == 4)
+    return _mm256_fmadd_ps(a, b, c);
+  else
+    return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// True in the first `count` lanes.
+template <class T>
+PYSEQ_FORCE_INLINE VecInt<T> lanes_below(int count) {
+  VecInt<T> number;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes<T>; ++lane) number[lane] = lane;
+  return number < count;
+}
+
 // Sum over the lanes, halving the vector: in an order that does not depend on anything.
 template <class T>
 PYSEQ_FORCE_INLINE T sum_lanes(Vec<T> value) {
@@ -113,6 +144,53 @@ PYSEQ_FORCE_INLINE T sum_lanes(Vec<T> value) {
     value += __builtin_shuffle(value, other);
   }
   return value[0];
+}
+
+template <class T>
+PYSEQ_FORCE_INLINE T max_lanes(Vec<T> value) {
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half >= 1; half /= 2) {
+    VecInt<T> other;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLanes<T>; ++lane) other[lane] = lane ^ half;
+    const Vec<T> shuffled = __builtin_shuffle(value, other);
+    value = shuffled > value ? shuffled : value;
+  }
+  return value[0];
+}
+
+// Adds halves of two vectors while it transposes blocks of Size lanes.
+template <class T, int Size>
+PYSEQ_FORCE_INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
+  VecInt<T> kept, moved;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    const int from = (lane & Size) == 0 ? 0 : kLanes<T>;
+    kept[lane] = from + lane;
+    moved[lane] = from + (lane ^ Size);
+  }
+  return __builtin_shuffle(a, b, kept) + __builtin_shuffle(a, b, moved);
+}
+
+// The sum over the lanes of each of Count vectors, a power of two and no more than there are
+// lanes, that of vector i in lane i. Each is added up in the same order, whatever Count.
+template <class T, int Count, int Size = 1>
+PYSEQ_FORCE_INLINE Vec<T> sum_each(const Vec<T>* vectors) {
+  static_assert(Count * Size <= kLanes<T> || Count == 1);
+  if constexpr (Size == kLanes<T>) {
+    return vectors[0];
+  } else if constexpr (Count == 1) {
+    VecInt<T> other;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLanes<T>; ++lane) other[lane] = lane ^ Size;
+    const Vec<T> sum = vectors[0] + __builtin_shuffle(vectors[0], other);
+    return sum_each<T, 1, Size * 2>(&sum);
+  } else {
+    Vec<T> half[Count / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < Count / 2; ++i) half[i] = fold<T, Size>(vectors[2 * i], vectors[2 * i + 1]);
+    return sum_each<T, Count / 2, Size * 2>(half);
+  }
 }
 
 // Transposes a square block of as many vectors as a vector has lanes: at each size the
@@ -149,8 +227,5 @@ PYSEQ_FORCE_INLINE int lanes_inside(int64_t count, int64_t index) {
   const int64_t left = count - index * kLanes<T>;
   return left < kLanes<T> ? static_cast<int>(left) : kLanes<T>;
 }
-
-PYSEQ_FORCE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-PYSEQ_FORCE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace pyseq::cpu::PYSEQ_TIER

@@ -153,33 +153,6 @@ template <class T, int G, int MR, int NP>
   }
 }
 
-// Adds halves of two vectors while it transposes blocks of Size lanes.
-template <class T, int Size>
-PYSEQ_FORCE_INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
-  VecInt<T> kept, moved;
-#pragma GCC unroll 16
-  for (int lane = 0; lane < kLanes<T>; ++lane) {
-    const int from = (lane & Size) == 0 ? 0 : kLanes<T>;
-    kept[lane] = from + lane;
-    moved[lane] = from + (lane ^ Size);
-  }
-  return __builtin_shuffle(a, b, kept) + __builtin_shuffle(a, b, moved);
-}
-
-// Sums of the lanes of as many vectors as there are lanes, that of vector i in lane i, in an
-// order that depends on nothing.
-template <class T, int Count, int Size = 1>
-PYSEQ_FORCE_INLINE Vec<T> fold_all(const Vec<T>* vectors) {
-  if constexpr (Count == 1) {
-    return vectors[0];
-  } else {
-    Vec<T> half[Count / 2];
-#pragma GCC unroll 8
-    for (int i = 0; i < Count / 2; ++i) half[i] = fold<T, Size>(vectors[2 * i], vectors[2 * i + 1]);
-    return fold_all<T, Count / 2, Size * 2>(half);
-  }
-}
-
 // The same sums from weights that lie in rows and are not packed, as dot products along k: one
 // unit after the other, since the hardware fetches a single stream fastest, and four neighbouring
 // vectors of it side by side. More rows than kDotRows do not fit the registers.
@@ -203,7 +176,9 @@ template <class T, int Rows>
     const auto add = [&](int64_t k, int side, int inside) __attribute__((always_inline)) {
       const V weight = load(weights + k, inside);
 #pragma GCC unroll 8
-      for (int m = 0; m < Rows; ++m) sum[m][side] += load(a + m * a_stride + k, inside) * weight;
+      for (int m = 0; m < Rows; ++m) {
+        sum[m][side] = multiply_add<T>(load(a + m * a_stride + k, inside), weight, sum[m][side]);
+      }
     };
     int64_t k = 0;
     for (; k + kDotSides * N <= k_count; k += kDotSides * N) {
@@ -250,7 +225,7 @@ void multiply_rows(const Segment<T>& segment, int64_t row, int height, int64_t f
                                 weights.stride, last, weights.k_count, parts);
         for (int i = 0; i < rows; ++i, ++m) {
           T* const to = sums + ((p * height + m) * pre + segment.slot[g]) * N;
-          const Vec<T> sum = fold_all<T, N>(parts + i * N);
+          const Vec<T> sum = sum_each<T, N>(parts + i * N);
           store(to, accumulate ? load(to) + sum : sum);
         }
       }
