@@ -19,7 +19,12 @@ namespace pyseq {
 //   recurrent_slot(g)  the sum that the recurrent product of gate g adds to (the input
 //                      product of gate g always adds to sum g);
 //   kRecurrent         whether there is a recurrent product at all;
-//   kStates            numbers that a unit hands on beside h: none, or c;
+//   kGatesState        whether the last gate's recurrent weights multiply not h_{t-1} but what
+//                      `gated` makes of it and of the first gate's sum. `backward` then leaves
+//                      d_pre[0] zero and the rest to `backward_gated`, which gets the gradient of
+//                      that: the product with those weights lies between the two;
+//   kHeads             whether the recurrent product is one for each head, of its own units;
+//   kStates            numbers that a unit hands on beside h: none, c, or c and more;
 //   kUnitWeights       weights of the unit itself, that multiply nothing but its own states;
 //   forward            pre: in the sums, out what backward needs; w: the unit's own weights;
 //                      h, c: in t-1, out t;
@@ -32,6 +37,8 @@ struct RnnCell {
   static constexpr int kGates = 1;
   static constexpr int kPre = 1;
   static constexpr bool kRecurrent = true;
+  static constexpr bool kGatesState = false;
+  static constexpr bool kHeads = false;
   static constexpr int kStates = 0;
   static constexpr int kUnitWeights = 0;
   static PYSEQ_INLINE constexpr int recurrent_slot(int gate) { return gate; }
@@ -59,6 +66,8 @@ struct IndRnnCell {
   static constexpr int kGates = 1;
   static constexpr int kPre = 1;
   static constexpr bool kRecurrent = false;
+  static constexpr bool kGatesState = false;
+  static constexpr bool kHeads = false;
   static constexpr int kStates = 0;
   static constexpr int kUnitWeights = 1;
   static PYSEQ_INLINE constexpr int recurrent_slot(int gate) { return gate; }
@@ -88,6 +97,8 @@ struct Gru {
   static constexpr int kGates = 3;
   static constexpr int kPre = 4;
   static constexpr bool kRecurrent = true;
+  static constexpr bool kGatesState = false;
+  static constexpr bool kHeads = false;
   static constexpr int kStates = 0;
   static constexpr int kUnitWeights = 0;
   static PYSEQ_INLINE constexpr int recurrent_slot(int gate) { return gate == 2 ? 3 : gate; }
@@ -116,6 +127,50 @@ struct Gru {
   }
 };
 
+// As published (Cho et al. 2014, eq. 8): the reset gate multiplies h before the candidate's weights
+// do, n = tanh(x_n + R_n (r * h)).
+struct GruResetBefore {
+  static constexpr int kGates = 3;
+  static constexpr int kPre = 3;
+  static constexpr bool kRecurrent = true;
+  static constexpr bool kGatesState = true;
+  static constexpr bool kHeads = false;
+  static constexpr int kStates = 0;
+  static constexpr int kUnitWeights = 0;
+  static PYSEQ_INLINE constexpr int recurrent_slot(int gate) { return gate; }
+
+  template <class M, class V>
+  static PYSEQ_INLINE V gated(V pre_reset, V h) {
+    return M::sigmoid(pre_reset) * h;
+  }
+
+  template <class M, class V>
+  static PYSEQ_INLINE void forward(V (&pre)[kPre], const V*, V& h, V*) {
+    pre[0] = M::sigmoid(pre[0]);
+    pre[1] = M::sigmoid(pre[1]);
+    pre[2] = M::tanh(pre[2]);
+    h = pre[2] + pre[1] * (h - pre[2]);
+  }
+
+  template <class M, class V>
+  static PYSEQ_INLINE void backward(const V (&saved)[kPre], const V*, V h_prev, const V*, V& dh, V*,
+                                    V (&d_pre)[kPre], V*) {
+    const V z = saved[1], n = saved[2];
+    d_pre[0] = M::zero();
+    d_pre[1] = dh * (h_prev - n) * z * (1 - z);
+    d_pre[2] = dh * (1 - z) * (1 - n * n);
+    dh = dh * z;
+  }
+
+  // saved: of the first gate. d_gated: in the gradient of what `gated` gave, out of that gate's
+  // sum; dh: added to.
+  template <class V>
+  static PYSEQ_INLINE void backward_gated(V saved, V h_prev, V& dh, V& d_gated) {
+    dh += d_gated * saved;
+    d_gated = d_gated * h_prev * saved * (1 - saved);
+  }
+};
+
 // With peepholes (Gers & Schmidhuber 2000) the gates see c as well: i and f that before the
 // step, o that after it. The unit's own weights are those of i, f, o.
 template <bool Peepholes>
@@ -123,6 +178,8 @@ struct LstmCell {
   static constexpr int kGates = 4;
   static constexpr int kPre = 4;
   static constexpr bool kRecurrent = true;
+  static constexpr bool kGatesState = false;
+  static constexpr bool kHeads = false;
   static constexpr int kStates = 1;
   static constexpr int kUnitWeights = Peepholes ? 3 : 0;
   static PYSEQ_INLINE constexpr int recurrent_slot(int gate) { return gate; }
@@ -169,5 +226,78 @@ struct LstmCell {
 
 using Lstm = LstmCell<false>;
 using LstmPeephole = LstmCell<true>;
+
+// An LSTM whose input gate, and at will forget gate, is an exponential, with a normaliser n and a
+// scale m in which both are kept finite (Beck et al. 2024): c and n stand for e^m c and e^m n. A
+// state with n = 0 is empty, whatever its scale says: the first step sets one.
+template <bool ExponentialForget>
+struct SlstmCell {
+  static constexpr int kGates = 4;
+  static constexpr int kPre = 4;
+  static constexpr bool kRecurrent = true;
+  static constexpr bool kGatesState = false;
+  static constexpr bool kHeads = true;
+  static constexpr int kStates = 3;  // c, n, m
+  static constexpr int kUnitWeights = 0;
+  static PYSEQ_INLINE constexpr int recurrent_slot(int gate) { return gate; }
+
+  // What a step makes of its gates i, f (before any activation) and of the scale before.
+  template <class V>
+  struct Scaled {
+    V from_state, from_input;  // logarithms of what the state and the input are multiplied with
+    V scale;
+    V f, i;  // the same relative to the new scale
+  };
+
+  template <class M, class V>
+  static PYSEQ_INLINE Scaled<V> scaled(V pre_i, V pre_f, V n_prev, V m_prev) {
+    Scaled<V> s;
+    s.from_input = pre_i;
+    s.from_state = (ExponentialForget ? pre_f : M::log_sigmoid(pre_f)) + m_prev;
+    s.from_state = M::where_zero(n_prev, M::minus_infinity(), s.from_state);
+    s.scale = M::where_less(s.from_state, s.from_input, s.from_input, s.from_state);
+    s.f = M::exp_nonpositive(s.from_state - s.scale);
+    s.i = M::exp_nonpositive(s.from_input - s.scale);
+    return s;
+  }
+
+  template <class M, class V>
+  static PYSEQ_INLINE void forward(V (&pre)[kPre], const V*, V& h, V* c) {
+    const Scaled<V> s = scaled<M>(pre[0], pre[1], c[1], c[2]);
+    pre[2] = M::tanh(pre[2]);
+    pre[3] = M::sigmoid(pre[3]);
+    c[0] = s.f * c[0] + s.i * pre[2];
+    c[1] = s.f * c[1] + s.i;
+    c[2] = s.scale;
+    h = pre[3] * c[0] / c[1];
+  }
+
+  template <class M, class V>
+  static PYSEQ_INLINE void backward(const V (&saved)[kPre], const V*, V, const V* prev, V& dh, V* d,
+                                    V (&d_pre)[kPre], V*) {
+    const V z = saved[2], o = saved[3];
+    const Scaled<V> s = scaled<M>(saved[0], saved[1], prev[1], prev[2]);
+    const V n = s.f * prev[1] + s.i;
+    const V ratio = (s.f * prev[0] + s.i * z) / n;
+    const V d_ratio = dh * o / n;
+    const V d_c = d[0] + d_ratio;
+    const V d_n = d[1] - d_ratio * ratio;
+    // One of the two is the scale itself, and its own factor one.
+    const V d_f = (d_c * prev[0] + d_n * prev[1]) * s.f;
+    const V d_i = (d_c * z + d_n) * s.i;
+    const V d_state = M::where_less(s.from_state, s.from_input, d_f, d[2] - d_i);
+    d_pre[0] = M::where_less(s.from_state, s.from_input, d[2] - d_f, d_i);
+    d_pre[1] = ExponentialForget ? d_state : d_state * M::sigmoid(-saved[1]);
+    d_pre[2] = d_c * s.i * (1 - z * z);
+    d_pre[3] = dh * ratio * o * (1 - o);
+    d[0] = d_c * s.f;
+    d[1] = d_n * s.f;
+    d[2] = d_state;
+    dh = M::zero();
+  }
+};
+
+using SlstmSigmoid = SlstmCell<false>;
+using SlstmExp = SlstmCell<true>;
 
 }  // namespace pyseq

@@ -27,6 +27,8 @@ struct CellShape {
   bool has_apart = false;    // the recurrent part of the last gate stays apart
   int64_t unit_weights = 0;  // weights of a unit itself
   bool recurrent = true;     // a matrix multiplies the state
+  bool gates_state = false;  // the last gate's part of it, the state times the first gate
+  bool has_heads = false;    // it is a matrix for each head
   bool has_cell = states > 0;
 };
 
@@ -51,10 +53,20 @@ inline CellShape scan_cell_shape(std::string_view name, bool peepholes) {
   if (name == "lstm" && peepholes) return {CellKind::kLstmPeephole, 4, 1, false, 3};
   if (name == "indrnn_tanh") return {CellKind::kIndRnnTanh, 1, 0, false, 1, false};
   if (name == "indrnn_relu") return {CellKind::kIndRnnRelu, 1, 0, false, 1, false};
+  if (name == "gru_reset_before") {
+    return {.kind = CellKind::kGruResetBefore, .gates = 3, .gates_state = true};
+  }
+  if (name == "slstm_sigmoid" || name == "slstm_exp") {
+    return {.kind = name == "slstm_exp" ? CellKind::kSlstmExp : CellKind::kSlstmSigmoid,
+            .gates = 4,
+            .states = 3,
+            .has_heads = true};
+  }
   const std::optional<CellShape> cell = decoder_cell(name);
-  TORCH_CHECK_VALUE(
-      cell.has_value(),
-      "cell must be one of rnn_tanh, rnn_relu, gru, lstm, indrnn_tanh, indrnn_relu, got ", name);
+  TORCH_CHECK_VALUE(cell.has_value(),
+                    "cell must be one of rnn_tanh, rnn_relu, gru, lstm, indrnn_tanh, indrnn_relu, "
+                    "gru_reset_before, slstm_sigmoid, slstm_exp, got ",
+                    name);
   return *cell;
 }
 

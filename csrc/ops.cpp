@@ -89,6 +89,7 @@ struct ScanShape {
   CellShape cell;
   int64_t steps, batch, input, hidden, state_size;
   bool projects;
+  int64_t heads;
 };
 
 ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
@@ -117,7 +118,16 @@ ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   TORCH_CHECK(state_size > 0, "w_hr must be (P, H) with P at least 1, got ",
               shape_text(w_hr.value_or(w_hh).sizes()));
   const int64_t rows = cell.gates * hidden;
-  if (cell.recurrent) {
+  int64_t heads = 1;
+  if (cell.has_heads) {
+    TORCH_CHECK(w_hh.size(1) > 0 && hidden % w_hh.size(1) == 0,
+                "w_hh must be (G*H, H / heads) with a number of columns that divides H = ", hidden,
+                ", got ", shape_text(w_hh.sizes()));
+    heads = hidden / w_hh.size(1);
+    check_tensor(w_hh, "w_hh", "(G*H, H / heads)", {rows, hidden / heads}, x, "x");
+  } else if (cell.gates_state) {
+    check_tensor(w_hh, "w_hh", "(G*H, H)", {rows, hidden}, x, "x");
+  } else if (cell.recurrent) {
     check_weight(w_hh, "w_hh", "(G*H, P)", rows, cell.gates, {state_size}, x, "x");
   } else {
     check_tensor(w_hh, "w_hh", "(H,)", {hidden}, x, "x");
@@ -140,7 +150,7 @@ ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                 "resets must be (T, B) = ", shape_text({steps, batch}), ", got ",
                 shape_text(resets->sizes()));
   }
-  return {cell, steps, batch, input, hidden, state_size, projects};
+  return {cell, steps, batch, input, hidden, state_size, projects, heads};
 }
 
 // The buffer of states with its first slot filled, cleared where the first step resets.
@@ -150,6 +160,13 @@ Tensor first_state(const OptionalTensor& initial, const Tensor& like, int64_t sl
   fill_slot(states, slot, initial);
   if (initial.has_value() && cleared.defined()) states.select(0, slot).masked_fill_(cleared, 0);
   return states;
+}
+
+// w_hh as the kernels want it: rows (gate, unit), or with heads (head, gate, unit).
+Tensor by_head(const Tensor& w_hh, const CellShape& cell, int64_t heads) {
+  if (heads == 1) return w_hh;
+  const int64_t size = w_hh.size(1);
+  return w_hh.reshape({cell.gates, heads, size, size}).transpose(0, 1);
 }
 
 // The weights of the units themselves, (U*H,).
@@ -165,15 +182,18 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                    bool return_states, const OptionalTensor& w_ch) {
   const ScanShape shape =
       check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr_in, h_0, c_0, resets_in, name, w_ch);
-  const auto& [cell, T_, B, I, H, P, projects] = shape;
+  const auto& [cell, T_, B, I, H, P, projects, heads] = shape;
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
-  const Tensor w_hh_rows = w_hh.contiguous();
+  const Tensor w_hh_rows = by_head(w_hh, cell, heads).contiguous();
   const OptionalTensor unit_weights = own_weights(cell, w_hh_rows, w_ch);
   const Bias bias = fold_bias(b_ih, b_hh, cell, H);
 
   if (save) check_differentiable(w_hh);
-  const bool reads_input = (B >= cpu::kRowsToReadInput || T_ == 1) && !is_quantized(w_hh);
+  // Where the loop does not multiply all gates at once, the input is multiplied ahead.
+  const bool at_once = !is_quantized(w_hh) && !cell.gates_state && !cell.has_heads;
+  const bool reads_input = (B >= cpu::kRowsToReadInput || T_ == 1) && at_once;
+
   const Tensor x_rows = x.contiguous(), w_ih_rows = w_ih.contiguous();
   const Tensor gates = !reads_input ? project_input(x, w_ih, bias.sum)
                        : save       ? fresh({T_, B, cell.gates * H}, x)
@@ -190,7 +210,8 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const Tensor cells =
       cell.has_cell ? first_state(c_0, x, slots, first, B, cell.states * H, cleared) : nothing(x);
   const Tensor apart = save && cell.has_apart ? fresh({T_, B, H}, x) : nothing(x);
-  const Tensor inner = projects ? fresh({save ? T_ : 1, B, H}, x) : nothing(x);
+  const bool has_inner = projects || cell.gates_state;
+  const Tensor inner = has_inner ? fresh({save ? T_ : 1, B, H}, x) : nothing(x);
   const Tensor y = fresh({T_, B, P}, x);
   const bool keeps_c = return_states && cell.has_cell;
   const Tensor c_steps = keeps_c ? fresh({T_, B, cell.states * H}, x) : nothing(x);
@@ -220,10 +241,11 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
         .apart = data_or_null<scalar_t>(apart, save && cell.has_apart),
         .states = states.data_ptr<scalar_t>(),
         .cells = data_or_null<scalar_t>(cells, cell.has_cell),
-        .inner = data_or_null<scalar_t>(inner, projects),
+        .inner = data_or_null<scalar_t>(inner, has_inner),
         .y = y.data_ptr<scalar_t>(),
         .c_steps = data_or_null<scalar_t>(c_steps, keeps_c),
         .unit_weights = data<scalar_t>(unit_weights),
+        .heads = heads,
     });
   });
   return {y,
@@ -282,10 +304,10 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
                             const OptionalTensor& w_ch) {
   const ScanShape shape = check_scan(x, w_ih, w_hh, std::nullopt, std::nullopt, w_hr_in, d_h_n,
                                      d_c_n, resets_in, name, w_ch);
-  const auto& [cell, T_, B, I, H, P, projects] = shape;
+  const auto& [cell, T_, B, I, H, P, projects, heads] = shape;
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
-  const Tensor w_hh_rows = w_hh.contiguous();
+  const Tensor w_hh_rows = by_head(w_hh, cell, heads).contiguous();
   const OptionalTensor unit_weights = own_weights(cell, w_hh_rows, w_ch);
   const int64_t rows = cell.gates * H, cell_size = cell.states * H;
   const std::vector<int64_t> none{0}, steps_hidden{T_, B, H}, slots_cells{T_ + 1, B, cell_size};
@@ -293,7 +315,8 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
   const Tensor apart = check_saved(apart_in, "apart", cell.has_apart ? steps_hidden : none, x);
   const Tensor states = check_saved(states_in, "states", {T_ + 1, B, P}, x);
   const Tensor cells = check_saved(cells_in, "cells", cell.has_cell ? slots_cells : none, x);
-  const Tensor inner = check_saved(inner_in, "inner", projects ? steps_hidden : none, x);
+  const bool has_inner = projects || cell.gates_state;
+  const Tensor inner = check_saved(inner_in, "inner", has_inner ? steps_hidden : none, x);
   check_tensor(d_y, "d_y", "(T, B, P)", {T_, B, P}, x, "x");
   check_tensor(d_c_steps_in, "d_c_steps", "(T, B, H)", {T_, B, cell_size}, x, "x");
   const OptionalTensor d_c_steps = contiguous(d_c_steps_in);
@@ -309,7 +332,7 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
   const Tensor x_rows = without_padding(x, lengths).contiguous(), w_ih_rows = w_ih.contiguous();
   const Tensor d_x = needs_x ? fresh({T_, B, I}, x) : nothing(x);
   const Tensor d_w_ih = fresh({rows, I}, x);
-  Tensor d_w_hh = cell.recurrent ? fresh({rows, P}, x) : nothing(x);
+  Tensor d_w_hh = cell.recurrent ? fresh({rows, P / heads}, x) : nothing(x);
   const Tensor d_w_hr = projects ? fresh({P, H}, x) : nothing(x);
   const Tensor d_b_ih = fresh({rows}, x), d_b_hh = fresh({rows}, x);
   const bool has_own = cell.unit_weights > 0;
@@ -335,7 +358,7 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
         .apart = data_or_null<scalar_t>(apart, cell.has_apart),
         .states = states.const_data_ptr<scalar_t>(),
         .cells = data_or_null<scalar_t>(cells, cell.has_cell),
-        .inner = data_or_null<scalar_t>(inner, projects),
+        .inner = data_or_null<scalar_t>(inner, has_inner),
         .d_y = d_output.const_data_ptr<scalar_t>(),
         .d_h = d_h.data_ptr<scalar_t>(),
         .d_c = data_or_null<scalar_t>(d_c, cell.has_cell),
@@ -348,8 +371,13 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
         .d_c_steps = data<scalar_t>(d_c_steps),
         .unit_weights = data<scalar_t>(unit_weights),
         .d_unit_weights = data_or_null<scalar_t>(d_own, has_own),
+        .heads = heads,
     });
   });
+  if (heads > 1) {
+    const int64_t size = P / heads;
+    d_w_hh = d_w_hh.view({heads, cell.gates, size, size}).transpose(0, 1).reshape({rows, size});
+  }
   Tensor d_w_ch = has_own ? d_own.sum(0) : nothing(x);
   if (!cell.recurrent) {
     std::swap(d_w_hh, d_w_ch);
@@ -392,7 +420,7 @@ ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_
                            const OptionalTensor& c_0, const OptionalTensor& lengths_in,
                            const OptionalTensor& resets, std::string_view name, bool reverse,
                            int64_t keep_every, bool return_states, const OptionalTensor& w_ch) {
-  const auto [cell, T_, B, I, H, P, projects] =
+  const auto [cell, T_, B, I, H, P, projects, heads] =
       check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, resets, name, w_ch);
   TORCH_CHECK_VALUE(keep_every > 0, "keep_every must be at least 1, got ", keep_every);
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
@@ -435,7 +463,7 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
                                  const Tensor& h_kept, const Tensor& c_kept, std::string_view name,
                                  bool reverse, int64_t keep_every, bool needs_x,
                                  const OptionalTensor& d_c_steps, const OptionalTensor& w_ch) {
-  const auto [cell, T_, B, I, H, P, projects] =
+  const auto [cell, T_, B, I, H, P, projects, heads] =
       check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, d_h_n, d_c_n, resets, name, w_ch);
   TORCH_CHECK_VALUE(keep_every > 0, "keep_every must be at least 1, got ", keep_every);
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");

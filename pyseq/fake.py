@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import get_ctx, register_fake
 from torch.utils._pytree import tree_leaves
 
-from .types import SCAN_GATES
+from .types import SCAN_GATES, STATES
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,11 +48,11 @@ def _fake(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def _steps_size(cell: str, steps: int, batch: int, hidden: int, wanted: bool) -> tuple[int, ...]:
     """The shape of c after every step."""
-    return (steps, *_cell_size(cell, batch, hidden)) if wanted and cell == "lstm" else (0,)
+    return (steps, *_cell_size(cell, batch, hidden)) if wanted and cell in STATES else (0,)
 
 
 def _cell_size(cell: str, batch: int, hidden: int) -> tuple[int, ...]:
-    return (batch, hidden) if cell == "lstm" else (0,)
+    return (batch, len(STATES[cell]) * hidden) if cell in STATES else (0,)
 
 
 def _sizes(cell: str, w_hh: Tensor, w_hr: Tensor | None) -> tuple[int, int, int]:
@@ -122,13 +122,14 @@ def _scan_forward(
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
     rows, hidden, size = _sizes(cell, w_hh, w_hr)
+    has_inner = w_hr is not None or cell == "gru_reset_before"
     return (
         *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse)[:3],
         x.new_empty(steps, batch, rows),
         x.new_empty((steps, batch, hidden) if cell == "gru" else 0),
         x.new_empty(steps + 1, batch, size),
-        x.new_empty((steps + 1, batch, hidden) if cell == "lstm" else 0),
-        x.new_empty(0 if w_hr is None else (steps, batch, hidden)),
+        x.new_empty(_steps_size(cell, steps + 1, batch, hidden, True)),
+        x.new_empty((steps, batch, hidden) if has_inner else 0),
         x.new_empty(_steps_size(cell, steps, batch, hidden, return_states)),
     )
 
@@ -206,7 +207,7 @@ def _scan_kept_forward(
     return (
         *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse)[:3],
         x.new_empty(kept, batch, size),
-        x.new_empty((kept, batch, hidden) if cell == "lstm" else 0),
+        x.new_empty(_steps_size(cell, kept, batch, hidden, True)),
         x.new_empty(_steps_size(cell, steps, batch, hidden, return_states)),
     )
 
@@ -253,7 +254,7 @@ def _scan_both(
     return (
         x.new_empty(steps, batch, 2 * size),
         x.new_empty(2, batch, size),
-        x.new_empty((2, batch, hidden) if cell == "lstm" else 0),
+        x.new_empty(_steps_size(cell, 2, batch, hidden, True)),
     )
 
 

@@ -26,6 +26,7 @@ from .types import (
     GATES,
     SCAN_GATES,
     SCORES,
+    STATES,
     AttendOutput,
     CellName,
     DecoderOutput,
@@ -49,8 +50,21 @@ def _check_option(name: str, value: object, allowed: Collection[str]) -> None:
 
 
 def _h_and_c(parts: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """The parts of a state as ``(h, c)``, None for what is not there."""
-    return parts[0] if parts else None, parts[1] if len(parts) > 1 else None
+    """The parts of a state as ``(h, c)``, None for what is not there; those beyond c beside c."""
+    if len(parts) <= 2:
+        return parts[0] if parts else None, parts[1] if len(parts) > 1 else None
+    h, c, *others = parts
+    for part in others:
+        check_shape("a part of the state", part, "(..., B, H) like c", tuple(c.shape))
+    return h, torch.cat((c, *others), -1)
+
+
+def _state(cell: CellName, h: Tensor, c: Tensor) -> State:
+    """The inverse, for what an operator returned."""
+    count = len(STATES.get(cell, ""))
+    if count <= 1:
+        return (h, c) if count else h
+    return h, *c.chunk(count, -1)
 
 
 def _beside(name: str, indices: Tensor | None, x: Tensor) -> Tensor | None:
@@ -158,18 +172,30 @@ def scan(
     The cells beyond torch.nn's: ``"indrnn_relu"`` and ``"indrnn_tanh"``, whose units see of the
     state themselves alone, ``h_t = relu(W_ih x_t + b_ih + w_hh * h_{t-1} + b_hh)`` with a vector
     ``w_hh``; and ``"lstm"`` with peepholes ``w_ch``, by which its gates see c:
-    ``i = sigmoid(... + w_i * c_{t-1})``, f likewise, ``o = sigmoid(... + w_o * c_t)``.
+    ``i = sigmoid(... + w_i * c_{t-1})``, f likewise, ``o = sigmoid(... + w_o * c_t)``;
+    ``"gru_reset_before"``, as GRU was published, with the reset gate before the product,
+    ``n = tanh(W_in x_t + b_in + W_hn (r * h_{t-1}) + b_hn)``; and ``"slstm_sigmoid"`` and
+    ``"slstm_exp"``, an LSTM whose input gate, and in the second forget gate, is an exponential::
+
+        c_t = f c_{t-1} + i z,  n_t = f n_{t-1} + i,  h_t = o * c_t / n_t,  z = tanh(...)
+        m_t = max(log f + m_{t-1}, log i): all is kept relative to exp(m_t)
+
+    with the gates i, f, z, o and a matrix ``w_hh`` for each head: the rows of a unit have the
+    columns of the units of its own head. A state with ``n = 0`` is empty: the first step from it
+    sets c, n and m by itself.
 
     Args:
         x: (T, B, I), float32 or float64, T at least 1.
-        w_ih: (G*H, I), the input weights; G is 1 for RNN and IndRNN, 3 for GRU, 4 for LSTM.
-        w_hh: (G*H, P), the recurrent weights; (H,) for IndRNN.
+        w_ih: (G*H, I), the input weights; G is 1 for RNN and IndRNN, 3 for GRU, 4 for LSTM and
+            sLSTM.
+        w_hh: (G*H, P), the recurrent weights; (H,) for IndRNN; (G*H, H / heads) for sLSTM.
         b_ih: (G*H,), added to the input part. Default: zero.
         b_hh: (G*H,), added to the recurrent part. Default: zero.
         w_hr: (P, H), LSTM only: ``h_t = W_hr (o * tanh(c_t))``.
-        state: h (B, P), or for LSTM the pair h (B, P), c (B, H). Default: zero.
-        cell: ``"rnn_tanh"``, ``"rnn_relu"``, ``"gru"``, ``"lstm"``, ``"indrnn_tanh"`` or
-            ``"indrnn_relu"``.
+        state: h (B, P), for LSTM the pair h (B, P), c (B, H), for sLSTM h, c, n, m (B, H).
+            Default: zero.
+        cell: ``"rnn_tanh"``, ``"rnn_relu"``, ``"gru"``, ``"lstm"``, ``"indrnn_tanh"``,
+            ``"indrnn_relu"``, ``"gru_reset_before"``, ``"slstm_sigmoid"`` or ``"slstm_exp"``.
         lengths: (B,) int64, valid steps of each row, 0 to T, in any order, on any device.
             Later steps leave the state as it is and give a zero output.
         resets: (T, B) bool; where true, the row's state is set to zero before that step,
@@ -184,7 +210,7 @@ def scan(
     Returns:
         ``output`` (T, B, P), and ``state`` after the last valid step, shaped as given. With
         ``return_states`` a third, ``states``: the state after every step, h (T, B, P), which
-        is ``output``, or for LSTM the pair of it and c (T, B, H), zero at padded steps.
+        is ``output``, or with c (T, B, H), and n and m, beside it; zero at padded steps.
         Gradients flow back from all of it.
 
     Raises:
@@ -193,11 +219,12 @@ def scan(
         TypeError: what must be a tensor is none.
 
     Reference:
-        Elman 1990; Cho et al. 2014, arXiv 1406.1078 (GRU; here the reset gate applies
-        after the recurrent product, as in cuDNN); Hochreiter & Schmidhuber 1997 and Gers
+        Elman 1990; Cho et al. 2014, arXiv 1406.1078, eq. 5 to 8 (GRU; in ``"gru"`` the reset gate
+        applies after the recurrent product, as in cuDNN); Hochreiter & Schmidhuber 1997 and Gers
         et al. 2000 (LSTM); Gers & Schmidhuber 2000, Recurrent nets that time and count
         (peepholes); Sak et al. 2014, arXiv 1402.1128, eq. 7 (projection); Li et al. 2018,
-        arXiv 1803.04831, eq. 4 (IndRNN); Chen et al. 2016, arXiv 1604.06174 (keeping some
+        arXiv 1803.04831, eq. 4 (IndRNN); Beck et al. 2024, arXiv 2405.04517, section 2.2 (sLSTM);
+        Chen et al. 2016, arXiv 1604.06174 (keeping some
         states).
     """
     _check_option("cell", cell, SCAN_GATES)
@@ -221,10 +248,10 @@ def scan(
         return_states,
         w_ch,
     )
-    state = (h_n, c_n) if cell == "lstm" else h_n
+    last = _state(cell, h_n, c_n)
     if not return_states:
-        return ScanOutput(output, state)
-    return ScanStates(output, state, (output, c_steps) if cell == "lstm" else output)
+        return ScanOutput(output, last)
+    return ScanStates(output, last, _state(cell, output, c_steps))
 
 
 def scan_both(
@@ -273,7 +300,7 @@ def scan_both(
         _beside("resets", resets, x),
         cell,
     )
-    return ScanOutput(output, (h_n, c_n) if cell == "lstm" else h_n)
+    return ScanOutput(output, _state(cell, h_n, c_n))
 
 
 def attend(

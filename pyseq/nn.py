@@ -35,6 +35,7 @@ from .types import (
     ScoreName,
     State,
     decoder_parts,
+    join_parts,
     state_parts,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "SLSTM",
     "Attention",
     "AttentionDecoder",
     "GRUCell",
@@ -83,11 +85,6 @@ def _check_nonlinearity(nonlinearity: object) -> None:
 def _refuse_projection(proj_size: object) -> None:
     if proj_size is not None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-
-
-def _join_parts(parts: tuple[Tensor, ...]) -> State:
-    """The inverse of :func:`state_parts` for a state that is there."""
-    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
 def _check_input(name: str, tensor: Tensor, weight: Tensor, training: bool) -> None:
@@ -206,7 +203,7 @@ def _scan_layer(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """One layer of :func:`_scan_layers`, whose states are (D, B, P)."""
     if len(weights) == 2 and not torch.is_grad_enabled() and not return_states:
-        state = _join_parts(parts) if parts else None
+        state = join_parts(parts) if parts else None
         output, last = functional.scan_both(
             x, weights[0], weights[1], state, cell=cell, lengths=lengths, resets=resets
         )
@@ -218,7 +215,7 @@ def _scan_layer(
         result = functional.scan(
             x,
             *own[:5],
-            _join_parts(tuple(part[direction] for part in parts)) if parts else None,
+            join_parts(tuple(part[direction] for part in parts)) if parts else None,
             cell=cell,
             lengths=lengths,
             resets=resets,
@@ -251,14 +248,11 @@ def _weights_now(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
         return [getattr(module, name) for name in names]
 
 
-def _add_unit_weights(module: _Recurrent, name: str, count: int) -> None:
-    """Give ``module`` a parameter of ``count`` numbers for each unit, drawn within 1/sqrt(H).
-
-    The place of one that is there already is kept.
-    """
-    hidden = module.hidden_size
-    weight = torch.nn.Parameter(module.weight_ih_l0.new_empty(count * hidden))
-    init.uniform_(weight, -1 / math.sqrt(hidden), 1 / math.sqrt(hidden))
+def _add_weight(module: _Recurrent, name: str, *shape: int) -> None:
+    """Give ``module`` a parameter drawn within 1/sqrt(H), in the place of one that is there."""
+    bound = 1 / math.sqrt(module.hidden_size)
+    weight = torch.nn.Parameter(module.weight_ih_l0.new_empty(shape))
+    init.uniform_(weight, -bound, bound)
     module.register_parameter(name, weight)
 
 
@@ -287,6 +281,7 @@ class _Recurrent(torch.nn.RNNBase):
     learned_state: bool = False
     forget_bias: float | None = None
     peepholes: bool = False
+    reset_after: bool = True
     h_0: torch.nn.Parameter
     c_0: torch.nn.Parameter
 
@@ -362,6 +357,8 @@ class _Recurrent(torch.nn.RNNBase):
         ):
             if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
+        if not self.reset_after:
+            text += ", reset_after=False"
         return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias}"
 
     # RNNBase keeps a list of the weights for cuDNN and watches it at each assignment and call.
@@ -393,7 +390,7 @@ class _Recurrent(torch.nn.RNNBase):
     @property
     def cell(self) -> CellName:
         """The cell's name in ``pyseq.functional``."""
-        return _CELLS[self.mode]
+        return _CELLS[self.mode] if self.reset_after else "gru_reset_before"
 
     def flatten_parameters(self) -> None:
         """Do nothing; the operators read the weights where they lie."""
@@ -418,9 +415,11 @@ class _Recurrent(torch.nn.RNNBase):
             for h in parts:
                 self.check_hidden_size(h, expected)
         else:
-            self.check_hidden_size(parts[0], expected, "Expected hidden[0] size {}, got {}")
-            expected = (count, batch, self.hidden_size)
-            self.check_hidden_size(parts[1], expected, "Expected hidden[1] size {}, got {}")
+            for index, part in enumerate(parts):
+                self.check_hidden_size(
+                    part, expected, f"Expected hidden[{index}] size {{}}, got {{}}"
+                )
+                expected = (count, batch, self.hidden_size)
 
     def _refuse_state_dim(self, dim: int, parts: tuple[Tensor, ...]) -> NoReturn:
         kind = "batched" if dim == 3 else "unbatched"
@@ -516,7 +515,7 @@ class _Recurrent(torch.nn.RNNBase):
         steps of small layers the bookkeeping for more would take as long as the operator."""
         state: State | None = None
         if parts:
-            state = parts[0][0] if len(parts) == 1 else (parts[0][0], parts[1][0])
+            state = parts[0][0] if len(parts) == 1 else tuple([part[0] for part in parts])
         own = self._weights()[0][:5]  # peepholes are no plain layer's
         output, last = functional.scan(x, *own, state, cell=self.cell)
         return output, tuple([part.unsqueeze(0) for part in state_parts(self.cell, last)]), ()
@@ -621,12 +620,12 @@ class _Recurrent(torch.nn.RNNBase):
     ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, State]:
         """What ``forward`` returns; ``steps``, (L*D, T, B, .) each, is empty if not wanted."""
         if not steps:
-            return output, _join_parts(parts)
+            return output, join_parts(parts)
         if not batched:
             steps = tuple(part.squeeze(2) for part in steps)
         elif self.batch_first:
             steps = tuple(part.transpose(1, 2) for part in steps)
-        return output, _join_parts(parts), _join_parts(steps)
+        return output, join_parts(parts), join_parts(steps)
 
     def _forward_packed(
         self,
@@ -739,10 +738,13 @@ class GRU(_Recurrent):
     ``h_t = (1 - z) * n + z * h_{t-1}``.
     A drop-in for torch.nn.GRU that also takes ``lengths`` and ``resets``.
 
-    Args, Raises: as :class:`RNN`, without ``nonlinearity``.
+    Args, Raises: as :class:`RNN`, without ``nonlinearity``, and
+        reset_after: whether the reset gate is applied after the product, as in torch.nn; False
+            for ``n = tanh(W_in x_t + b_in + W_hn (r * h_{t-1}) + b_hn)``, which takes two
+            products a step that wait for one another.
 
     Reference:
-        Cho et al. 2014, arXiv 1406.1078, who apply the reset gate before the product.
+        Cho et al. 2014, arXiv 1406.1078, eq. 5 to 8, where the reset gate comes before the product.
     """
 
     def __init__(
@@ -762,6 +764,7 @@ class GRU(_Recurrent):
         variational_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         learned_state: bool = False,
+        reset_after: bool = True,
     ) -> None:
         _refuse_projection(proj_size)
         super().__init__(
@@ -777,6 +780,7 @@ class GRU(_Recurrent):
             device,
             dtype,
         )
+        self.reset_after = reset_after
         self._set_options(
             residual=residual,
             variational_dropout=variational_dropout,
@@ -844,7 +848,7 @@ class LSTM(_Recurrent):
         self.peepholes = peepholes
         if peepholes:
             for names, suffix in zip(self._all_weights, self._suffixes(), strict=True):
-                _add_unit_weights(self, f"weight_ch_{suffix}", 3)
+                _add_weight(self, f"weight_ch_{suffix}", 3 * hidden_size)
                 names.append(f"weight_ch_{suffix}")
         self._set_options(
             residual=residual,
@@ -904,7 +908,7 @@ class IndRNN(_Recurrent):
         )
         self.nonlinearity = nonlinearity
         for suffix in self._suffixes():
-            _add_unit_weights(self, f"weight_hh_{suffix}", 1)
+            _add_weight(self, f"weight_hh_{suffix}", hidden_size)
         self._set_options(
             residual=residual,
             variational_dropout=variational_dropout,
@@ -923,6 +927,87 @@ class IndRNN(_Recurrent):
             init.uniform_(getattr(self, f"weight_hh_{suffix}"))
 
 
+class SLSTM(_Recurrent):
+    """LSTM layers with an exponential input gate, a normaliser and heads: sLSTM.
+
+    ``i, f, z, o`` from ``W_ih x_t + b_ih + W_hh h_{t-1} + b_hh``, with ``i = exp(.)``,
+    ``f = sigmoid(.)`` or ``exp(.)``, ``z = tanh(.)``, ``o = sigmoid(.)``;
+    ``c_t = f c_{t-1} + i z``, ``n_t = f n_{t-1} + i``, ``h_t = o * c_t / n_t``, where c and n are
+    kept relative to ``exp(m_t)`` with ``m_t = max(log f + m_{t-1}, log i)``.
+    A unit sees of the state the units of its own head: ``weight_hh_l0`` is (4*H, H / heads).
+
+    Args, Raises: as :class:`RNN`, without ``nonlinearity`` and ``learned_state``, and
+        num_heads: heads of each layer, equal groups of its units; H must be a multiple.
+        forget_gate: ``"sigmoid"`` or ``"exp"``.
+        forget_bias: as in :class:`LSTM`.
+
+    The state is (h, c, n, m), each (L*D, B, H); zero is empty. All weights are drawn within
+    1/sqrt(H).
+
+    Reference:
+        Beck et al. 2024, arXiv 2405.04517, section 2.2 and appendix A.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_heads: int = 1,
+        forget_gate: str = "sigmoid",
+        residual: bool = False,
+        variational_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        forget_bias: float | None = None,
+    ) -> None:
+        if forget_gate not in ("sigmoid", "exp"):
+            raise ValueError(f"forget_gate must be one of sigmoid, exp, got {forget_gate!r}")
+        check_positive(num_heads=num_heads)
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+        )
+        if hidden_size % num_heads != 0:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads, {num_heads}, got {hidden_size}"
+            )
+        self.num_heads = num_heads
+        self.forget_gate = forget_gate
+        for suffix in self._suffixes():
+            _add_weight(self, f"weight_hh_{suffix}", 4 * hidden_size, hidden_size // num_heads)
+        self._set_options(
+            residual=residual,
+            variational_dropout=variational_dropout,
+            weight_dropout=weight_dropout,
+            learned_state=False,
+            forget_bias=forget_bias,
+        )
+
+    @property
+    def cell(self) -> CellName:
+        """The cell's name in ``pyseq.functional``."""
+        return "slstm_exp" if self.forget_gate == "exp" else "slstm_sigmoid"
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_heads={self.num_heads}, forget_gate={self.forget_gate}"
+
+
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
@@ -938,8 +1023,8 @@ class _Cell(torch.nn.RNNCellBase):
             parts = state_parts(cell, hx)
             self._check_dim(input, parts)
             rows = tuple(part.unsqueeze(0) for part in parts)
-            last = self._step(cell, input.unsqueeze(0), _join_parts(rows) if rows else None)
-            return _join_parts(tuple(part.squeeze(0) for part in state_parts(cell, last)))
+            last = self._step(cell, input.unsqueeze(0), join_parts(rows) if rows else None)
+            return join_parts(tuple(part.squeeze(0) for part in state_parts(cell, last)))
         w_ih, w_hh, b_ih, b_hh = _weights_now(self, _CELL_WEIGHTS)
         if input.dtype != w_ih.dtype:
             _check_input("input", input, w_ih, self.training)
@@ -1066,9 +1151,8 @@ class LSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """New (h, c), each (B, H) or (H,), from input (B, I) or (I,) and (h, c)."""
-        state = self._step("lstm", input, hx)
-        assert isinstance(state, tuple)
-        return state
+        h, c = self._step("lstm", input, hx)
+        return h, c
 
 
 class Score(torch.nn.Module):
@@ -1602,7 +1686,7 @@ class AttentionDecoder(torch.nn.Module):
             dropout=self.dropout if self.training else 0.0,
             dropout_masks=dropout_masks,
         )
-        return DecoderOutput(output, None, DecoderState(_join_parts(parts), output[-1]))
+        return DecoderOutput(output, None, DecoderState(join_parts(parts), output[-1]))
 
     def _forward_attentive(
         self,
@@ -1629,7 +1713,7 @@ class AttentionDecoder(torch.nn.Module):
             score=self.score.fused,
             weight_query=self.score.weight_query,
             weight_v=self.score.weight_v,
-            state=(_join_parts(parts) if parts else None, feed),
+            state=(join_parts(parts) if parts else None, feed),
             lengths=self.score.limit(memory, lengths),
             input_feeding=self.input_feeding,
             dropout_masks=dropout_masks,

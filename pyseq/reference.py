@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, logsigmoid
 
 from . import search
 from ._packed import is_quantized, unpack
@@ -21,6 +21,7 @@ from .types import (
     DIAGONAL,
     PAD,
     SCAN_GATES,
+    STATES,
     AttendOutput,
     AttentionState,
     CellName,
@@ -38,6 +39,7 @@ from .types import (
     State,
     attention_parts,
     decoder_parts,
+    join_parts,
     state_parts,
 )
 
@@ -93,6 +95,11 @@ def cell_step(
         return torch.tanh(x_gates + r_gates), None
     if cell in ("rnn_relu", "indrnn_relu"):
         return torch.relu(x_gates + r_gates), None
+    if cell == "gru_reset_before":
+        r_z, r_n = r_gates.chunk(3, -1)[1:]
+        _, x_z, x_n = x_gates.chunk(3, -1)
+        update = torch.sigmoid(x_z + r_z)
+        return (1 - update) * torch.tanh(x_n + r_n) + update * h, None
     if cell == "gru":
         x_r, x_z, x_n = x_gates.chunk(3, -1)
         r_r, r_z, r_n = r_gates.chunk(3, -1)
@@ -101,17 +108,49 @@ def cell_step(
         return (1 - update) * candidate + update * h, None
     i, f, g, o = (x_gates + r_gates).chunk(4, -1)
     assert c is not None
+    if cell in ("slstm_sigmoid", "slstm_exp"):
+        return slstm_step(i, f if cell == "slstm_exp" else logsigmoid(f), g, o, c)
     w_i, w_f, w_o = (0, 0, 0) if w_ch is None else w_ch.chunk(3)
     c_prev = c
     c = torch.sigmoid(f + w_f * c_prev) * c_prev + torch.sigmoid(i + w_i * c_prev) * torch.tanh(g)
     return torch.sigmoid(o + w_o * c) * torch.tanh(c), c
 
 
-def recurrent_part(cell: CellName, h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
-    """``r_gates`` (B, G*H): the product with ``w_hh``, of an IndRNN that with a diagonal."""
+def slstm_step(
+    log_i: Tensor, log_f: Tensor, z: Tensor, o: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """h and the states c, n, m side by side (B, 3*H) after a step from ``states``.
+
+    Beck et al. 2024, arXiv 2405.04517, eq. 8 to 17. An empty state, ``n = 0``, has no scale.
+    """
+    c, n, m = states.chunk(3, -1)
+    from_state = log_f + m.masked_fill(n == 0, -torch.inf)
+    scale = torch.where(from_state < log_i, log_i, from_state)
+    f, i = torch.exp(from_state - scale), torch.exp(log_i - scale)
+    c, n = f * c + i * torch.tanh(z), f * n + i
+    return torch.sigmoid(o) * c / n, torch.cat((c, n, scale), -1)
+
+
+def recurrent_part(
+    cell: CellName, x_gates: Tensor, h: Tensor, w_hh: Tensor, b_hh: Tensor | None
+) -> Tensor:
+    """``r_gates`` (B, G*H): the product with ``w_hh``; of an IndRNN that with a diagonal, of an
+    sLSTM one for each head. In ``"gru_reset_before"`` the candidate's is with ``r * h``."""
     if cell in DIAGONAL:
         return h * w_hh + (0 if b_hh is None else b_hh)
-    return linear(h, w_hh, b_hh)
+    if cell == "gru_reset_before":
+        r_gates = linear(h, w_hh, b_hh)
+        hidden = h.shape[1]
+        gated = torch.sigmoid((x_gates + r_gates)[:, :hidden]) * h
+        last = slice(2 * hidden, None)
+        candidate = linear(gated, w_hh[last], None if b_hh is None else b_hh[last])
+        return torch.cat((r_gates[:, : 2 * hidden], candidate), -1)
+    if w_hh.shape[1] == h.shape[1] or is_quantized(w_hh):
+        return linear(h, w_hh, b_hh)
+    size = w_hh.shape[1]
+    heads = w_hh.unflatten(0, (-1, h.shape[1] // size, size))  # (G, heads, H / heads, H / heads)
+    r_gates = torch.einsum("gnij,bnj->bgni", heads, h.unflatten(1, (-1, size))).flatten(1)
+    return r_gates if b_hh is None else r_gates + b_hh
 
 
 def scan(
@@ -141,8 +180,8 @@ def scan(
     hidden = w_hh.shape[0] // SCAN_GATES[cell]
     h = parts[0] if parts else x.new_zeros(batch, hidden if w_hr is None else w_hr.shape[0])
     c: Tensor | None = None
-    if cell == "lstm":
-        c = parts[1] if parts else x.new_zeros(batch, hidden)
+    if cell in STATES:
+        c = torch.cat(parts[1:], -1) if parts else x.new_zeros(batch, len(STATES[cell]) * hidden)
 
     outputs: list[Tensor] = [h] * steps
     cells: list[Tensor] = [h] * steps
@@ -154,8 +193,9 @@ def scan(
             reset = resets[t].unsqueeze(1).to(x.device) & valid
             h = torch.where(reset, torch.zeros_like(h), h)
             c = None if c is None else torch.where(reset, torch.zeros_like(c), c)
-        r_gates = recurrent_part(cell, h, w_hh, b_hh)
-        new_h, new_c = cell_step(cell, linear(x[t], w_ih, b_ih), r_gates, h, c, w_ch)
+        x_gates = linear(x[t], w_ih, b_ih)
+        r_gates = recurrent_part(cell, x_gates, h, w_hh, b_hh)
+        new_h, new_c = cell_step(cell, x_gates, r_gates, h, c, w_ch)
         if w_hr is not None:
             new_h = linear(new_h, w_hr)
         h = torch.where(valid, new_h, h)
@@ -164,10 +204,16 @@ def scan(
         if c is not None:
             cells[t] = torch.where(valid, c, torch.zeros_like(c))
     output = torch.stack(outputs)
-    last = h if c is None else (h, c)
+    last = join_state(cell, h, c)
     if not return_states:
         return ScanOutput(output, last)
-    return ScanStates(output, last, output if c is None else (output, torch.stack(cells)))
+    all_c = None if c is None else torch.stack(cells)
+    return ScanStates(output, last, join_state(cell, output, all_c))
+
+
+def join_state(cell: CellName, h: Tensor, c: Tensor | None) -> State:
+    """A state of h and what is beside it, those side by side in ``c``."""
+    return h if c is None else (h, *c.chunk(len(STATES[cell]), -1))
 
 
 def scan_both(
@@ -195,7 +241,7 @@ def scan_both(
             b_ih,
             b_hh,
             w_hr,
-            (own[0], own[1]) if len(own) == 2 else own[0] if own else None,
+            join_parts(own) if own else None,
             cell=cell,
             lengths=lengths,
             resets=resets,
@@ -204,8 +250,8 @@ def scan_both(
         )
         outputs.append(result.output)
         states.append(state_parts(cell, result.state))
-    h_n, *c_n = (torch.stack(part) for part in zip(*states, strict=True))
-    return ScanOutput(torch.cat(outputs, -1), (h_n, c_n[0]) if c_n else h_n)
+    last = tuple(torch.stack(part) for part in zip(*states, strict=True))
+    return ScanOutput(torch.cat(outputs, -1), join_parts(last))
 
 
 def attend(

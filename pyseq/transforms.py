@@ -17,7 +17,7 @@ from torch.library import Library, register_vmap
 from torch.utils._pytree import tree_leaves
 
 from . import reference
-from .types import SCAN_GATES, CellName, LayerWeights, ScoreName, State, state_parts
+from .types import SCAN_GATES, STATES, CellName, LayerWeights, ScoreName, State, state_parts
 
 Results = Tensor | tuple[Tensor, ...]
 #: What stands for a result that a call cannot have, as in ``csrc/ops.h``.
@@ -27,14 +27,17 @@ _LIBRARY = Library("pyseq", "FRAGMENT")
 
 
 def _state(cell: str, h: Tensor | None, c: Tensor | None, zero_h: Tensor, zero_c: Tensor) -> State:
-    h = zero_h if h is None else h
-    return (h, zero_c if c is None else c) if cell == "lstm" else h
+    """The parts that the operators take side by side in ``c`` one by one."""
+    h, count = zero_h if h is None else h, len(STATES.get(cell, ""))
+    if c is None:
+        return (h, *(zero_c,) * count) if count else h
+    return (h, *c.chunk(count, -1)) if count else h
 
 
 def _parts(cell: str, state: State, like: Tensor) -> tuple[Tensor, Tensor]:
     """``(h_n, c_n)`` as the operators return them."""
     h, *c = state_parts(cast(CellName, cell), state)
-    return h, c[0] if c else like.new_empty(_NOTHING)
+    return h, torch.cat(c, -1) if c else like.new_empty(_NOTHING)
 
 
 def _scan(

@@ -7,7 +7,17 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-CellName = Literal["rnn_tanh", "rnn_relu", "gru", "lstm", "indrnn_tanh", "indrnn_relu"]
+CellName = Literal[
+    "rnn_tanh",
+    "rnn_relu",
+    "gru",
+    "lstm",
+    "indrnn_tanh",
+    "indrnn_relu",
+    "gru_reset_before",
+    "slstm_sigmoid",
+    "slstm_exp",
+]
 ScoreName = Literal["dot", "general", "concat", "location", "scaled_dot"]
 OrderName = Literal["luong", "bahdanau"]
 FeedName = Literal["output", "context"]
@@ -16,15 +26,24 @@ HistoryName = Literal["previous", "cumulative"]
 #: Rows of weight per hidden unit, in torch.nn's order (LSTM i, f, g, o; GRU r, z, n).
 GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 #: The same of the cells that a scan takes, where a decoder takes those above.
-SCAN_GATES: dict[str, int] = {**GATES, "indrnn_tanh": 1, "indrnn_relu": 1}
+SCAN_GATES: dict[str, int] = {
+    **GATES,
+    "indrnn_tanh": 1,
+    "indrnn_relu": 1,
+    "gru_reset_before": 3,
+    "slstm_sigmoid": 4,
+    "slstm_exp": 4,
+}
+#: The parts of a state beside h, for cells that have some.
+STATES: dict[str, str] = {"lstm": "c", "slstm_sigmoid": "cnm", "slstm_exp": "cnm"}
 #: Cells of which no matrix multiplies the state: ``w_hh`` is (H,).
 DIAGONAL: tuple[str, ...] = ("indrnn_tanh", "indrnn_relu")
 SCORES: tuple[str, ...] = ("dot", "general", "concat", "location", "scaled_dot")
 WINDOWS: tuple[str, ...] = ("local-m", "local-p")
 DEFAULT_WINDOW_SIZE = 10  # D of Luong et al. 2015, arXiv 1508.04025, section 4.1
 
-#: h for RNN and GRU, (h, c) for LSTM, as in torch.nn.
-State = Tensor | tuple[Tensor, Tensor]
+#: h for RNN and GRU, (h, c) for LSTM, as in torch.nn; (h, c, n, m) for sLSTM.
+State = Tensor | tuple[Tensor, ...]
 
 
 def kind(value: object) -> str:
@@ -34,7 +53,7 @@ def kind(value: object) -> str:
 
 
 def state_parts(cell: CellName, state: State | None) -> tuple[Tensor, ...]:
-    """``state`` as a tuple: ``()`` for None, ``(h,)``, or ``(h, c)`` for LSTM.
+    """``state`` as a tuple: ``()`` for None, ``(h,)``, or what ``STATES`` says.
 
     Raises:
         ValueError: ``state`` does not have the form that ``cell`` takes.
@@ -52,9 +71,27 @@ def state_parts(cell: CellName, state: State | None) -> tuple[Tensor, ...]:
         raise ValueError(
             f"the state of an lstm must be a pair of tensors (h, c), got {kind(part)} for {name}"
         )
+    if cell in STATES:
+        names = "h" + STATES[cell]
+        if not isinstance(state, (tuple, list)) or len(state) != len(names):
+            raise ValueError(
+                f"the state of {cell} must be a tuple ({', '.join(names)}), got {kind(state)}"
+            )
+        for name, part in zip(names, state, strict=True):
+            if not isinstance(part, Tensor):
+                raise ValueError(
+                    f"the state of {cell} must be a tuple of tensors ({', '.join(names)}), got "
+                    f"{kind(part)} for {name}"
+                )
+        return tuple(state)
     if not isinstance(state, Tensor):
         raise ValueError(f"the state of {cell} must be one tensor h, got {kind(state)}")
     return (state,)
+
+
+def join_parts(parts: tuple[Tensor, ...]) -> State:
+    """The inverse of :func:`state_parts` for a state that is there."""
+    return parts[0] if len(parts) == 1 else parts
 
 
 def decoder_parts(

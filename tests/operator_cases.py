@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyseq import reference
-from pyseq.types import DIAGONAL, GATES, SCAN_GATES, CellName, ScoreName
+from pyseq.types import DIAGONAL, GATES, SCAN_GATES, STATES, CellName, ScoreName
 
 DTYPES = (torch.float32, torch.float64)
 DEVICES = ("cpu",)
@@ -262,6 +262,7 @@ class ScanCase:
     keep_every: int = 1
     return_states: bool = False
     peepholes: bool = False
+    heads: int = 1  # sLSTM
 
     @property
     def id(self) -> str:
@@ -280,6 +281,7 @@ class ScanCase:
             self.keep_every > 1 and f"keep{self.keep_every}",
             self.return_states and "states",
             self.peepholes and "peepholes",
+            self.heads > 1 and f"heads{self.heads}",
         )
 
     def call(self) -> Call:
@@ -292,7 +294,9 @@ class ScanCase:
         tensors: dict[str, Any] = {
             "x": torch.randn(steps, batch, inputs, **kind),
             "w_ih": _weight(rows, inputs, **kind),
-            "w_hh": torch.rand(rows, **kind) if diagonal else _weight(rows, width, **kind),
+            "w_hh": torch.rand(rows, **kind)
+            if diagonal
+            else _weight(rows, width // self.heads, **kind),
             **_biases(self.bias, rows, **kind),
         }
         if self.peepholes:
@@ -301,8 +305,10 @@ class ScanCase:
             tensors["w_hr"] = _weight(width, hidden, **kind)
         if self.state:
             h = torch.randn(batch, width, **kind)
-            lstm = self.cell == "lstm"
-            tensors["state"] = (h, torch.randn(batch, hidden, **kind)) if lstm else h
+            others = [torch.randn(batch, hidden, **kind) for _ in STATES.get(self.cell, "")]
+            if len(others) > 1:
+                others[1] = others[1].abs() + 0.5  # the normaliser, a sum of positive numbers
+            tensors["state"] = (h, *others) if others else h
         if self.lengths:
             tensors["lengths"] = make_lengths(self.lengths, steps, batch)
         if self.resets:
@@ -546,6 +552,9 @@ SCAN_CELLS: tuple[dict[str, Any], ...] = (
     {"cell": "lstm", "peepholes": True},
     {"cell": "indrnn_tanh"},
     {"cell": "indrnn_relu"},
+    {"cell": "gru_reset_before"},
+    {"cell": "slstm_sigmoid"},
+    {"cell": "slstm_exp"},
 )
 
 # Widths next to 8, 16, 32 and 64 meet the borders of vectors and tiles on every tier; the
@@ -663,6 +672,10 @@ def scan_cases() -> list[ScanCase]:
         width = hidden + 2 if hidden % 16 == 0 else max(1, hidden // 2)
         cases.append(ScanCase(projection=width, dtype=dtype, device=device, **row))
         cases += [ScanCase(dtype=dtype, device=device, **cell, **row) for cell in SCAN_CELLS]
+        # As many heads as the units can be shared among, up to four.
+        heads = next(count for count in (4, 3, 2, 1) if hidden % count == 0)
+        if heads > 1:
+            cases.append(ScanCase(cell="slstm_exp", heads=heads, dtype=dtype, device=device, **row))
     return cases
 
 
@@ -738,6 +751,16 @@ def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
             reverse=True,
             keep_every=2,
             return_states=True,
+            dtype=dtype,
+        )
+    )
+    scans.append(
+        ScanCase(
+            cell="slstm_sigmoid",
+            heads=3,
+            sizes=(5, 3, 4, 9),
+            lengths="holes",
+            resets="random",
             dtype=dtype,
         )
     )

@@ -28,6 +28,9 @@ LAYERS: dict[str, tuple[Callable[..., torch.nn.Module], dict[str, Any]]] = {
     "peepholes_proj": (nn.LSTM, {"peepholes": True, "proj_size": 2}),
     "indrnn": (nn.IndRNN, {}),
     "indrnn_tanh": (nn.IndRNN, {"nonlinearity": "tanh"}),
+    "gru_reset_before": (nn.GRU, {"reset_after": False}),
+    "slstm": (nn.SLSTM, {}),
+    "slstm_heads": (nn.SLSTM, {"num_heads": 3, "forget_gate": "exp"}),
 }
 
 
@@ -88,6 +91,67 @@ def test_indrnn_is_an_rnn_with_a_diagonal_matrix(module: ModuleType, nonlinearit
     assert_close(flat(diagonal._asdict()), flat(full._asdict()))
 
 
+def test_reset_before_is_its_equation() -> None:
+    inputs = (
+        ScanCase(cell="gru_reset_before", sizes=(1, 3, 4, 7), dtype=torch.float64).call().inputs
+    )
+    x, h = inputs["x"][0], inputs["state"]
+    x_r, x_z, x_n = (x @ inputs["w_ih"].t() + inputs["b_ih"]).chunk(3, -1)
+    w_r, w_z, w_n = inputs["w_hh"].chunk(3)
+    b_r, b_z, b_n = inputs["b_hh"].chunk(3)
+    r, z = torch.sigmoid(x_r + h @ w_r.t() + b_r), torch.sigmoid(x_z + h @ w_z.t() + b_z)
+    n = torch.tanh(x_n + (r * h) @ w_n.t() + b_n)
+    actual = functional.scan(**inputs, cell="gru_reset_before").output[0]
+    assert_close({"h": actual}, {"h": (1 - z) * n + z * h})
+
+
+@pytest.mark.parametrize("forget", ["sigmoid", "exp"])
+def test_slstm_is_its_definition_without_a_scale(forget: str) -> None:
+    """With gates so small that nothing overflows, c and n need not be scaled."""
+    cell: Any = f"slstm_{forget}"
+    inputs = ScanCase(cell=cell, dtype=torch.float64, state=False).call().inputs
+    x, hidden = inputs["x"], 7
+    h = c = n = x.new_zeros(3, hidden)
+    expected = []
+    for step in x:
+        gates = step @ inputs["w_ih"].t() + inputs["b_ih"] + h @ inputs["w_hh"].t() + inputs["b_hh"]
+        i, f, z, o = gates.chunk(4, -1)
+        keep = torch.exp(f) if forget == "exp" else torch.sigmoid(f)
+        c, n = keep * c + torch.exp(i) * torch.tanh(z), keep * n + torch.exp(i)
+        h = torch.sigmoid(o) * c / n
+        expected.append(h)
+    result = functional.scan(**inputs, cell=cell)
+    assert_close({"y": result.output}, {"y": torch.stack(expected)})
+    _, scaled_c, scaled_n, scale = result.state
+    assert_close({"c": scaled_c * scale.exp(), "n": scaled_n * scale.exp()}, {"c": c, "n": n})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("forget", ["sigmoid", "exp"])
+@pytest.mark.parametrize("size", [-1e4, -100.0, 100.0, 1e4])
+def test_slstm_stays_finite_whatever_its_gates(
+    size: float, forget: str, dtype: torch.dtype
+) -> None:
+    case = ScanCase(cell=f"slstm_{forget}", dtype=dtype, state=False, sizes=(9, 3, 4, 16))
+    inputs = case.call().inputs
+    inputs["x"] = (inputs["x"] * size).requires_grad_()
+    inputs["w_ih"].requires_grad_()
+    output, state = functional.scan(**inputs, cell=case.cell)
+    assert output.abs().max() <= 1 + 1e-6
+    assert all(part.isfinite().all() for part in state)
+    gradients = torch.autograd.grad(output.sum(), [inputs["x"], inputs["w_ih"]])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_heads_are_blocks_of_a_matrix() -> None:
+    case = ScanCase(cell="slstm_sigmoid", heads=3, sizes=(5, 3, 4, 12), dtype=torch.float64)
+    inputs = case.call().inputs
+    blocks = functional.scan(**inputs, cell=case.cell)
+    own = inputs["w_hh"].view(4, 3, 4, 4)
+    inputs["w_hh"] = torch.stack([torch.block_diag(*gate) for gate in own]).flatten(0, 1)
+    assert_close(flat(blocks._asdict()), flat(functional.scan(**inputs, cell=case.cell)._asdict()))
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "w_ch_of_gru": (
         {"cell": "gru", "w_ch": torch.zeros(21)},
@@ -108,6 +172,21 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"cell": "indrnn_relu", "w_hh": torch.zeros(7, 7)},
         RuntimeError,
         r"w_hh must be \(H,\), got \(7, 7\)",
+    ),
+    "heads": (
+        {"cell": "slstm_exp", "w_hh": torch.zeros(28, 3)},
+        RuntimeError,
+        r"w_hh must be \(G\*H, H / heads\) with .* that divides H = 7, got \(28, 3\)",
+    ),
+    "state_of_slstm": (
+        {"cell": "slstm_exp", "state": (torch.zeros(3, 7),) * 2},
+        ValueError,
+        r"the state of slstm_exp must be a tuple \(h, c, n, m\), got tuple of 2",
+    ),
+    "part_of_state": (
+        {"cell": "slstm_exp", "state": (*(torch.zeros(3, 7),) * 3, torch.zeros(2, 7))},
+        RuntimeError,
+        r"part of the state must be \(..., B, H\) like c = \(3, 7\), got \(2, 7\)",
     ),
     "projection_of_indrnn": (
         {"cell": "indrnn_relu", "w_hr": torch.zeros(3, 7)},
@@ -149,7 +228,7 @@ def test_stacked_layers_are_the_references_scans(name: str) -> None:
         outputs = []
         for reverse in (False, True):
             suffix = f"l{number}" + ("_reverse" if reverse else "")
-            result = reference.scan(
+            result: Any = reference.scan(
                 below,
                 *[
                     getattr(ours, f"{kind}_{suffix}", None)

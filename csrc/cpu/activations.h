@@ -14,10 +14,10 @@ struct ExpConstants;
 // kRound is 1.5 * 2^mantissa: adding it rounds to an integer, held in the low bits.
 // ln 2 is split so that k * kLn2High is exact for every k that occurs, even without fused
 // multiply-add. kTerms of exp's series leave a remainder below half a unit in the last
-// place for |r| <= ln 2 / 2.
+// place for |r| <= ln 2 / 2, and kArtanhTerms of artanh's for |s| <= 1/3.
 template <>
 struct ExpConstants<float> {
-  static constexpr int kMantissa = 23, kBias = 127, kTerms = 8;
+  static constexpr int kMantissa = 23, kBias = 127, kTerms = 8, kArtanhTerms = 7;
   static constexpr float kRound = 0x1.8p23f;
   static constexpr float kLog2E = 0x1.715476p0f;
   static constexpr float kLn2High = 0x1.63p-1f;
@@ -28,7 +28,7 @@ struct ExpConstants<float> {
 
 template <>
 struct ExpConstants<double> {
-  static constexpr int kMantissa = 52, kBias = 1023, kTerms = 14;
+  static constexpr int kMantissa = 52, kBias = 1023, kTerms = 14, kArtanhTerms = 16;
   static constexpr double kRound = 0x1.8p52;
   static constexpr double kLog2E = 0x1.71547652b82fep0;
   static constexpr double kLn2High = 0x1.62e42feep-1;
@@ -52,6 +52,16 @@ struct Math {
   static PYSEQ_FORCE_INLINE V relu(V x) { return x < 0 ? V{} : x; }
 
   static PYSEQ_FORCE_INLINE V where_positive(V x, V value) { return x > 0 ? value : V{}; }
+
+  static PYSEQ_FORCE_INLINE V minus_infinity() { return broadcast(-T(__builtin_huge_val())); }
+
+  static PYSEQ_FORCE_INLINE V where_zero(V x, V value, V otherwise) {
+    return x == 0 ? value : otherwise;
+  }
+
+  static PYSEQ_FORCE_INLINE V where_less(V a, V b, V value, V otherwise) {
+    return a < b ? value : otherwise;
+  }
 
   static PYSEQ_FORCE_INLINE V abs(V x) {
     return reinterpret_cast<V>(reinterpret_cast<I>(x) & ~sign_bit());
@@ -89,6 +99,16 @@ struct Math {
     const V m = series(r) * scale + (scale - 1);
     const V t = m / (m + 2);
     return reinterpret_cast<V>(reinterpret_cast<I>(t) | (reinterpret_cast<I>(x) & sign_bit()));
+  }
+
+  // log sigmoid(x) = min(x, 0) - log(1 + e) with e = exp(-|x|), of which both have one sign.
+  static PYSEQ_FORCE_INLINE V log_sigmoid(V x) {
+    const V e = exp_nonpositive(-abs(x));
+    // log(1 + e) = 2 artanh(s) with s = e / (2 + e), at most 1/3, by the series of artanh.
+    const V s = e / (2 + e), s2 = s * s;
+    V sum = broadcast(T(1) / (2 * Constants::kArtanhTerms + 1));
+    for (int k = Constants::kArtanhTerms - 1; k >= 0; --k) sum = sum * s2 + T(1) / (2 * k + 1);
+    return (x < 0 ? x : V{}) - 2 * s * sum;
   }
 
  private:

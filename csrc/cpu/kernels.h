@@ -17,7 +17,10 @@ enum class CellKind {
   // Of a scan only.
   kIndRnnTanh,
   kIndRnnRelu,
-  kLstmPeephole
+  kLstmPeephole,
+  kGruResetBefore,
+  kSlstmSigmoid,
+  kSlstmExp
 };
 
 // Weights of 8 or 16 bits, packed for the tier in use: this, and the panels behind it. They are
@@ -70,11 +73,13 @@ struct ScanForward {
   T* apart;                // (T, B, H) or null: the same for the sum that stays apart
   T* states;               // (slots, B, P)
   T* cells;                // (slots, B, K*H) or null
-  T* inner;                // with w_hr: (T or 1, B, H), h before the projection
-  T* y;                    // (T, B, P)
+  // (T or 1, B, H): with w_hr h before the projection, of a cell that gates its state that.
+  T* inner;
+  T* y;  // (T, B, P)
   // (T, B, K*H) or null: out, c after every step, zero where it is padding.
   T* c_steps;
   const T* unit_weights;  // (U*H) or null
+  int64_t heads;          // D = H / heads units each; with several, w_hh is (heads, G*D, D)
 };
 
 template <class T>
@@ -106,6 +111,7 @@ struct ScanBackward {
   const T* d_c_steps;  // (T, B, K*H) or null
   const T* unit_weights;
   T* d_unit_weights;  // (B, U*H) or null: one summand per row, zero at first
+  int64_t heads;
 };
 
 // Attention of N heads is that of N rows for each row of the batch: B counts them all, sizes are

@@ -78,6 +78,13 @@ PYSEQ_FORCE_INLINE Segment<T> plain_segment(const T* a, const Weights<T>& weight
   return {a, weights.k_count, weights, {slot, 0, 0, 0}};
 }
 
+// The same with some columns of rows that are `stride` apart.
+template <class T>
+PYSEQ_FORCE_INLINE Segment<T> column_segment(const T* a, int64_t stride,
+                                             const Weights<T>& weights) {
+  return {a, stride, weights, {0, 0, 0, 0}};
+}
+
 // An array of no elements is one that is not used.
 constexpr int at_least_one(int count) { return count > 0 ? count : 1; }
 
@@ -225,6 +232,12 @@ void with_any_cell(CellKind cell, const Body& body) {
       return body(IndRnnRelu{});
     case CellKind::kLstmPeephole:
       return body(LstmPeephole{});
+    case CellKind::kGruResetBefore:
+      return body(GruResetBefore{});
+    case CellKind::kSlstmSigmoid:
+      return body(SlstmSigmoid{});
+    case CellKind::kSlstmExp:
+      return body(SlstmExp{});
     default:
       return with_cell(cell, body);
   }
