@@ -4,7 +4,7 @@
 # Before all else: it checks the build, and loads the extension that the others call.
 from . import _library as _library  # isort: split
 
-from . import embeddings, functional, nn, reference
+from . import embeddings, functional, importers, nn, reference
 from .checkpoint import load, save
 from .conversion import convert, revert
 from .labeler import Labeler
@@ -34,6 +34,7 @@ __all__ = [
     "convert",
     "embeddings",
     "functional",
+    "importers",
     "load",
     "nn",
     "quantize",

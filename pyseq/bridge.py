@@ -19,8 +19,8 @@ from .types import State, state_parts
 
 __all__ = ["BRIDGES", "Bridge", "BridgeName"]
 
-BridgeName = Literal["copy", "linear", "tanh", "zero", "learned"]
-BRIDGES: tuple[str, ...] = ("copy", "linear", "tanh", "zero", "learned")
+BridgeName = Literal["copy", "linear", "tanh", "relu", "zero", "learned"]
+BRIDGES: tuple[str, ...] = ("copy", "linear", "tanh", "relu", "zero", "learned")
 
 
 class Bridge(torch.nn.Module):
@@ -31,6 +31,7 @@ class Bridge(torch.nn.Module):
     - ``"copy"``: ``s_0 = h``, layer by layer; layers and sizes must be equal.
     - ``"linear"``: ``vec(s_0) = W vec(h) + b``.
     - ``"tanh"``: ``vec(s_0) = tanh(W vec(h) + b)``.
+    - ``"relu"``: ``vec(s_0) = relu(W vec(h) + b)``.
     - ``"zero"``: ``s_0 = 0``, so that attention is all that the decoder knows of the source.
     - ``"learned"``: ``s_0`` is a parameter, the same for every source.
 
@@ -97,9 +98,9 @@ class Bridge(torch.nn.Module):
         parts = ("h", "c") if self.cell == "lstm" else ("h",)
         for part in ("h", "c"):
             weight = bias = None
-            if part in parts and kind in ("linear", "tanh"):
+            if part in parts and kind in ("linear", "tanh", "relu"):
                 weight = torch.nn.Parameter(torch.empty(outputs, inputs))
-            if part in parts and kind in ("linear", "tanh", "learned"):
+            if part in parts and kind in ("linear", "tanh", "relu", "learned"):
                 bias = torch.nn.Parameter(torch.empty(outputs))
             self.register_parameter(f"weight_{part}", weight)
             self.register_parameter(f"bias_{part}", bias)
@@ -148,6 +149,8 @@ class Bridge(torch.nn.Module):
             rows = torch.nn.functional.linear(part.transpose(0, 1).flatten(1), weight, bias)
         if self.kind == "tanh":
             rows = rows.tanh()
+        elif self.kind == "relu":
+            rows = rows.relu()
         layers = rows.unflatten(1, (self.decoder_layers, self.decoder_size))
         return layers.transpose(0, 1).contiguous()
 

@@ -26,7 +26,7 @@ from .errors import CheckpointError, require
 from .labels import Labels
 from .seq2seq import Seq2Seq
 from .tagger import AnyModel, Classifier, Tagger
-from .text import Vocab
+from .text import SourceMarks, Vocab
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -70,6 +70,7 @@ class Saved(NamedTuple):
     max_length: int | None  # tokens that a prediction may have
     training: TrainingState | None
     reverse_source: bool = False  # whether sources are read backwards
+    source_marks: SourceMarks = "stop"  # what is put around a source
     labels: Labels | None = None  # of a Tagger or Classifier
 
 
@@ -84,6 +85,7 @@ def save(
     max_length: int | None = None,
     training: TrainingState | None = None,
     reverse_source: bool = False,
+    source_marks: SourceMarks = "stop",
     labels: Labels | None = None,
 ) -> None:
     """Save a model as a folder: ``model.safetensors``, ``config.json``, the vocabularies.
@@ -101,6 +103,7 @@ def save(
         max_length: tokens that a prediction may have.
         training: what a training run needs to go on.
         reverse_source: whether the model reads its sources backwards.
+        source_marks: what is put around a source; see :func:`pyseq.text.encode_sources`.
         labels: what the outputs of a Tagger or Classifier mean.
 
     Raises:
@@ -146,6 +149,7 @@ def save(
         "target_tokens": target_tokens,
         "max_length": max_length,
         "reverse_source": reverse_source,
+        "source_marks": source_marks,
         "embeddings": _embedding_fingerprints(
             model, {"source": source_vocab, "target": target_vocab}
         ),
@@ -196,6 +200,7 @@ def load(path: str | Path) -> Saved:
         config.get("max_length"),
         training,
         bool(config.get("reverse_source")),  # older files do not say
+        config.get("source_marks", "stop"),
         labels,
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``pyseq train | predict | evaluate | info``.
+"""The command line: ``pyseq train | predict | evaluate | import | info``.
 
 Reads arguments and files and prints; the work is done by ``training``, ``translator``
 and ``metrics``. What a user can mend ends in one sentence on standard error.
@@ -18,7 +18,17 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, distributed, embeddings, g2p, info, metrics, scheduled, training
+from . import (
+    checkpoint,
+    distributed,
+    embeddings,
+    g2p,
+    importers,
+    info,
+    metrics,
+    scheduled,
+    training,
+)
 from .averaging import AVERAGES
 from .bridge import BRIDGES
 from .copying import COPIES
@@ -108,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_predict(commands)
     _add_evaluate(commands)
+    _add_import(commands)
     command = commands.add_parser("info", help="print versions, CPU tier, threads")
     command.set_defaults(run=lambda _: print("\n".join(info.lines())))
     return parser
@@ -526,6 +537,40 @@ def _add_evaluate(commands: Any) -> None:
     _add_threads(command)
 
 
+def _add_import(commands: Any) -> None:
+    command = commands.add_parser(
+        "import",
+        help="turn a model of another library into one of pyseq",
+        description="Read a checkpoint of another library, without running what is in it, and "
+        "save the model for pyseq predict and pyseq evaluate.",
+    )
+    command.set_defaults(run=_import)
+    command.add_argument("checkpoint", metavar="FILE", help="the other library's file")
+    command.add_argument(
+        "--from", dest="layout", required=True, choices=importers.LAYOUTS, help="the library"
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the model that DIR holds"
+    )
+    for side in ("source", "target"):
+        command.add_argument(
+            f"--{side}-vocab",
+            metavar="FILE",
+            help=f"the library's vocabulary of the {side}, where the checkpoint does not hold it",
+        )
+    command.add_argument(
+        "--initial-state",
+        choices=("zero", "last"),
+        help="of a joeynmt decoder without bridge: init_hidden in its configuration",
+    )
+    command.add_argument(
+        "--scaled-embeddings",
+        action="store_true",
+        help="of a joeynmt model: scale is set for the embeddings in its configuration",
+    )
+
+
 def _begin(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -790,6 +835,35 @@ def _data(
         return Data(pairs, arguments.pairs), Data(held, arguments.valid)
     pairs, held = hold_out(pairs, arguments.valid_share, seed=seed)
     return Data(pairs, arguments.pairs), Data(held, arguments.pairs) if held else None
+
+
+# import
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    if checkpoint.exists(arguments.out) and not arguments.overwrite:
+        raise PyseqError(
+            f"{arguments.out}: holds a model already; give --overwrite to replace it, or another "
+            "--out"
+        )
+    try:
+        translator = importers.read_model(
+            arguments.layout,
+            arguments.checkpoint,
+            source_vocab=arguments.source_vocab,
+            target_vocab=arguments.target_vocab,
+            initial_state=arguments.initial_state,
+            scaled_embeddings=arguments.scaled_embeddings,
+        )
+    except PyseqError:
+        raise
+    except ValueError as error:  # options that do not go together
+        raise PyseqError(str(error)) from error
+    translator.save(arguments.out)
+    _say(
+        f"{len(translator.source_vocab):,} source and {len(translator.target_vocab):,} target "
+        f"symbols, {sum(p.numel() for p in translator.model.parameters()):,} weights"
+    )
 
 
 # predict

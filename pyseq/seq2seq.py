@@ -134,6 +134,7 @@ class Encoder(torch.nn.Module):
             speech or the outputs of another model (ELMo, BERT).
         extra: how extra information enters, if it does: into the states of the top layer, or
             with the place ``"input"`` into what the bottom layer reads.
+        constant: give the memory one more feature, which is 1.
 
     Attributes:
         embedding: the table of the tokens, or the linear map ``W x + b`` of the features, to
@@ -157,6 +158,7 @@ class Encoder(torch.nn.Module):
         dropout: float = 0.0,
         features: int | None = None,
         extra: ExtraOptions | None = None,
+        constant: bool = False,
     ) -> None:
         super().__init__()
         if (vocab_size is None) == (features is None):
@@ -177,6 +179,7 @@ class Encoder(torch.nn.Module):
             )
         self.dropout = dropout
         self.bidirectional = bidirectional
+        self.constant = constant
         if vocab_size is not None:
             check_positive(vocab_size=vocab_size)
             self.embedding = torch.nn.Embedding(vocab_size, embedding_size, padding_idx=PAD)
@@ -224,9 +227,10 @@ class Encoder(torch.nn.Module):
                 not matter.
 
         Returns:
-            The memory (S, B, H), zero at padding, and the last state: h (L, B, H), or for
-            LSTM (h, c), the directions side by side. Extra information at the output enters
-            the h of the top layer like the memory; that of each step by its last valid one.
+            The memory (S, B, H), or (S, B, H + 1) with ``constant``, zero at padding, and the
+            last state: h (L, B, H), or for LSTM (h, c), the directions side by side. Extra
+            information at the output enters the h of the top layer like the memory; that of each
+            step by its last valid one.
 
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
@@ -248,6 +252,9 @@ class Encoder(torch.nn.Module):
             top = self.extra(parts[0][-1:], last)
             parts[0] = torch.cat([parts[0][:-1], top])
         memory = apply_dropout(memory, self.dropout, self.training)
+        if self.constant:
+            ones = valid_steps(lengths, source).t().unsqueeze(2).to(memory.dtype)
+            memory = torch.cat([memory, ones], 2)
         return memory, parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
@@ -745,6 +752,9 @@ class Seq2Seq(torch.nn.Module):
             token, ids from V on (V, V + 1, ... in each row) standing for tokens that the
             vocabulary lacks, and those below ``<unk>`` for what may not be copied. Targets
             and results may hold such ids; :meth:`pyseq.Vocab.extend` makes them.
+        memory_bias: give every vector of the memory one more feature, which is 1, so that the
+            combination ``tanh(W_c [c; h])`` and the keys have biases: its columns of their
+            weights. Not with the score ``"dot"``.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
@@ -782,6 +792,7 @@ class Seq2Seq(torch.nn.Module):
         extra_hidden_size: int | None = None,
         extra_place: str = "output",
         copy: str | None = None,
+        memory_bias: bool = False,
     ) -> None:
         super().__init__()
         sizes = {
@@ -821,6 +832,7 @@ class Seq2Seq(torch.nn.Module):
             "extra_hidden_size": extra_hidden_size,
             "extra_place": extra_place,
             "copy": copy,
+            "memory_bias": memory_bias,
         }
 
         def extra(size: int | None) -> ExtraOptions | None:
@@ -842,6 +854,7 @@ class Seq2Seq(torch.nn.Module):
             dropout=dropout,
             features=source_features,
             extra=extra(source_extra_size),
+            constant=memory_bias,
         )
         self.bridge = Bridge(
             bridge,
@@ -862,7 +875,7 @@ class Seq2Seq(torch.nn.Module):
             score=score,
             input_feeding=input_feeding,
             dropout=dropout,
-            memory_size=memory_size,
+            memory_size=memory_size + memory_bias,
             tie_embeddings=tie_embeddings,
             context_size=memory_size if context_every_step else None,
             extra=extra(target_extra_size),

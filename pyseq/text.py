@@ -24,6 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from .errors import DataError
 from .types import PAD, START, STOP, UNK
 
+SourceMarks = Literal["stop", "none", "both"]
+SOURCE_MARKS: tuple[str, ...] = ("stop", "none", "both")
+
 TokensName = Literal["char", "space", "word"]
 TOKENS: tuple[str, ...] = ("char", "space", "word")
 
@@ -493,12 +496,20 @@ def pad(rows: Sequence[Sequence[int]], *, value: int = PAD) -> tuple[Tensor, Ten
     return pad_sequence(tensors, batch_first=True, padding_value=value), lengths
 
 
-def encode_sources(vocab: Vocab, lines: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+def encode_sources(
+    vocab: Vocab, lines: Sequence[Sequence[str]], *, marks: SourceMarks = "stop"
+) -> tuple[Tensor, Tensor]:
     """Tokenised sources as the encoder reads them: (B, S) int64 and lengths (B,).
 
-    Each ends with ``STOP``, so that an empty line too has something to attend to.
+    Args:
+        vocab: what gives the ids.
+        lines: the tokens of each.
+        marks: ``"stop"``: each ends with ``STOP``, so that an empty line too has something to
+            attend to; ``"both"``: it begins with ``START`` besides; ``"none"``: nothing is added.
     """
-    return pad([[*vocab.encode(line), STOP] for line in lines])
+    before = [START] if marks == "both" else []
+    after = [] if marks == "none" else [STOP]
+    return pad([[*before, *vocab.encode(line), *after] for line in lines])
 
 
 def encode_copies(vocab: Vocab, lines: Sequence[Sequence[str]]) -> tuple[Tensor, list[list[str]]]:

@@ -20,9 +20,11 @@ from .errors import CheckpointError, DataError
 from .search import Ensemble, Hypothesis, SearchModel, SearchOptions
 from .seq2seq import Seq2Seq
 from .text import (
+    SOURCE_MARKS,
     Examples,
     Extra,
     Pair,
+    SourceMarks,
     Tokenizer,
     Vocab,
     encode_copies,
@@ -41,7 +43,8 @@ class Translation(NamedTuple):
     source_tokens: list[str]  # as split, in order, spelled out where unknown to the model
     score: float  # log-probability, nats
     # (T, S): a row for each token, a column for each source token and one more for the
-    # <stop> behind them; None without attention and for a blank line.
+    # <stop> behind them (with a <start> before them, for both; zero where neither is read);
+    # None without attention and for a blank line.
     weights: Tensor | None
 
 
@@ -66,11 +69,13 @@ class Translator:
         max_length: tokens an output may have, ``<stop>`` included.
         reverse_source: whether the model was trained on sources read backwards; results are
             in the order of the text all the same.
+        source_marks: what is put around the tokens of a source; see
+            :func:`pyseq.text.encode_sources`. Models that pyseq trained want ``"stop"``.
         others: further models with the same vocabularies, which predict together with
             ``model``; see :class:`pyseq.Ensemble`.
 
     Raises:
-        ValueError: an unknown way to split, or ``max_length`` below 1.
+        ValueError: an unknown way to split or to mark, or ``max_length`` below 1.
     """
 
     def __init__(
@@ -83,8 +88,15 @@ class Translator:
         target_tokens: str = "char",
         max_length: int = 100,
         reverse_source: bool = False,
+        source_marks: SourceMarks = "stop",
         others: Sequence[Seq2Seq] = (),
     ) -> None:
+        if source_marks not in SOURCE_MARKS:
+            raise ValueError(
+                f"source_marks must be one of {', '.join(SOURCE_MARKS)}, got {source_marks!r}"
+            )
+        if source_marks != "stop" and model.config["copy"] is not None:
+            raise ValueError(f"a model that copies needs source_marks 'stop', got {source_marks!r}")
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         self.model = model
@@ -95,6 +107,7 @@ class Translator:
         self.target_tokenizer = Tokenizer(target_tokens)
         self.max_length = max_length
         self.reverse_source = reverse_source
+        self.source_marks: SourceMarks = source_marks
 
     @property
     def copies(self) -> bool:
@@ -268,7 +281,7 @@ class Translator:
     def _encode(self, sources: Sequence[list[str]], information: Sequence[Extra]) -> _Encoded:
         device = next(self.model.parameters()).device
         lines = [self.in_reading_order(source) for source in sources]
-        source, lengths = encode_sources(self.source_vocab, lines)
+        source, lengths = encode_sources(self.source_vocab, lines, marks=self.source_marks)
         copies: Tensor | None = None
         extra: list[list[str]] = [[] for _ in lines]
         if self.copies:
@@ -288,6 +301,10 @@ class Translator:
         self, source: list[str], extra: list[str], hypothesis: Hypothesis, replace_unknown: bool
     ) -> Translation:
         weights = hypothesis.weights
+        if weights is not None and self.source_marks == "none":
+            weights = torch.nn.functional.pad(weights, (0, 1))
+        elif weights is not None and self.source_marks == "both":
+            weights = torch.cat([weights[:, 1:-1], weights[:, :1] + weights[:, -1:]], 1)
         if weights is not None and self.reverse_source:
             # Back to the order of the text; <stop> stays last.
             weights = torch.cat([weights[:, :-1].flip(1), weights[:, -1:]], 1)
@@ -353,6 +370,7 @@ class Translator:
             target_tokens=self.target_tokenizer.name,
             max_length=self.max_length,
             reverse_source=self.reverse_source,
+            source_marks=self.source_marks,
             training=training,
         )
 
@@ -372,7 +390,13 @@ class Translator:
         models = []
         for other in others:
             one = cls.from_saved(checkpoint.load(other), other)
-            for what in ("source_vocab", "target_vocab", "reverse_source", "copies"):
+            for what in (
+                "source_vocab",
+                "target_vocab",
+                "reverse_source",
+                "source_marks",
+                "copies",
+            ):
                 if getattr(one, what) != getattr(first, what):
                     raise CheckpointError(
                         f"{other}: the models of an ensemble must have the same {what}, "
@@ -408,4 +432,5 @@ class Translator:
             target_tokens=saved.target_tokens or "char",
             max_length=saved.max_length or 100,
             reverse_source=saved.reverse_source,
+            source_marks=saved.source_marks,
         )

@@ -33,12 +33,12 @@ def test_copy_hands_the_state_on() -> None:
 
 
 @pytest.mark.parametrize("batch", [5, 0], ids=["B5", "B0"])
-@pytest.mark.parametrize("kind", ["linear", "tanh"])
+@pytest.mark.parametrize("kind", ["linear", "tanh", "relu"])
 def test_maps_all_layers_to_all_layers(kind: str, batch: int) -> None:
     module = bridge(kind, "lstm", decoder_layers=3, decoder_size=1)
     h, c = state(batch), state(batch)
     found = module((h, c))
-    activation = torch.tanh if kind == "tanh" else torch.clone
+    activation = {"linear": torch.clone, "tanh": torch.tanh, "relu": torch.relu}[kind]
     parameters = ((module.weight_h, module.bias_h), (module.weight_c, module.bias_c))
     for part, given, (weight, bias) in zip(found, (h, c), parameters, strict=True):
         rows = activation(torch.cat(list(given), 1) @ weight.T + bias)

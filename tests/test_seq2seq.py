@@ -173,6 +173,35 @@ def test_loss_is_the_cross_entropy_of_the_logits(smoothing: float) -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("score", ["general", "concat"])
+def test_memory_bias_is_a_bias_of_keys_and_combination(score: str) -> None:
+    options = {"embedding_size": 4, "hidden_size": 6, "score": score, "dropout": 0.0}
+    model = Seq2Seq(9, 8, memory_bias=True, **options)  # type: ignore[arg-type]
+    source, lengths = torch.randint(4, 9, (2, 5)), torch.tensor([5, 3])
+    memory, _ = model.encoder(source, lengths)
+    assert memory.shape == (5, 2, 7)
+    assert memory[:, :, 6].t().tolist() == [[1.0] * 5, [1.0, 1.0, 1.0, 0.0, 0.0]]
+    # Keys that all move by the same bias leave the weights of general attention alone; the
+    # combination's bias moves every output.
+    plain = Seq2Seq(9, 8, **options)  # type: ignore[arg-type]
+    state = model.state_dict()
+    keys = f"decoder.rnn.score.{'weight' if score == 'general' else 'weight_memory'}"
+    for name in (keys, "decoder.rnn.combine.weight"):
+        column = state[name].new_ones(state[name].shape[1], dtype=torch.bool)
+        column[6] = False
+        state[name] = state[name][:, column]
+    plain.load_state_dict(state)
+    target = torch.randint(4, 8, (2, 4))
+    assert not torch.allclose(model(source, lengths, target), plain(source, lengths, target))
+    with torch.no_grad():
+        model.decoder.rnn.combine.weight[:, 6] = 0.0
+        if score == "concat":
+            model.decoder.rnn.score.weight_memory[:, 6] = 0.0
+    torch.testing.assert_close(model(source, lengths, target), plain(source, lengths, target))
+    with pytest.raises(ValueError, match="score 'dot' needs the query as long as the memory"):
+        Seq2Seq(9, 8, memory_bias=True, score="dot")
+
+
 def test_tied_embeddings_are_one_matrix() -> None:
     module = model(embedding_size=8, tie_embeddings=True, dropout=0.0).double()
     table = module.decoder.embedding.weight

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other people's checkpoints, read without running what is in them.
+
+``read_model`` turns a model of another library into a :class:`pyseq.Translator` with the same
+output, ``read_layers`` recurrent layers into those of :mod:`pyseq.nn`; see docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..translator import Translator
+from . import fairseq, g2p_en, joeynmt, opennmt, stanza
+from .joeynmt import InitialState
+from .layers import read_layers
+
+__all__ = ["LAYOUTS", "InitialState", "read_layers", "read_model"]
+
+#: The libraries whose models can be read.
+LAYOUTS: tuple[str, ...] = ("opennmt", "fairseq", "joeynmt", "stanza", "g2p-en")
+
+
+def read_model(
+    layout: str,
+    path: str | Path,
+    *,
+    source_vocab: str | Path | None = None,
+    target_vocab: str | Path | None = None,
+    initial_state: InitialState | None = None,
+    scaled_embeddings: bool = False,
+) -> Translator:
+    """A model of another library as a translator that gives the same output.
+
+    Args:
+        layout: one of :data:`LAYOUTS`.
+        path: the checkpoint.
+        source_vocab, target_vocab: the library's files of the vocabularies, where the checkpoint
+            does not hold them; without them a symbol is called by its id, ``#7``.
+        initial_state, scaled_embeddings: see :func:`pyseq.importers.joeynmt.read`.
+
+    Returns:
+        The translator, in eval mode, float32.
+
+    Raises:
+        ValueError: an unknown layout, or an option of another one.
+        CheckpointError: the file is of another layout or has a part that pyseq does not have;
+            the text lists its weights.
+        OSError: a file cannot be read.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    path = Path(path)
+    source = None if source_vocab is None else Path(source_vocab)
+    target = None if target_vocab is None else Path(target_vocab)
+    if layout == "joeynmt":
+        return joeynmt.read(
+            path,
+            source_vocab=source,
+            target_vocab=target,
+            initial_state=initial_state,
+            scaled_embeddings=scaled_embeddings,
+        )
+    if initial_state is not None or scaled_embeddings:
+        raise ValueError(
+            f"initial_state and scaled_embeddings go with the layout 'joeynmt', got {layout!r}"
+        )
+    modules = {"opennmt": opennmt, "fairseq": fairseq, "stanza": stanza, "g2p-en": g2p_en}
+    return modules[layout].read(path, source_vocab=source, target_vocab=target)

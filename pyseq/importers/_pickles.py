@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading other people's files without running what is in them.
+
+torch's restricted unpickler makes tensors and plain containers; every other class or function
+that a file names becomes an :class:`Inert` record of what the file says about it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+
+# More classes than a checkpoint of any of these libraries names.
+_MOST_NAMES = 200
+
+_UNKNOWN = re.compile(r"GLOBAL (\S+) was not an allowed global")
+
+
+class Inert:
+    """Stands for an object whose class is not looked up: keeps its state, does nothing."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __new__(cls, *arguments: Any) -> Inert:
+        made = super().__new__(cls)
+        made.arguments = arguments
+        made.state = None
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An attribute that the object had."""
+        return self.state.get(name, default) if isinstance(self.state, dict) else default
+
+
+def _mapping(*_: Any) -> OrderedDict[Any, Any]:
+    """In place of ``defaultdict``, whose items follow; its factory is left out."""
+    return OrderedDict()
+
+
+def load_pickle(path: Path) -> Any:
+    """What ``torch.save`` wrote, with an :class:`Inert` for what is no tensor or container.
+
+    Raises:
+        CheckpointError: the file is no such thing, or cannot be read without running code.
+        OSError: the file cannot be read.
+    """
+    stand_ins: list[Any] = [(_mapping, "collections.defaultdict")]
+    for _ in range(_MOST_NAMES):
+        try:
+            with torch.serialization.safe_globals(stand_ins):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            unknown = _UNKNOWN.search(str(error))
+            if unknown is None:
+                raise _unreadable(path, error) from error
+            name = unknown.group(1)
+            stand_ins.append((Inert, name if "." in name else f"builtins.{name}"))
+        except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unreadable(path, error) from error
+    raise CheckpointError(f"{path}: names more than {_MOST_NAMES} classes")
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:300]
+    return CheckpointError(f"{path}: cannot be read without running what is in it: {reason}")
+
+
+def load_dictionary(path: Path, part: str, *, layout: str) -> dict[str, Any]:
+    """A checkpoint that is a dictionary, with the weights in a dictionary called ``part``.
+
+    Raises:
+        CheckpointError: it is not; the text says what it is.
+        OSError: the file cannot be read.
+    """
+    content = load_pickle(path)
+    if isinstance(content, dict) and isinstance(content.get(part), dict):
+        return content
+    keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+    raise CheckpointError(
+        f"{path}: a checkpoint of {layout} must be a dictionary with the weights in {part!r}, got "
+        f"{keys}"
+    )
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """What a dictionary or the record of an object holds, by name."""
+    if isinstance(value, Inert):
+        value = value.state
+    return dict(value) if isinstance(value, dict) else {}
+
+
+def find(value: Any, name: str) -> Iterator[Any]:
+    """Every value called ``name`` inside dictionaries, sequences and records, outermost first."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        each = waiting.pop(0)
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, Inert):
+            waiting += [each.state, *each.arguments]
+        elif isinstance(each, dict):
+            if name in each:
+                yield each[name]
+            waiting += each.values()
+        elif isinstance(each, (list, tuple)) and not all(isinstance(e, str) for e in each):
+            waiting += each
