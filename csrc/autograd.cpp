@@ -547,12 +547,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     const OptionalTensor& weight_v, const Tensor& h_0, const OptionalTensor& c_0,
     const OptionalTensor& feed, const OptionalTensor& lengths, std::string_view cell,
     std::string_view score, bool input_feeding, int64_t max_length, int64_t beam_size,
-    double length_penalty, bool need_weights) {
+    double length_penalty, bool need_weights, int64_t min_length, int64_t n_best,
+    int64_t block_ngrams, const OptionalTensor& prefix) {
   const at::AutoDispatchBelowADInplaceOrView below;
   static const auto op = find_operator<&pyseq::generate>("pyseq::generate");
   return op.call(embedding, layers, keys, memory, combine, output_weight, output_bias, weight_query,
                  weight_v, h_0, c_0, feed, lengths, cell, score, input_feeding, max_length,
-                 beam_size, length_penalty, need_weights);
+                 beam_size, length_penalty, need_weights, min_length, n_best, block_ngrams, prefix);
+}
+
+Tensor scheduled_inputs(const Tensor& tokens, const Tensor& coins, const OptionalTensor& draws,
+                        const Tensor& embedding, at::TensorList layers, const OptionalTensor& keys,
+                        const OptionalTensor& memory, const OptionalTensor& combine,
+                        const Tensor& output_weight, const OptionalTensor& output_bias,
+                        const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+                        const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
+                        const OptionalTensor& lengths, const OptionalTensor& embedding_masks,
+                        const OptionalTensor& dropout_masks, const OptionalTensor& output_masks,
+                        std::string_view cell, std::string_view score, bool input_feeding) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  static const auto op = find_operator<&pyseq::scheduled_inputs>("pyseq::scheduled_inputs");
+  return op.call(tokens, coins, draws, embedding, layers, keys, memory, combine, output_weight,
+                 output_bias, weight_query, weight_v, h_0, c_0, feed, lengths, embedding_masks,
+                 dropout_masks, output_masks, cell, score, input_feeding);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {

@@ -88,7 +88,14 @@ TORCH_LIBRARY(pyseq, m) {
       "Tensor? combine, Tensor output_weight, Tensor? output_bias, Tensor? weight_query, "
       "Tensor? weight_v, Tensor h_0, Tensor? c_0, Tensor? feed, Tensor? lengths, str cell, "
       "str score, bool input_feeding, int max_length, int beam_size, float length_penalty, "
-      "bool need_weights) -> (Tensor tokens, Tensor lengths, Tensor scores, Tensor attn)");
+      "bool need_weights, int min_length=0, int n_best=1, int block_ngrams=0, "
+      "Tensor? prefix=None) -> (Tensor tokens, Tensor lengths, Tensor scores, Tensor attn)");
+  m.def(
+      "scheduled_inputs(Tensor tokens, Tensor coins, Tensor? draws, Tensor embedding, "
+      "Tensor[] layers, Tensor? keys, Tensor? memory, Tensor? combine, Tensor output_weight, "
+      "Tensor? output_bias, Tensor? weight_query, Tensor? weight_v, Tensor h_0, Tensor? c_0, "
+      "Tensor? feed, Tensor? lengths, Tensor? embedding_masks, Tensor? dropout_masks, "
+      "Tensor? output_masks, str cell, str score, bool input_feeding) -> Tensor");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
       "int ignore_index, float label_smoothing) -> Tensor");
@@ -116,6 +123,7 @@ TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
   m.impl("linear_cross_entropy_forward", &pyseq::linear_cross_entropy_forward);
   m.impl("scan_both", &pyseq::scan_both);
   m.impl("generate", &pyseq::generate);
+  m.impl("scheduled_inputs", &pyseq::scheduled_inputs);
   m.impl("linear", &pyseq::linear);
   m.impl("sigmoid", &pyseq::sigmoid);
   m.impl("tanh", &pyseq::tanh);
@@ -128,6 +136,7 @@ TORCH_LIBRARY_IMPL(pyseq, Autograd, m) {
   m.impl("linear_cross_entropy", &pyseq::autograd::linear_cross_entropy);
   m.impl("scan_both", &pyseq::autograd::scan_both);
   m.impl("generate", &pyseq::autograd::generate);
+  m.impl("scheduled_inputs", &pyseq::autograd::scheduled_inputs);
   m.impl("linear", &pyseq::autograd::linear);
 }
 
@@ -140,6 +149,8 @@ TORCH_LIBRARY_IMPL(pyseq, AutocastCPU, m) {
          pyseq::AutocastCpu<&pyseq::linear_cross_entropy>::of("pyseq::linear_cross_entropy"));
   m.impl("scan_both", pyseq::AutocastCpu<&pyseq::scan_both>::of("pyseq::scan_both"));
   m.impl("generate", pyseq::AutocastCpu<&pyseq::generate>::of("pyseq::generate"));
+  m.impl("scheduled_inputs",
+         pyseq::AutocastCpu<&pyseq::scheduled_inputs>::of("pyseq::scheduled_inputs"));
 }
 
 namespace {

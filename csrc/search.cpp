@@ -105,112 +105,185 @@ struct Trace {
   cpu::GenerateStep<T>* last = nullptr;
 };
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
-    const Tensor& embedding_in, at::TensorList layers_in, const OptionalTensor& keys_in,
-    const OptionalTensor& memory_in, const OptionalTensor& combine_in,
-    const Tensor& output_weight_in, const OptionalTensor& output_bias_in,
-    const OptionalTensor& weight_query_in, const OptionalTensor& weight_v_in, const Tensor& h_0_in,
-    const OptionalTensor& c_0_in, const OptionalTensor& feed_in, const OptionalTensor& lengths_in,
-    std::string_view cell_name, std::string_view score, bool input_feeding, int64_t max_length,
-    int64_t beam_size, double length_penalty, bool need_weights) {
-  const GenerateShape shape = check_generate(
-      embedding_in, layers_in, keys_in, memory_in, combine_in, output_weight_in, output_bias_in,
-      weight_query_in, weight_v_in, h_0_in, c_0_in, feed_in, cell_name, score, input_feeding);
-  const auto& [cell, attends, additive, B, H, L, V, E, S, A, M] = shape;
-  check_options(B, max_length, beam_size, length_penalty);
-  const OptionalTensor lengths = check_lengths(lengths_in, B, S, "S");
-  const bool keeps = need_weights && attends;
-  const auto options = embedding_in.options(), integers = options.dtype(at::kLong);
-  const auto result = [&](int64_t longest) {
-    return std::tuple{at::zeros({B, longest}, integers), at::zeros({B}, integers),
-                      at::full({B}, std::numeric_limits<double>::quiet_NaN(), options),
-                      keeps ? at::zeros({B, longest, S}, options) : nothing(embedding_in)};
-  };
-  if (B == 0) return result(0);
-
-  const Tensor embedding = embedding_in.contiguous(), output_weight = output_weight_in.contiguous();
-  const Tensor h_0 = h_0_in.contiguous();
-  const Tensor c_0 = !cell.has_cell       ? nothing(h_0)
-                     : c_0_in.has_value() ? c_0_in->contiguous()
-                                          : at::zeros({L, B, H}, options);
-  const Tensor feed = feed_in.has_value() ? feed_in->contiguous() : at::zeros({B, H}, options);
-  const OptionalTensor keys = attends ? OptionalTensor(rows_first(*keys_in)) : std::nullopt;
-  const OptionalTensor memory = attends ? OptionalTensor(rows_first(*memory_in)) : std::nullopt;
-  const OptionalTensor combine = contiguous(combine_in), output_bias = contiguous(output_bias_in),
-                       weight_query = contiguous(weight_query_in),
-                       weight_v = contiguous(weight_v_in);
-  std::vector<Tensor> weights;
+// Checked and contiguous arguments of an operator that runs a decoder on its own tokens.
+struct Prepared {
+  GenerateShape shape;
+  bool input_feeding;
+  Tensor embedding, output_weight, h_0, c_0, feed;
+  OptionalTensor keys, memory, combine, output_bias, weight_query, weight_v, lengths;
+  std::vector<Tensor> weights;  // of each layer w_ih and w_hh
   std::vector<Bias> biases;
-  for (int64_t l = 0; l < L; ++l) {
-    const Tensor* const layer = &layers_in[l * kPerLayer];
-    weights.push_back(layer[0].contiguous());
-    weights.push_back(layer[1].contiguous());
-    biases.push_back(fold_bias(layer[2], layer[3], cell, H));
-  }
 
-  return AT_DISPATCH_FLOATING_TYPES(embedding.scalar_type(), "generate", [&] {
-    std::vector<cpu::DecoderLayer<scalar_t>> layers(L);
-    for (int64_t l = 0; l < L; ++l) {
+  // What the kernel needs for up to `beam_size` hypotheses a row. `layers` must outlive it.
+  template <class T>
+  cpu::Generate<T> arguments(std::vector<cpu::DecoderLayer<T>>& layers, int64_t beam_size) const {
+    const int64_t H = shape.hidden;
+    layers.resize(shape.layers);
+    for (int64_t l = 0; l < shape.layers; ++l) {
       const Tensor &w_ih = weights[2 * l], &w_hh = weights[2 * l + 1];
       if (l > 0 || input_feeding) {
         if (is_quantized(w_ih)) {
           layers[l].quantized_in = quantized_run(w_ih, l > 0 ? 0 : 1);
         } else {
-          layers[l].w_in = w_ih.const_data_ptr<scalar_t>() + (w_ih.size(1) - H);
+          layers[l].w_in = w_ih.const_data_ptr<T>() + (w_ih.size(1) - H);
           layers[l].w_in_stride = w_ih.size(1);
         }
       }
-      layers[l].w_hh = values<scalar_t>(w_hh);
+      layers[l].w_hh = values<T>(w_hh);
       layers[l].quantized_hh = quantized_run(w_hh);
-      layers[l].bias = data<scalar_t>(biases[l].sum);
-      layers[l].apart_bias = data<scalar_t>(biases[l].apart);
+      layers[l].bias = data<T>(biases[l].sum);
+      layers[l].apart_bias = data<T>(biases[l].apart);
     }
-    std::vector<cpu::GenerateResult<scalar_t>> found(B);
-    Trace<scalar_t> trace;
-    cpu::Decode<scalar_t> decoder{};
-    decoder.cell = cell.kind;
-    decoder.additive = additive;
+    cpu::Decode<T> decoder{};
+    decoder.cell = shape.cell.kind;
+    decoder.additive = shape.additive;
     decoder.feeding = input_feeding;
-    decoder.batch = B * beam_size;
+    decoder.batch = shape.batch * beam_size;
     decoder.hidden = H;
-    decoder.layer_count = L;
-    decoder.source = S;
-    decoder.key_size = A;
-    decoder.memory_size = M;
+    decoder.layer_count = shape.layers;
+    decoder.source = shape.source;
+    decoder.key_size = shape.key_size;
+    decoder.memory_size = shape.memory_size;
     decoder.threads = thread_count();
     decoder.layers = layers.data();
-    decoder.keys = data<scalar_t>(keys);
-    decoder.memory = data<scalar_t>(memory);
-    decoder.combine = values<scalar_t>(combine);
-    decoder.w_query = values<scalar_t>(weight_query);
+    decoder.keys = data<T>(keys);
+    decoder.memory = data<T>(memory);
+    decoder.combine = values<T>(combine);
+    decoder.w_query = values<T>(weight_query);
     decoder.quantized_context = quantized(combine, 0);
     decoder.quantized_hidden = quantized(combine, 1);
     decoder.quantized_query = quantized(weight_query);
-    decoder.v = data<scalar_t>(weight_v);
+    decoder.v = data<T>(weight_v);
     decoder.lengths = data<int64_t>(lengths);
-    const cpu::GenerateStatus status = cpu::kernels<scalar_t>().generate({
-        .decoder = decoder,
-        .rows = B,
-        .vocab = V,
-        .embedding_size = E,
-        .max_length = max_length,
-        .beam_size = beam_size,
-        .length_penalty = length_penalty,
-        .need_weights = keeps,
-        .h_0 = h_0.const_data_ptr<scalar_t>(),
-        .c_0 = c_0.const_data_ptr<scalar_t>(),
-        .feed = feed.const_data_ptr<scalar_t>(),
-        .embedding = embedding.const_data_ptr<scalar_t>(),
-        .w_x = values<scalar_t>(weights[0]),
-        .w_x_stride = weights[0].size(1),
-        .quantized_x = quantized_run(weights[0]),
-        .w_output = output_weight.const_data_ptr<scalar_t>(),
-        .output_bias = data<scalar_t>(output_bias),
-        .results = found.data(),
-        .trace = &trace.last,
-    });
+    cpu::Generate<T> args{};
+    args.decoder = decoder;
+    args.rows = shape.batch;
+    args.vocab = shape.vocab;
+    args.embedding_size = shape.embedding;
+    args.beam_size = beam_size;
+    args.n_best = 1;
+    args.h_0 = h_0.const_data_ptr<T>();
+    args.c_0 = c_0.const_data_ptr<T>();
+    args.feed = feed.const_data_ptr<T>();
+    args.embedding = embedding.const_data_ptr<T>();
+    args.w_x = values<T>(weights[0]);
+    args.w_x_stride = weights[0].size(1);
+    args.quantized_x = quantized_run(weights[0]);
+    args.w_output = output_weight.const_data_ptr<T>();
+    args.output_bias = data<T>(output_bias);
+    return args;
+  }
+};
+
+Prepared prepare(const Tensor& embedding, at::TensorList layers, const OptionalTensor& keys,
+                 const OptionalTensor& memory, const OptionalTensor& combine,
+                 const Tensor& output_weight, const OptionalTensor& output_bias,
+                 const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+                 const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
+                 const OptionalTensor& lengths, std::string_view cell_name, std::string_view score,
+                 bool input_feeding) {
+  const GenerateShape shape =
+      check_generate(embedding, layers, keys, memory, combine, output_weight, output_bias,
+                     weight_query, weight_v, h_0, c_0, feed, cell_name, score, input_feeding);
+  const int64_t L = shape.layers, B = shape.batch, H = shape.hidden;
+  const auto options = embedding.options();
+  Prepared all{
+      .shape = shape,
+      .input_feeding = input_feeding,
+      .embedding = embedding.contiguous(),
+      .output_weight = output_weight.contiguous(),
+      .h_0 = h_0.contiguous(),
+      .c_0 = !shape.cell.has_cell ? nothing(h_0)
+             : c_0.has_value()    ? c_0->contiguous()
+                                  : at::zeros({L, B, H}, options),
+      .feed = feed.has_value() ? feed->contiguous() : at::zeros({B, H}, options),
+      .keys = shape.attends ? OptionalTensor(rows_first(*keys)) : std::nullopt,
+      .memory = shape.attends ? OptionalTensor(rows_first(*memory)) : std::nullopt,
+      .combine = contiguous(combine),
+      .output_bias = contiguous(output_bias),
+      .weight_query = contiguous(weight_query),
+      .weight_v = contiguous(weight_v),
+      .lengths = check_lengths(lengths, B, shape.source, "S"),
+      .weights = {},
+      .biases = {},
+  };
+  for (int64_t l = 0; l < L; ++l) {
+    const Tensor* const layer = &layers[l * kPerLayer];
+    all.weights.push_back(layer[0].contiguous());
+    all.weights.push_back(layer[1].contiguous());
+    all.biases.push_back(fold_bias(layer[2], layer[3], shape.cell, H));
+  }
+  return all;
+}
+
+// The tokens that each row begins with, (B, P), contiguous.
+OptionalTensor check_prefix(const OptionalTensor& prefix, int64_t rows, int64_t vocab) {
+  if (!prefix.has_value()) return std::nullopt;
+  check_dim(*prefix, "prefix", 2, "(B, P)");
+  TORCH_CHECK(prefix->scalar_type() == at::kLong && prefix->is_cpu(),
+              "prefix must be int64 on the CPU, got ", prefix->scalar_type(), " on ",
+              prefix->device());
+  TORCH_CHECK(prefix->size(0) == rows, "prefix must be (B, P) with B = ", rows, ", got ",
+              shape_text(prefix->sizes()));
+  const Tensor checked = prefix->contiguous();
+  const int64_t* const tokens = checked.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < checked.numel(); ++i) {
+    TORCH_CHECK_VALUE(tokens[i] == 0 || (tokens[i] >= kSpecialTokens && tokens[i] < vocab),
+                      "prefix must hold token ids from ", kSpecialTokens, " to ", vocab - 1,
+                      ", or 0 beyond the end of a row's, got ", tokens[i]);
+  }
+  return checked;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
+    const Tensor& embedding, at::TensorList layers_in, const OptionalTensor& keys,
+    const OptionalTensor& memory, const OptionalTensor& combine, const Tensor& output_weight,
+    const OptionalTensor& output_bias, const OptionalTensor& weight_query,
+    const OptionalTensor& weight_v, const Tensor& h_0, const OptionalTensor& c_0,
+    const OptionalTensor& feed, const OptionalTensor& lengths, std::string_view cell,
+    std::string_view score, bool input_feeding, int64_t max_length, int64_t beam_size,
+    double length_penalty, bool need_weights, int64_t min_length, int64_t n_best,
+    int64_t block_ngrams, const OptionalTensor& prefix_in) {
+  const Prepared prepared =
+      prepare(embedding, layers_in, keys, memory, combine, output_weight, output_bias, weight_query,
+              weight_v, h_0, c_0, feed, lengths, cell, score, input_feeding);
+  const int64_t B = prepared.shape.batch, S = prepared.shape.source;
+  check_options(B, max_length, beam_size, length_penalty);
+  TORCH_CHECK_VALUE(min_length >= 0 && min_length <= max_length,
+                    "min_length must be between 0 and max_length = ", max_length, ", got ",
+                    min_length);
+  TORCH_CHECK_VALUE(n_best >= 1 && n_best <= beam_size,
+                    "n_best must be between 1 and beam_size = ", beam_size, ", got ", n_best);
+  TORCH_CHECK_VALUE(block_ngrams >= 0, "block_ngrams must be at least 0, got ", block_ngrams);
+  const OptionalTensor prefix = check_prefix(prefix_in, B, prepared.shape.vocab);
+  const bool keeps = need_weights && prepared.shape.attends;
+  const int64_t results = B * n_best;
+  const auto options = embedding.options(), integers = options.dtype(at::kLong);
+  const auto result = [&](int64_t longest) {
+    return std::tuple{at::zeros({results, longest}, integers), at::zeros({results}, integers),
+                      at::full({results}, std::numeric_limits<double>::quiet_NaN(), options),
+                      keeps ? at::zeros({results, longest, S}, options) : nothing(embedding)};
+  };
+  if (B == 0) return result(0);
+
+  return AT_DISPATCH_FLOATING_TYPES(embedding.scalar_type(), "generate", [&] {
+    std::vector<cpu::DecoderLayer<scalar_t>> layers;
+    std::vector<cpu::GenerateResult<scalar_t>> found(results);
+    Trace<scalar_t> trace;
+    cpu::Generate<scalar_t> args = prepared.arguments<scalar_t>(layers, beam_size);
+    args.max_length = max_length;
+    args.min_length = min_length;
+    args.n_best = n_best;
+    args.block_ngrams = block_ngrams;
+    args.prefix = data<int64_t>(prefix);
+    args.prefix_length = prefix.has_value() ? prefix->size(1) : 0;
+    args.length_penalty = length_penalty;
+    args.need_weights = keeps;
+    args.results = found.data();
+    args.trace = &trace.last;
+    const cpu::GenerateStatus status = cpu::kernels<scalar_t>().generate(args);
     if (status == cpu::GenerateStatus::kNotFinite) return result(0);
     TORCH_CHECK_WITH(OutOfMemoryError, status == cpu::GenerateStatus::kDone,
                      "no memory for the steps of a search of ", B, " rows with beam_size ",
@@ -223,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     int64_t* const sizes = std::get<1>(all).template data_ptr<int64_t>();
     scalar_t* const scores = std::get<2>(all).template data_ptr<scalar_t>();
     scalar_t* const attn = std::get<3>(all).template data_ptr<scalar_t>();
-    for (int64_t row = 0; row < B; ++row) {
+    for (int64_t row = 0; row < results; ++row) {
       const auto& best = found[row];
       sizes[row] = best.length;
       scores[row] = best.score;
@@ -238,6 +311,73 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     }
     return all;
   });
+}
+
+Tensor scheduled_inputs(const Tensor& tokens, const Tensor& coins, const OptionalTensor& draws,
+                        const Tensor& embedding, at::TensorList layers_in,
+                        const OptionalTensor& keys, const OptionalTensor& memory,
+                        const OptionalTensor& combine, const Tensor& output_weight,
+                        const OptionalTensor& output_bias, const OptionalTensor& weight_query,
+                        const OptionalTensor& weight_v, const Tensor& h_0,
+                        const OptionalTensor& c_0, const OptionalTensor& feed,
+                        const OptionalTensor& lengths, const OptionalTensor& embedding_masks,
+                        const OptionalTensor& dropout_masks, const OptionalTensor& output_masks,
+                        std::string_view cell, std::string_view score, bool input_feeding) {
+  const Prepared prepared =
+      prepare(embedding, layers_in, keys, memory, combine, output_weight, output_bias, weight_query,
+              weight_v, h_0, c_0, feed, lengths, cell, score, input_feeding);
+  const GenerateShape& shape = prepared.shape;
+  const int64_t B = shape.batch, H = shape.hidden, L = shape.layers;
+  check_dim(tokens, "tokens", 2, "(T, B)");
+  const int64_t steps = tokens.size(0);
+  const auto check_each = [&](const Tensor& tensor, const char* name, at::ScalarType type) {
+    TORCH_CHECK(tensor.sizes() == at::IntArrayRef({steps, B}), name, " must be (T, B) = (", steps,
+                ", ", B, "), got ", shape_text(tensor.sizes()));
+    TORCH_CHECK(tensor.scalar_type() == type && tensor.is_cpu(), name, " must be ", type,
+                " on the CPU, got ", tensor.scalar_type(), " on ", tensor.device());
+  };
+  check_each(tokens, "tokens", at::kLong);
+  check_each(coins, "coins", at::kBool);
+  check_tensor(draws, "draws", "(T, B)", {steps, B}, embedding, "embedding");
+  check_tensor(embedding_masks, "embedding_masks", "(T, B, E)", {steps, B, shape.embedding},
+               embedding, "embedding");
+  check_tensor(dropout_masks, "dropout_masks", "(L - 1, T, B, H)", {L - 1, steps, B, H}, embedding,
+               "embedding");
+  check_tensor(output_masks, "output_masks", "(T, B, H)", {steps, B, H}, embedding, "embedding");
+  const Tensor truth = tokens.contiguous(), thrown = coins.contiguous();
+  const int64_t* const ids = truth.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < truth.numel(); ++i) {
+    TORCH_CHECK(ids[i] >= 0 && ids[i] < shape.vocab, "tokens must be between 0 and ",
+                shape.vocab - 1, ", got ", ids[i]);
+  }
+  Tensor fed = truth.clone();
+  if (fed.numel() == 0) return fed;
+
+  const OptionalTensor own_draws = contiguous(draws), of_embedding = contiguous(embedding_masks),
+                       of_layers = contiguous(dropout_masks), of_output = contiguous(output_masks);
+  AT_DISPATCH_FLOATING_TYPES(embedding.scalar_type(), "scheduled_inputs", [&] {
+    const cpu::ScheduledInputs<scalar_t> scheduled{
+        .steps = steps,
+        .tokens = ids,
+        .coins = thrown.const_data_ptr<bool>(),
+        .draws = data<scalar_t>(own_draws),
+        .embedding_masks = data<scalar_t>(of_embedding),
+        .output_masks = data<scalar_t>(of_output),
+        .fed = fed.data_ptr<int64_t>(),
+    };
+    std::vector<cpu::DecoderLayer<scalar_t>> layers;
+    cpu::Generate<scalar_t> args = prepared.arguments<scalar_t>(layers, /*beam_size=*/1);
+    if (of_layers.has_value()) {
+      const scalar_t* const masks = of_layers->const_data_ptr<scalar_t>();
+      for (int64_t l = 0; l + 1 < L; ++l) layers[l].mask = masks + l * steps * B * H;
+    }
+    args.max_length = steps;
+    cpu::GenerateStep<scalar_t>* no_trace = nullptr;
+    args.trace = &no_trace;
+    args.scheduled = &scheduled;
+    cpu::kernels<scalar_t>().generate(args);
+  });
+  return fed;
 }
 
 }  // namespace pyseq

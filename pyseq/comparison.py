@@ -19,7 +19,16 @@ def reference_operators() -> Iterator[None]:
     They have the same signatures, so the same model and the same weights run in plain
     torch: what is compared is the operators and nothing else. In all threads at once.
     """
-    names = ("scan", "scan_both", "attend", "decode", "generate", "linear", "linear_cross_entropy")
+    names = (
+        "scan",
+        "scan_both",
+        "attend",
+        "decode",
+        "generate",
+        "scheduled_inputs",
+        "linear",
+        "linear_cross_entropy",
+    )
     fused = {name: getattr(functional, name) for name in names}
     try:
         for name in names:

@@ -466,8 +466,12 @@ def _generate(
     beam_size: int,
     length_penalty: float,
     need_weights: bool,
+    min_length: int = 0,
+    n_best: int = 1,
+    block_ngrams: int = 0,
+    prefix: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    batch = h_0.shape[1]
+    batch = h_0.shape[1] * n_best
     longest = get_ctx().new_dynamic_size()
     kept = need_weights and memory is not None
     return (
@@ -478,6 +482,34 @@ def _generate(
             (batch, longest, memory.shape[0]) if kept and memory is not None else 0
         ),
     )
+
+
+@_fake("pyseq::scheduled_inputs")
+def _scheduled_inputs(
+    tokens: Tensor,
+    coins: Tensor,
+    draws: Tensor | None,
+    embedding: Tensor,
+    layers: list[Tensor],
+    keys: Tensor | None,
+    memory: Tensor | None,
+    combine: Tensor | None,
+    output_weight: Tensor,
+    output_bias: Tensor | None,
+    weight_query: Tensor | None,
+    weight_v: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    feed: Tensor | None,
+    lengths: Tensor | None,
+    embedding_masks: Tensor | None,
+    dropout_masks: Tensor | None,
+    output_masks: Tensor | None,
+    cell: str,
+    score: str,
+    input_feeding: bool,
+) -> Tensor:
+    return tokens.new_empty(tokens.shape)
 
 
 @_fake("pyseq::linear")

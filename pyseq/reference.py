@@ -7,6 +7,7 @@ these functions in values and gradients. Written to be read, not to be fast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from . import search
 from ._packed import is_quantized, unpack
-from .search import EncodedSource, Step
+from .search import EncodedSource, Hypothesis, SearchOptions, Step
 from .types import (
     DIAGONAL,
     PAD,
@@ -598,6 +599,10 @@ def generate(
     lengths: Tensor | None = None,
     input_feeding: bool = True,
     need_weights: bool = False,
+    min_length: int = 0,
+    n_best: int = 1,
+    block_ngrams: int | None = None,
+    prefix: Tensor | None = None,
 ) -> GenerateOutput:
     """Greedy or beam search, step by step; see :func:`pyseq.functional.generate`."""
     weights_of = [LayerWeights(*layer) for layer in layers]
@@ -643,26 +648,30 @@ def generate(
     model = _Steps(EncodedSource(memory, keys, lengths), DecoderState(state[0], first), advance)
     source_lengths = torch.zeros(batch, dtype=torch.int64) if lengths is None else lengths
     source = source_lengths.new_zeros(batch, 0)  # which is encoded already
-    if beam_size == 1 and length_penalty == 0:
-        found = search.greedy(model, source, source_lengths, max_length=max_length)
-    else:
-        found = search.beam(
-            model,
-            source,
-            source_lengths,
-            max_length=max_length,
-            beam_size=beam_size,
-            length_penalty=length_penalty,
-        )
+    options = SearchOptions(
+        max_length=max_length,
+        beam_size=beam_size,
+        length_penalty=length_penalty,
+        min_length=min_length,
+        n_best=n_best,
+        block_ngrams=block_ngrams,
+        prefix=[] if prefix is None else [[t for t in row if t != PAD] for row in prefix.tolist()],
+    )
+    nothing = Hypothesis([], -math.inf, None)
+    found = [
+        hypothesis
+        for best in search.search(model, source, source_lengths, options)
+        for hypothesis in (*best, *[nothing] * (n_best - len(best)))
+    ]
     sizes = [len(hypothesis.tokens) for hypothesis in found]
-    tokens = torch.full((batch, max(sizes, default=0)), PAD)
+    tokens = torch.full((len(found), max(sizes, default=0)), PAD)
     kept = None
     if need_weights and memory is not None:
         kept = memory.new_zeros(*tokens.shape, memory.shape[0])
     for row, hypothesis in enumerate(found):
         tokens[row, : sizes[row]] = torch.tensor(hypothesis.tokens, dtype=torch.int64)
         if kept is not None and hypothesis.weights is not None:
-            kept[row, : sizes[row], : source_lengths[row]] = hypothesis.weights
+            kept[row, : sizes[row], : source_lengths[row // n_best]] = hypothesis.weights
     scores = embedding.new_tensor([hypothesis.score for hypothesis in found])
     return GenerateOutput(tokens, torch.tensor(sizes, dtype=torch.int64), scores, kept)
 
@@ -672,7 +681,7 @@ def scheduled_inputs(
     coins: Tensor,
     embedding: Tensor,
     layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
-    state: tuple[State, Tensor | None],
+    state: DecoderState | tuple[State, Tensor | None],
     output_weight: Tensor,
     output_bias: Tensor | None = None,
     keys: Tensor | None = None,

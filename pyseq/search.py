@@ -229,8 +229,12 @@ class FusedSearch(Protocol):
         beam_size: int,
         length_penalty: float,
         need_weights: bool,
+        min_length: int,
+        n_best: int,
+        block_ngrams: int | None,
+        prefix: Tensor | None,
     ) -> GenerateOutput:
-        """The best sequence of each row of what ``encode_source`` gave."""
+        """The best sequences of each row of what ``encode_source`` gave."""
 
 
 class SearchModel(Protocol):
@@ -530,14 +534,7 @@ def _firsts(found: list[list[Hypothesis]]) -> list[Hypothesis]:
 
 def _fuses(options: SearchOptions) -> bool:
     """Whether a :class:`FusedSearch` can search like that."""
-    return not (
-        options.sample
-        or options.coverage_penalty
-        or options.min_length
-        or options.n_best > 1
-        or options.block_ngrams is not None
-        or any(options.prefix)
-    )
+    return not options.sample and options.coverage_penalty == 0
 
 
 def _fused_search(model: SearchModel) -> FusedSearch | None:
@@ -554,6 +551,7 @@ def _search_fused(
 ) -> list[list[Hypothesis]]:
     with _search_mode(model):
         encoded, state = model.encode_source(source, source_lengths)
+        prefix = _Rules.of(options, source.shape[0], source.device).prefix
         found = fused(
             encoded,
             state,
@@ -561,14 +559,22 @@ def _search_fused(
             beam_size=options.beam_size,
             length_penalty=options.length_penalty,
             need_weights=options.need_weights,
+            min_length=options.min_length,
+            n_best=options.n_best,
+            block_ngrams=options.block_ngrams,
+            prefix=prefix if prefix.shape[1] > 0 else None,
         )
-    columns = (found.tokens, found.lengths, found.scores, source_lengths)
-    hypotheses = []
-    for row, (tokens, length, score, source_length) in enumerate(
+    columns = (found.tokens, found.lengths, found.scores)
+    widths = source_lengths.tolist()
+    hypotheses: list[list[Hypothesis]] = [[] for _ in widths]
+    for place, (tokens, length, score) in enumerate(
         zip(*(column.tolist() for column in columns), strict=True)
     ):
-        cut = None if found.weights is None else found.weights[row, :length, :source_length]
-        hypotheses.append([Hypothesis(tokens[:length], score, cut)])
+        row = place // options.n_best
+        if hypotheses[row] and score == -math.inf:
+            continue  # it is none
+        cut = None if found.weights is None else found.weights[place, :length, : widths[row]]
+        hypotheses[row].append(Hypothesis(tokens[:length], score, cut))
     return hypotheses
 
 
@@ -745,6 +751,7 @@ def _follow(
         trace.append(
             _Record.of(emission.rows, count, chosen, torch.zeros_like(chosen), emission.weights)
         )
+    lengths = lengths.where(scores > -math.inf, 0)  # where everything was forbidden
     found = _hypotheses(
         trace,
         _Finished.of_each_row(scores, lengths),

@@ -569,6 +569,16 @@ class Decoder(torch.nn.Module):
         if sampling.choice == "sample":
             like = self.embedding.weight
             draws = torch.rand((steps, batch), generator=generator, dtype=like.dtype, device=device)
+        if self.is_fused() and state is not None and state[0] is not None:
+            return self._inputs_fused(
+                target_in.t(),
+                coins,
+                draws,
+                memory,
+                lengths=lengths,
+                state=(state[0], state[1]),
+                masks=masks,
+            ).t()
         return self._inputs_step_by_step(
             target_in.t(),
             coins,
@@ -622,6 +632,10 @@ class Decoder(torch.nn.Module):
         beam_size: int,
         length_penalty: float,
         need_weights: bool,
+        min_length: int = 0,
+        n_best: int = 1,
+        block_ngrams: int | None = None,
+        prefix: Tensor | None = None,
     ) -> GenerateOutput:
         """Greedy or beam search in one operator, for a decoder that :meth:`is_fused`.
 
@@ -647,6 +661,47 @@ class Decoder(torch.nn.Module):
             lengths=encoded.lengths,
             input_feeding=self.rnn.input_feeding,
             need_weights=need_weights,
+            min_length=min_length,
+            n_best=n_best,
+            block_ngrams=block_ngrams,
+            prefix=prefix,
+        )
+
+    def _inputs_fused(
+        self,
+        tokens: Tensor,
+        coins: Tensor,
+        draws: Tensor | None,
+        memory: Tensor | None,
+        *,
+        lengths: Tensor | None,
+        state: tuple[State, Tensor | None],
+        masks: _Masks,
+    ) -> Tensor:
+        """See :func:`pyseq.functional.scheduled_inputs`; for a decoder that :meth:`is_fused`."""
+        score, combine = self.rnn.score, self.rnn.combine
+        attends = memory is not None and score is not None
+        return functional.scheduled_inputs(
+            tokens,
+            coins,
+            self.embedding.weight,
+            self.rnn.layer_weights(),
+            state,
+            self.output.weight,
+            self.output.bias,
+            self.rnn.project(memory, lengths) if attends and memory is not None else None,
+            memory if attends else None,
+            None if combine is None else combine.weight,
+            draws=draws,
+            cell=self.rnn.cell,
+            score=None if score is None else score.fused,
+            weight_query=None if score is None else score.weight_query,
+            weight_v=None if score is None else score.weight_v,
+            lengths=lengths if attends else None,
+            input_feeding=self.rnn.input_feeding,
+            embedding_masks=masks.embedding,
+            dropout_masks=masks.layers,
+            output_masks=masks.output,
         )
 
     def is_fused(self) -> bool:

@@ -11,7 +11,7 @@ from operator_cases import make_lengths, map_leaves
 from torch import Tensor
 
 from pyseq import functional, reference
-from pyseq.types import GATES, CellName, GenerateOutput, ScoreName
+from pyseq.types import GATES, PAD, UNK, CellName, GenerateOutput, ScoreName
 
 #: Largest difference of scores and attention weights: both carry the errors of all steps.
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -35,6 +35,13 @@ class GenerateCase:
     max_length: int = 8
     beam_size: int = 1
     length_penalty: float = 0.0
+    min_length: int = 0  # but for max_length
+    n_best: int = 1  # but for beam_size
+    block_ngrams: int | None = None
+    prefix: str | None = None  # "ragged" or "long"
+
+    def _prefix(self, batch: int, vocab: int) -> Tensor | None:
+        return make_prefix(self.prefix, batch, vocab, self.max_length)
 
     @property
     def id(self) -> str:
@@ -51,6 +58,10 @@ class GenerateCase:
                 f"max{self.max_length}",
                 f"beam{self.beam_size}",
                 f"penalty{self.length_penalty:g}",
+                *([f"min{self.min_length}"] if self.min_length else []),
+                *([f"best{self.n_best}"] if self.n_best > 1 else []),
+                *([f"block{self.block_ngrams}"] if self.block_ngrams else []),
+                *([f"prefix_{self.prefix}"] if self.prefix else []),
             )
         )
 
@@ -90,6 +101,10 @@ class GenerateCase:
             "beam_size": self.beam_size,
             "length_penalty": self.length_penalty,
             "need_weights": attends,
+            "min_length": min(self.min_length, self.max_length),
+            "n_best": min(self.n_best, self.beam_size),
+            "block_ngrams": self.block_ngrams,
+            "prefix": self._prefix(batch, vocab),
         }
         if attends:
             arguments["keys"] = random(source, batch, size) * 3
@@ -104,6 +119,17 @@ class GenerateCase:
         return arguments
 
 
+def make_prefix(kind: str | None, batch: int, vocab: int, limit: int) -> Tensor | None:
+    """Tokens that rows begin with: of different lengths, or as many as there may be."""
+    if kind is None:
+        return None
+    prefix = torch.randint(UNK, vocab, (batch, limit if kind == "long" else min(limit, 3)))
+    if kind == "ragged":
+        for row in range(batch):
+            prefix[row, row % (prefix.shape[1] + 1) :] = PAD
+    return prefix
+
+
 def check(case: GenerateCase) -> GenerateOutput:
     """Compare the operator with the reference in float64; returns what it found."""
     arguments = case.arguments()
@@ -113,7 +139,10 @@ def check(case: GenerateCase) -> GenerateOutput:
     assert found.scores.dtype == case.dtype
     assert torch.equal(found.lengths, expected.lengths)
     assert torch.equal(found.tokens, expected.tokens)
-    assert (found.scores.double() - expected.scores).abs().le(TOLERANCES[case.dtype]).all()
+    missing = expected.scores == -torch.inf
+    assert torch.equal(found.scores == -torch.inf, missing)
+    difference = (found.scores.double() - expected.scores)[~missing].abs()
+    assert difference.le(TOLERANCES[case.dtype]).all()
     assert (found.weights is None) == (expected.weights is None)
     if found.weights is not None and expected.weights is not None:
         difference = (found.weights.double() - expected.weights).abs()

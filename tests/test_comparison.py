@@ -8,7 +8,16 @@ import pytest
 from pyseq import functional, reference
 from pyseq.comparison import reference_operators
 
-OPERATORS = ("scan", "scan_both", "attend", "decode", "generate", "linear", "linear_cross_entropy")
+OPERATORS = (
+    "scan",
+    "scan_both",
+    "attend",
+    "decode",
+    "generate",
+    "scheduled_inputs",
+    "linear",
+    "linear_cross_entropy",
+)
 
 
 def current() -> list[object]:

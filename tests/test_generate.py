@@ -51,6 +51,10 @@ CASES = [
             "max_length": (1, 2, 8, 13),
             "beam_size": (1, 2, 3, 4, 5, 6, 20),
             "length_penalty": (0.0, 0.6, 2.0),
+            "min_length": (0, 1, 5),
+            "n_best": (1, 3, 20),
+            "block_ngrams": (None, 1, 2, 3),
+            "prefix": (None, "ragged", "long"),
         }
     )
 ]
@@ -81,6 +85,15 @@ LARGE = [
     GenerateCase(sizes=(7, 1, 64, 256, 256, 256, 500), cell="gru", score="concat", max_length=9),
     GenerateCase(sizes=(1, 1, 64, 256, 1, 1, 500), score=None, beam_size=3, max_length=9),
     GenerateCase(sizes=(30, 64, 8, 64, 64, 64, 60), cell="rnn_tanh", max_length=9),
+    GenerateCase(
+        sizes=(7, 17, 16, 67, 33, 35, 131),
+        beam_size=4,
+        n_best=4,
+        max_length=9,
+        min_length=3,
+        block_ngrams=2,
+        prefix="ragged",
+    ),
 ]
 
 
@@ -224,7 +237,8 @@ def test_one_row_that_is_not_finite_is_enough(set_threads: Callable[[int], None]
 
 def test_opcheck() -> None:
     for score in ("general", None):
-        arguments = GenerateCase(score=score, beam_size=2).arguments()
+        case = GenerateCase(score=score, beam_size=2, n_best=2, prefix="ragged")
+        arguments = case.arguments()
         recorded: list[tuple[Any, ...]] = []
         _record(lambda arguments=arguments: functional.generate(**arguments), recorded)
         for args in recorded:
@@ -284,6 +298,25 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "penalty": (ValueError, {"length_penalty": -1.0}, "length_penalty must be at least 0 .*-1"),
     "penalty_huge": (ValueError, {"length_penalty": 1e9}, "length_penalty must be at least 0"),
     "penalty_nan": (ValueError, {"length_penalty": math.nan}, "length_penalty .* got nan"),
+    "min_length": (
+        ValueError,
+        {"min_length": 9},
+        "min_length must be between 0 and max_length = 8",
+    ),
+    "n_best": (ValueError, {"n_best": 2}, "n_best must be between 1 and beam_size = 1, got 2"),
+    "block": (ValueError, {"block_ngrams": -1}, "block_ngrams must be at least 0, got -1"),
+    "prefix": (
+        ValueError,
+        {"prefix": torch.tensor([[3], [9], [4]])},
+        "prefix must hold token ids from 3 to 8, or 0 beyond .* got 9",
+    ),
+    "prefix_start": (ValueError, {"prefix": torch.ones(3, 1).long()}, "prefix must hold .* got 1"),
+    "prefix_rows": (
+        RuntimeError,
+        {"prefix": torch.zeros(2, 1).long()},
+        r"prefix must be \(B, P\) with B = 3, got \(2, 1\)",
+    ),
+    "prefix_dtype": (RuntimeError, {"prefix": torch.zeros(3, 1)}, "prefix must be int64 .* Float"),
     "cell": (ValueError, {"cell": "elman"}, "cell must be one of .*, got 'elman'"),
     "score": (ValueError, {"score": "cosine"}, "score must be one of .*, got 'cosine'"),
     "weight": (ValueError, {"weight": None}, "weight must be given for score 'general'"),

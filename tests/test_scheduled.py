@@ -7,16 +7,21 @@ import math
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from generate_cases import GenerateCase
+from operator_cases import CELLS, DTYPES, leaves, map_leaves, pairwise
+from tolerances import assert_same_bits
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyseq import Seq2Seq, cli, scheduled, training
+from pyseq import Seq2Seq, cli, functional, reference, scheduled, training
 from pyseq.errors import CheckpointError
 from pyseq.scheduled import Constant, Exponential, InverseSigmoid, Linear, Sampling, Schedule
 from pyseq.search import choose
@@ -118,6 +123,182 @@ def test_a_draw_is_a_token_whatever_the_logits(draw: float) -> None:
         for logits in ([0.0, 0.0, -math.inf, 1.0, -math.inf], [0.0, 0.0, math.nan, 1.0, 2.0]):
             token = choose(torch.tensor([logits], dtype=dtype), draws).item()
             assert token == UNK or (math.isnan(logits[2]) and STOP <= token < 5)
+
+
+# The operator
+
+OPERATOR_CASES = [
+    GenerateCase(**row)
+    for row in pairwise(
+        {
+            "cell": CELLS,
+            "score": ("dot", "general", "concat", None),
+            "sizes": (
+                (4, 3, 5, 7, 6, 8, 9),
+                (1, 1, 1, 1, 1, 1, 5),
+                (6, 17, 8, 16, 16, 16, 40),
+                (9, 1, 17, 33, 31, 15, 131),
+                (3, 5, 4, 8, 9, 17, 257),
+            ),
+            "dtype": DTYPES,
+            "layers": (1, 2, 3),
+            "input_feeding": (True, False),
+            "lengths": (None, "ragged", "holes", "full"),
+            "bias": (True, False),
+            "feed": (True, False),
+            "project_query": (True, False),
+            "max_length": (1, 2, 8),
+        }
+    )
+]
+
+
+def operator_arguments(
+    case: GenerateCase, *, masked: bool = False, drawn: bool = False, share: float = 0.4
+) -> dict[str, Any]:
+    """As many steps as max_length says."""
+    arguments = case.arguments()
+    for name in ("max_length", "beam_size", "length_penalty", "need_weights"):
+        del arguments[name]
+    for name in ("min_length", "n_best", "block_ngrams", "prefix"):
+        del arguments[name]
+    _, batch, features, hidden, _, _, vocab = case.sizes
+    steps = case.max_length
+
+    def mask(*shape: int) -> Tensor:
+        return torch.randint(0, 3, shape).to(case.dtype)
+
+    arguments["tokens"] = torch.randint(0, vocab, (steps, batch))
+    arguments["coins"] = torch.rand(steps, batch) < share
+    if drawn:
+        arguments["draws"] = torch.rand(steps, batch, dtype=torch.float64).to(case.dtype)
+    if masked:
+        arguments["embedding_masks"] = mask(steps, batch, features)
+        arguments["output_masks"] = mask(steps, batch, hidden)
+        if case.layers > 1:
+            arguments["dropout_masks"] = mask(case.layers - 1, steps, batch, hidden)
+    return arguments
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["argmax", "draws"])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in OPERATOR_CASES])
+def test_the_operator_goes_step_by_step(case: GenerateCase, masked: bool, drawn: bool) -> None:
+    arguments = operator_arguments(case, masked=masked, drawn=drawn)
+    before = {name: tensor.clone() for name, tensor in leaves(arguments)}
+    found = functional.scheduled_inputs(**arguments)
+    exact = map_leaves(lambda _, t: t.double() if t.is_floating_point() else t, arguments)
+    assert torch.equal(found, reference.scheduled_inputs(**exact))
+    assert_same_bits(dict(leaves(arguments)), before)
+
+
+def test_the_operator_chooses() -> None:
+    """Or the comparison would not mean much."""
+    for drawn in (False, True):
+        case = GenerateCase(sizes=(6, 17, 8, 16, 16, 16, 40), max_length=8)
+        arguments = operator_arguments(case, drawn=drawn, share=0.0)
+        found = functional.scheduled_inputs(**arguments)
+        assert torch.equal(found[0], arguments["tokens"][0])
+        assert len(found[1:].unique()) > 10
+        assert found[1:].min() >= STOP
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.id)
+        for case in (
+            GenerateCase(sizes=(7, 17, 16, 67, 33, 35, 131), max_length=9, layers=2),
+            GenerateCase(sizes=(7, 2, 16, 130, 130, 64, 700), max_length=9),
+            GenerateCase(sizes=(1, 1, 64, 256, 1, 1, 500), score=None, max_length=9, layers=2),
+        )
+    ],
+)
+def test_bits_do_not_depend_on_the_threads(
+    case: GenerateCase, dtype: torch.dtype, set_threads: Callable[[int], None]
+) -> None:
+    case = replace(case, dtype=dtype)
+    for drawn in (False, True):
+        arguments = operator_arguments(case, masked=True, drawn=drawn)
+        set_threads(1)
+        alone = functional.scheduled_inputs(**arguments)
+        for threads in (2, 3):
+            set_threads(threads)
+            assert torch.equal(functional.scheduled_inputs(**arguments), alone)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_whatever_the_logits_tokens_are_read(value: float) -> None:
+    for drawn in (False, True):
+        arguments = operator_arguments(GenerateCase(), drawn=drawn, share=0.0)
+        arguments["output_bias"].fill_(value)
+        found = functional.scheduled_inputs(**arguments)
+        assert ((found >= 0) & (found < 9)).all()
+
+
+def test_the_truth_alone_needs_no_steps() -> None:
+    arguments = operator_arguments(GenerateCase(), share=1.0)
+    arguments["layers"][0][0].fill_(math.nan)
+    assert torch.equal(functional.scheduled_inputs(**arguments), arguments["tokens"])
+
+
+def test_no_rows_no_choices() -> None:
+    arguments = operator_arguments(GenerateCase(sizes=(4, 0, 5, 7, 6, 8, 9)))
+    assert functional.scheduled_inputs(**arguments).shape == (8, 0)
+
+
+def test_opcheck() -> None:
+    for score in ("general", None):
+        arguments = operator_arguments(GenerateCase(score=score, layers=2), masked=True, drawn=True)
+        recorded: list[tuple[Any, ...]] = []
+        with recording(torch.ops.pyseq.scheduled_inputs.default, recorded):
+            functional.scheduled_inputs(**arguments)
+        assert len(recorded) == 1
+        torch.library.opcheck(torch.ops.pyseq.scheduled_inputs, recorded[0])
+
+
+@contextmanager
+def recording(operator: Any, recorded: list[tuple[Any, ...]]) -> Iterator[None]:
+    """Collect the arguments of all calls of an operator."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is operator:
+                recorded.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield
+
+
+OPERATOR_ERRORS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
+    "tokens": (RuntimeError, {"tokens": torch.full((8, 3), 9)}, "tokens must be between 0 and 8"),
+    "dtype": (RuntimeError, {"tokens": torch.zeros(8, 3)}, "tokens must be Long on the CPU, got F"),
+    "shape": (RuntimeError, {"tokens": torch.zeros(8).long()}, r"tokens must be \(T, B\), got"),
+    "rows": (
+        RuntimeError,
+        {"tokens": torch.zeros(8, 2).long()},
+        r"tokens must be \(T, B\) = \(8, 3\), got \(8, 2\)",
+    ),
+    "coins": (RuntimeError, {"coins": torch.ones(8, 3)}, "coins must be Bool on the CPU"),
+    "draws": (RuntimeError, {"draws": torch.rand(8, 3)}, "draws must have the dtype of embedding"),
+    "masks": (
+        RuntimeError,
+        {"output_masks": torch.ones(8, 3, 6).double()},
+        r"output_masks must be \(T, B, H\) = \(8, 3, 7\), got \(8, 3, 6\)",
+    ),
+    "state": (ValueError, {"state": None}, "state must hold the hidden state"),
+}
+
+
+@pytest.mark.parametrize("name", OPERATOR_ERRORS)
+def test_arguments_that_do_not_fit_are_refused(name: str) -> None:
+    error, changes, match = OPERATOR_ERRORS[name]
+    with pytest.raises(error, match=match):
+        functional.scheduled_inputs(**(operator_arguments(GenerateCase()) | changes))
 
 
 # What is read
@@ -231,6 +412,20 @@ def test_without_the_truth_it_reads_what_greedy_search_emits(name: str) -> None:
         emitted = [*hypothesis.tokens, STOP][: len(row) - 1]
         assert row[1 : 1 + len(emitted)] == emitted
     assert {len(h.tokens) for h in found} != {0}
+
+
+@pytest.mark.parametrize("choice", ["argmax", "sample"])
+@pytest.mark.parametrize("name", CASES)
+def test_one_operator_or_many_steps(
+    name: str, choice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = model_and_batch(name)
+    losses = []
+    for fused in (True, False):
+        monkeypatch.setattr(type(model.decoder), "is_fused", lambda self, fused=fused: fused)
+        torch.manual_seed(3)
+        losses.append(model.loss(*batch, sampling=Sampling(0.3, choice)).item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-12)
 
 
 def test_coins_are_for_tokens_or_for_sequences() -> None:

@@ -14,9 +14,9 @@ import torch
 from chains import LENGTHS, SOURCE, Chain, chain
 from torch import Tensor
 
-from pyseq import Ensemble, Seq2Seq, search
+from pyseq import Ensemble, Seq2Seq, functional, search
 from pyseq.search import Hypothesis, SearchOptions
-from pyseq.types import PAD, START, STOP, UNK
+from pyseq.types import PAD, START, STOP, UNK, GenerateOutput
 
 
 @pytest.fixture(autouse=True)
@@ -275,6 +275,36 @@ def test_scores_are_those_of_forward(how: str, rules: str) -> None:
             assert hypothesis.score == pytest.approx(score, abs=1e-10)
             assert hypothesis.weights is not None
             assert hypothesis.weights.shape == (len(hypothesis.tokens), lengths[row])
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("how", ["greedy", "beam"])
+@pytest.mark.parametrize("score", ["general", None])
+def test_one_operator_or_many_steps(
+    score: str | None, how: str, rules: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, source, lengths = model_and_sources(score=score)
+    calls: list[dict[str, Any]] = []
+    operator = functional.generate
+
+    def generate(*args: Any, **options: Any) -> GenerateOutput:
+        calls.append(options)
+        return operator(*args, **options)
+
+    monkeypatch.setattr(functional, "generate", generate)
+    options = SearchOptions(max_length=MAX_LENGTH, **HOW[how], **RULES[rules])
+    fused = model.search(source, lengths, options)
+    assert len(calls) == 1
+    monkeypatch.setattr(Seq2Seq, "fused_search", lambda self: None)
+    stepped = model.search(source, lengths, options)
+    assert len(calls) == 1
+    for ours, theirs in zip(fused, stepped, strict=True):
+        assert [h.tokens for h in ours] == [h.tokens for h in theirs]
+        assert [h.score for h in ours] == pytest.approx([h.score for h in theirs], abs=1e-9)
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.weights is None) == (other.weights is None) == (score is None)
+            if one.weights is not None and other.weights is not None:
+                torch.testing.assert_close(one.weights, other.weights)
 
 
 @pytest.mark.parametrize("score", ["general", None])

@@ -228,13 +228,26 @@ struct GenerateStep {
   T* attn;           // (count of the step before, S) or null
 };
 
-// The best hypothesis of a row, without <stop>.
+// A hypothesis of a row, without <stop>.
 template <class T>
 struct GenerateResult {
   T score;                      // log P
   int64_t length;               // tokens
   const GenerateStep<T>* last;  // that of the last token
   int32_t slot;                 // which of its hypotheses
+};
+
+// What a decoder reads that is shown the truth only now and then; T steps. The dropout between
+// its layers stands in the layers.
+template <class T>
+struct ScheduledInputs {
+  int64_t steps;
+  const int64_t* tokens;     // (T, rows), the truth
+  const bool* coins;         // (T, rows), whether it is read
+  const T* draws;            // (T, rows), uniform in [0, 1), or null: the likeliest token
+  const T* embedding_masks;  // (T, rows, E) or null
+  const T* output_masks;     // (T, rows, H) or null
+  int64_t* fed;              // (T, rows): holds the truth; out what is read
 };
 
 enum class GenerateStatus { kDone, kNotFinite, kOutOfMemory };
@@ -246,21 +259,27 @@ struct Generate {
   // rows * beam_size. Without attention `combine` is null.
   Decode<T> decoder;
   int64_t rows, vocab, embedding_size, max_length, beam_size;
+  int64_t min_length, n_best;
+  int64_t block_ngrams;   // 0: none
+  int64_t prefix_length;  // P
   double length_penalty;
   bool need_weights;
-  const T* h_0;        // (L, rows, H)
-  const T* c_0;        // (L, rows, H) or null
-  const T* feed;       // (rows, H)
-  const T* embedding;  // (V, E)
-  const T* w_x;        // (G*H, E) with rows w_x_stride apart
+  const int64_t* prefix;  // (rows, P) or null: what to begin with, 0 beyond the end of a row's
+  const T* h_0;           // (L, rows, H)
+  const T* c_0;           // (L, rows, H) or null
+  const T* feed;          // (rows, H)
+  const T* embedding;     // (V, E)
+  const T* w_x;           // (G*H, E) with rows w_x_stride apart
   int64_t w_x_stride;
   const QuantizedWeights* quantized_x;  // in its place
   const T* w_output;                    // (V, H)
   const T* output_bias;                 // (V) or null
-  GenerateResult<T>* results;           // (rows)
+  GenerateResult<T>* results;           // (rows, n_best), the best one first
   // Out, null before: a list of all steps, for the caller to free. The step before the first
   // one of a result is not null but another result's: its length says where it begins.
   GenerateStep<T>** trace;
+  // Instead of searching, what scheduled sampling reads; then beam_size is 1, max_length T.
+  const ScheduledInputs<T>* scheduled = nullptr;
 };
 
 // c (m, n) = a (m, k) b (k, n) + bias, or c += a b. a and b may have any strides.

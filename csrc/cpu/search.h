@@ -82,10 +82,11 @@ struct GenerateMemory {
   T* inputs;                 // (teams, input_rows, G*H): input parts of the gates, by token
   T* fresh;                  // (threads, kFresh, E), embeddings that have none yet
   T* scores;                 // (threads, 2, N)
-  T* best_ranks;             // (threads, rows)
+  T* best_ranks;             // (threads, rows, n_best)
   int32_t* numbers;          // (threads, 5, N): tokens, rows (twice each) and parents
   int32_t* places;           // (threads, V): where the input part of a token is, or -1
   Candidate<T>* candidates;  // (threads, 2 * beam_size)
+  T* masked;                 // (N, H), outputs times their dropout masks; null without
   int64_t logit_stride, chunks, chunk_stride, input_rows;
 
   static GenerateMemory take(const Generate<T>& args, int gates, bool has_cell, const Plan& plan,
@@ -134,7 +135,10 @@ struct GenerateMemory {
     memory.inputs = pieces.take(plan.teams * memory.input_rows * gates * H);
     memory.fresh = pieces.take(plan.threads * kFresh * E);
     memory.scores = pieces.take(plan.threads * 2 * N);
-    memory.best_ranks = pieces.take(plan.threads * args.rows);
+    memory.best_ranks = pieces.take(plan.threads * args.rows * args.n_best);
+    if (args.scheduled != nullptr && args.scheduled->output_masks != nullptr) {
+      memory.masked = pieces.take(N * H);
+    }
     memory.numbers = take<int32_t>(others, plan.threads * 5 * N);
     memory.places = take<int32_t>(others, plan.threads * V);
     memory.candidates = take<Candidate<T>>(others, plan.threads * 2 * args.beam_size);
@@ -195,6 +199,15 @@ struct alignas(64) GenerateTeam {
   GenerateStatus status;
 };
 
+// Adds to the sums of exp(x - peak) those of a vector of logits whose first `skipped` lanes do
+// not count.
+template <class T>
+PYSEQ_FORCE_INLINE Vec<T> shares(const T* logits, int skipped, T peak) {
+  Vec<T> x = load(logits);
+  for (int lane = 0; lane < skipped; ++lane) x[lane] = -__builtin_inf();
+  return Math<T>::exp_nonpositive(x - peak);
+}
+
 // One thread's part in the search of its team. Members make the same choices from the same
 // numbers, each in memory of its own, so that they wait for one another only where one reads
 // what the other computed.
@@ -207,6 +220,7 @@ class Searcher {
         parts_(parts),
         memory_(memory),
         decoder_(decoder),
+        layers_given_(decoder.layers),
         team_(team),
         at_(at),
         thread_(thread),
@@ -216,7 +230,7 @@ class Searcher {
         columns_{units_.begin * kLanes<T>, smaller(units_.end * kLanes<T>, decoder.hidden)},
         inputs_(inputs),
         fresh_(memory.fresh + thread * kFresh * args.embedding_size),
-        best_ranks_(memory.best_ranks + thread * args.rows),
+        best_ranks_(memory.best_ranks + thread * args.rows * args.n_best),
         places_(memory.places + thread * args.vocab),
         candidates_(memory.candidates + thread * 2 * args.beam_size),
         fed_(memory.fed),
@@ -227,16 +241,22 @@ class Searcher {
     now_ = {0, scores, numbers, numbers + N};
     next_ = {0, scores + N, numbers + 2 * N, numbers + 3 * N};
     parents_ = numbers + 4 * N;
+    // Masks of dropout are those of a step, so that each thread has layers of its own.
+    for (int64_t l = 0; l < decoder.layer_count; ++l) layers_[l] = decoder.layers[l];
+    decoder_.layers = layers_;
   }
 
   void run() {
     begin();
+    if (args_.scheduled != nullptr) return feed(*args_.scheduled);
     for (int64_t emitted = 1; now_.count > 0; ++emitted) {
       at_.rows = {begin_, begin_ + now_.count};
       backwards_ = emitted % 2 == 0;
+      read_tokens();
       const T* const top = step();
       // The step has waited for the first member, which had to get memory before.
       if (team_.status != GenerateStatus::kDone) return;
+      trace_ = team_.trace;  // here, since the first member adds to it while others still choose
       predict(top);
       if (!choose(emitted)) {
         if (at_.member == 0) team_.status = GenerateStatus::kNotFinite;
@@ -265,9 +285,11 @@ class Searcher {
       now_.scores[i] = 0;
       now_.tokens[i] = kStart;
       now_.rows[i] = static_cast<int32_t>(row);
-      best_ranks_[row] = -__builtin_inf();
-      if (at_.member == 0) {
-        args_.results[row] = {static_cast<T>(-__builtin_inf()), 0, nullptr, 0};
+      for (int64_t n = row * args_.n_best; n < (row + 1) * args_.n_best; ++n) {
+        best_ranks_[n] = -__builtin_inf();
+        if (at_.member == 0 && args_.results != nullptr) {
+          args_.results[n] = {static_cast<T>(-__builtin_inf()), 0, nullptr, 0};
+        }
       }
       for (int64_t l = 0; l < decoder_.layer_count; ++l) {
         const int64_t from = (l * args_.rows + row) * H, to = (begin_ + i) * H;
@@ -313,7 +335,6 @@ class Searcher {
 
   // Returns what the output layer reads.
   const T* step() {
-    read_tokens();
     const int64_t slot_size = decoder_.batch * decoder_.hidden;
     const DecoderStep<T> step{0,
                               backwards_,
@@ -369,9 +390,9 @@ class Searcher {
     at_.wait();
   }
 
-  // Adds the continuations of hypothesis `i` to the candidates of its row. False if the
-  // logits are not finite.
-  bool collect(int64_t i) {
+  // Adds the continuations of hypothesis `i`, which has emitted `count` tokens, to the
+  // candidates of its row. False if the logits are not finite.
+  bool collect(int64_t i, int64_t count) {
     const int64_t row = begin_ + i, chunks = memory_.chunks;
     const T* const peaks = memory_.peaks + row * chunks;
     const T* const masses = memory_.masses + row * chunks;
@@ -398,6 +419,18 @@ class Searcher {
                                          : candidates_[capacity - 1].score;
     };
     const T* const logits = memory_.logits + row * memory_.logit_stride;
+    if (count < args_.prefix_length) {
+      const int64_t forced = args_.prefix[now_.rows[i] * args_.prefix_length + count];
+      if (forced != 0) {
+        const T forced_score = logits[forced] - peak - log_mass + score;
+        if (forced_score > -__builtin_inf()) {
+          insert({forced_score, static_cast<int32_t>(i), static_cast<int32_t>(forced)});
+        }
+        return true;
+      }
+    }
+    // <pad> and <start> are never emitted, <stop> not too early.
+    const int64_t first_allowed = count < args_.min_length ? kStop + 1 : kStop;
     const int64_t panels = vectors<T>(args_.vocab);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       if (!(peaks[chunk] - peak - log_mass + score > threshold())) continue;
@@ -405,15 +438,43 @@ class Searcher {
       for (int64_t panel = chunk * kChunk; panel < end; ++panel) {
         const Vec<T> scores = load(logits + panel * kLanes<T>) - peak - log_mass + score;
         uint32_t bits = lanes_above<T>(scores, threshold());
-        if (panel == 0) bits &= ~((1u << kStop) - 1);  // <pad> and <start> are never emitted
+        const int64_t skipped = first_allowed - panel * kLanes<T>;
+        if (skipped > 0) bits &= skipped < kLanes<T> ? ~((1u << skipped) - 1) : 0;
         for (; bits != 0; bits &= bits - 1) {
           const int lane = __builtin_ctz(bits);
-          insert({scores[lane], static_cast<int32_t>(i),
-                  static_cast<int32_t>(panel * kLanes<T> + lane)});
+          const auto token = static_cast<int32_t>(panel * kLanes<T> + lane);
+          if (args_.block_ngrams > 0 && ends_repeated(i, count, token)) continue;
+          insert({scores[lane], static_cast<int32_t>(i), token});
         }
       }
     }
     return true;
+  }
+
+  // A token that a hypothesis has emitted, as the trace knows it.
+  struct Emitted {
+    const GenerateStep<T>* step;
+    int64_t slot;
+    int32_t token() const { return step->tokens[slot]; }
+    Emitted before() const { return {step->before, step->parents[slot]}; }
+  };
+
+  // Whether `token` would end an n-gram that is among the `count` tokens of hypothesis `i`.
+  bool ends_repeated(int64_t i, int64_t count, int32_t token) const {
+    const int64_t n = args_.block_ngrams;
+    const Emitted last{trace_, i};
+    Emitted end = last;
+    for (int64_t left = count; left >= n; --left, end = end.before()) {
+      if (end.token() != token) continue;
+      Emitted one = last, other = end;
+      int64_t same = 1;
+      for (; same < n; ++same, one = one.before()) {
+        other = other.before();
+        if (one.token() != other.token()) break;
+      }
+      if (same == n) return true;
+    }
+    return false;
   }
 
   // Candidates stay sorted; of equal ones the earlier stays before the later.
@@ -431,15 +492,24 @@ class Searcher {
     candidates_[at] = candidate;
   }
 
-  // Puts a hypothesis in the place of the row's best one if it is better.
+  // Puts a hypothesis among the row's best ones if it belongs there; of equal ones the earlier
+  // stays before the later.
   void offer(int32_t row, T score, T penalty, int64_t length, int32_t slot) {
     const T rank = score / penalty;
-    if (!(rank > best_ranks_[row])) return;
-    best_ranks_[row] = rank;
-    if (at_.member == 0) args_.results[row] = {score, length, team_.trace, slot};
+    const int64_t count = args_.n_best;
+    T* const ranks = best_ranks_ + row * count;
+    if (!(rank > ranks[count - 1])) return;
+    GenerateResult<T>* const results = at_.member == 0 ? args_.results + row * count : nullptr;
+    int64_t at = count - 1;
+    for (; at > 0 && rank > ranks[at - 1]; --at) {
+      ranks[at] = ranks[at - 1];
+      if (results != nullptr) results[at] = results[at - 1];
+    }
+    ranks[at] = rank;
+    if (results != nullptr) results[at] = {score, length, team_.trace, slot};
   }
 
-  // The best finished hypothesis of each row and those that go on. False if logits are not
+  // The best finished hypotheses of each row and those that go on. False if logits are not
   // finite.
   bool choose(int64_t emitted) {
     const T penalty = length_penalty(args_, emitted);
@@ -449,9 +519,9 @@ class Searcher {
       const int32_t row = now_.rows[begin];
       candidate_count_ = 0;
       for (; end < now_.count && now_.rows[end] == row; ++end) {
-        if (!collect(end)) return false;
+        if (!collect(end, emitted - 1)) return false;
       }
-      const int64_t first = next_.count, limit = first + (ends ? 1 : args_.beam_size);
+      const int64_t first = next_.count, limit = first + (ends ? args_.n_best : args_.beam_size);
       for (int64_t c = 0; c < candidate_count_; ++c) {
         const Candidate<T>& candidate = candidates_[c];
         if (candidate.token != kStop) {
@@ -465,10 +535,12 @@ class Searcher {
         }
       }
       if (next_.count == first) continue;
-      const T score = next_.scores[first];
       if (ends) {
-        offer(row, score, penalty, emitted, static_cast<int32_t>(first));
-      } else if (!(best_ranks_[row] < score / end_penalty_)) {
+        for (int64_t i = first; i < next_.count; ++i) {
+          offer(row, next_.scores[i], penalty, emitted, static_cast<int32_t>(i));
+        }
+      } else if (!(best_ranks_[(row + 1) * args_.n_best - 1] <
+                   next_.scores[first] / end_penalty_)) {
         // log P only falls and the penalty only grows: none of them can become the best.
         next_.count = first;
       }
@@ -499,8 +571,10 @@ class Searcher {
     if (emitted != args_.max_length) return;
     // Those that were cut off end in this step, which was not there when they were offered.
     for (int64_t i = 0; i < next_.count; ++i) {
-      GenerateResult<T>& result = args_.results[next_.rows[i]];
-      if (result.length == emitted) result.last = kept;
+      GenerateResult<T>* const results = args_.results + next_.rows[i] * args_.n_best;
+      for (int64_t n = 0; n < args_.n_best; ++n) {
+        if (results[n].length == emitted) results[n].last = kept;
+      }
     }
   }
 
@@ -532,10 +606,138 @@ class Searcher {
     at_.wait();
   }
 
+  // Scheduled sampling: every row goes on to the end, and reads the truth or its own token.
+  void feed(const ScheduledInputs<T>& scheduled) {
+    const int64_t rows = args_.rows, count = now_.count;
+    const Range own = at_.rows;
+    const auto chooses = [&](int64_t t) {
+      const bool* const coins = scheduled.coins + t * rows;
+      for (int64_t row = own.begin; row < own.end; ++row) {
+        if (!coins[row]) return true;
+      }
+      return false;
+    };
+    int64_t last = scheduled.steps - 1;
+    while (last > 0 && !chooses(last)) --last;
+    for (int64_t i = 0; i < count; ++i) {
+      now_.tokens[i] = static_cast<int32_t>(scheduled.tokens[own.begin + i]);
+      next_.rows[i] = now_.rows[i];
+    }
+    next_.count = count;
+    const DecoderLayer<T>* const all = layers_given_;
+    for (int64_t t = 0; t < last; ++t) {
+      backwards_ = t % 2 != 0;
+      for (int64_t l = 0; l < decoder_.layer_count; ++l) {
+        if (all[l].mask != nullptr) layers_[l].mask = all[l].mask + t * rows * decoder_.hidden;
+      }
+      if (scheduled.embedding_masks == nullptr) {
+        read_tokens();
+      } else {
+        read_masked(scheduled.embedding_masks + t * rows * args_.embedding_size);
+      }
+      const T* top = step();
+      if (chooses(t + 1)) {
+        if (scheduled.output_masks != nullptr) {
+          top = masked(top, scheduled.output_masks + t * rows * decoder_.hidden);
+        }
+        predict(top);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t place = (t + 1) * rows + own.begin + i;
+        next_.tokens[i] = static_cast<int32_t>(scheduled.tokens[place]);
+        if (scheduled.coins[place]) continue;
+        next_.tokens[i] =
+            scheduled.draws == nullptr ? likeliest(i).token : drawn(i, scheduled.draws[place]);
+        if (at_.member == 0) scheduled.fed[place] = next_.tokens[i];
+      }
+      const Hypotheses<T> before = now_;
+      now_ = next_;
+      next_ = before;
+      slot_ = 1 - slot_;
+      fed_ = memory_.output;
+    }
+  }
+
+  // As read_tokens, where the embeddings of a row are dropped as its mask (E) says.
+  void read_masked(const T* masks) {
+    const int64_t width = parts_.gates * decoder_.hidden, E = args_.embedding_size;
+    for (int64_t first = 0; first < now_.count; first += kFresh) {
+      const int64_t count = smaller(kFresh, now_.count - first);
+      for (int64_t i = 0; i < count; ++i) {
+        const T* const embedding = args_.embedding + now_.tokens[first + i] * E;
+        const T* const mask = masks + (begin_ + first + i) * E;
+        for (int64_t e = 0; e < E; ++e) fresh_[i * E + e] = embedding[e] * mask[e];
+      }
+      parts_.inputs(memory_.w_x, decoder_.layers[0].bias, fresh_, count, units_,
+                    memory_.gates[0] + (begin_ + first) * width);
+    }
+  }
+
+  const T* masked(const T* output, const T* masks) {
+    for (int64_t row = at_.rows.begin; row < at_.rows.end; ++row) {
+      for (int64_t unit = columns_.begin; unit < columns_.end; ++unit) {
+        const int64_t place = row * decoder_.hidden + unit;
+        memory_.masked[place] = output[place] * masks[place];
+      }
+    }
+    at_.wait();
+    return memory_.masked;
+  }
+
+  // Of the tokens that may be emitted the one with the largest logit, which stands in place of
+  // the score; of equal ones the first.
+  Candidate<T> likeliest(int64_t i) const {
+    const int64_t row = begin_ + i;
+    const T* const logits = memory_.logits + row * memory_.logit_stride;
+    const T* const peaks = memory_.peaks + row * memory_.chunks;
+    Candidate<T> best{static_cast<T>(-__builtin_inf()), 0, kStop};
+    for (int64_t chunk = 0; chunk < memory_.chunks; ++chunk) {
+      if (!(peaks[chunk] > best.score)) continue;
+      const int64_t begin = chunk * kChunk * kLanes<T>;
+      const int64_t end = smaller(begin + kChunk * kLanes<T>, args_.vocab);
+      for (int64_t token = larger(begin, kStop); token < end; ++token) {
+        if (logits[token] > best.score) best = {logits[token], 0, static_cast<int32_t>(token)};
+      }
+    }
+    return best;
+  }
+
+  // Of the tokens that may be emitted, in their order, the first up to which the probabilities
+  // add up to more than `draw` of their sum. A token whatever the logits.
+  int32_t drawn(int64_t i, T draw) const {
+    const T* const logits = memory_.logits + (begin_ + i) * memory_.logit_stride;
+    const T peak = likeliest(i).score;
+    const int64_t panels = vectors<T>(args_.vocab);
+    const auto shares_of = [&](int64_t panel) {
+      return shares(logits + panel * kLanes<T>, panel == 0 ? kStop : 0, peak);
+    };
+    T total = 0;
+    for (int64_t panel = 0; panel < panels; ++panel) total += sum_lanes<T>(shares_of(panel));
+    const T threshold = draw * total;
+    int32_t last = kStop;  // of those with a share
+    T sum = 0;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const Vec<T> parts = shares_of(panel);
+      const T after = sum + sum_lanes<T>(parts);
+      const bool inside = after > threshold;
+      for (int lane = 0; lane < kLanes<T> && (inside || panel + 1 == panels); ++lane) {
+        if (!(parts[lane] > 0)) continue;
+        last = static_cast<int32_t>(panel * kLanes<T> + lane);
+        sum += parts[lane];
+        if (sum > threshold) return last;
+      }
+      if (inside) return last;  // but for rounding one of its lanes
+      sum = after;
+    }
+    return last;
+  }
+
   const Generate<T>& args_;
   const GenerateParts<T>& parts_;
   const GenerateMemory<T>& memory_;
-  const Decode<T>& decoder_;
+  Decode<T> decoder_;
+  const DecoderLayer<T>* const layers_given_;
+  DecoderLayer<T> layers_[kMaxLayers];
   GenerateTeam<T>& team_;
   Place at_;  // its rows: first those of the batch, then the unfinished hypotheses
   const int thread_;
@@ -550,6 +752,7 @@ class Searcher {
   const T end_penalty_;
   Hypotheses<T> now_, next_;
   int32_t* parents_;  // which of the hypotheses before each of the next ones continues
+  const GenerateStep<T>* trace_ = nullptr;  // the steps up to now
   int64_t candidate_count_ = 0, input_count_ = 0, slot_ = 0;
   bool backwards_ = false;  // every other step: see `product`
 };
