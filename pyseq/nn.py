@@ -638,7 +638,8 @@ class _Recurrent(torch.nn.RNNBase):
         the states, which are small, need permuting."""
         data, batch_sizes, order, inverse = input
         self.check_input(data, batch_sizes)
-        self._check_state(parts, int(batch_sizes[0]))
+        if parts:
+            self._check_state(parts, int(batch_sizes[0]))
         x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
         if resets is not None and self.batch_first:
             resets = resets.transpose(0, 1)
