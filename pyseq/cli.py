@@ -882,19 +882,8 @@ def _predict(arguments: argparse.Namespace) -> None:
         if any(model.config["score"] is None for model in (translator.model, *translator.others)):
             raise PyseqError(f"{arguments.model}: this model has no attention to draw")
         pictures.mkdir(parents=True, exist_ok=True)
-    # At a terminal each line is answered before the next one is typed.
-    size = 1 if sys.stdin.isatty() else arguments.batch_size
-    warned = False
-    for batch in _batches(_input_lines(), size):
+    for batch in _input_batches(translator, arguments.batch_size):
         texts = [text for _, text in batch]
-        for number, text in batch:
-            unknown = translator.unknown_symbols(text)
-            if unknown and not warned:
-                warned = True
-                _say(
-                    f"line {number}: {unknown[0]!r} was not in the training data and is read as "
-                    "<unk>, like all such symbols from here on"
-                )
         for (number, text), results in zip(batch, search(texts), strict=True):
             if arguments.n_best is None:
                 print(results[0].text)
@@ -908,11 +897,27 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _predict_labels(arguments: argparse.Namespace) -> None:
     labeler = Labeler.load(arguments.model)
-    size = 1 if sys.stdin.isatty() else arguments.batch_size
-    for batch in _batches(_input_lines(), size):
-        for result in labeler.predict([text for _, text in batch], batch_size=size):
+    for batch in _input_batches(labeler, arguments.batch_size):
+        for result in labeler.predict([text for _, text in batch]):
             print(result.text)
         sys.stdout.flush()
+
+
+def _input_batches(model: Translator | Labeler, batch_size: int) -> Iterator[list[tuple[int, str]]]:
+    """Numbers and texts of lines that are computed together; says once what is unknown."""
+    # At a terminal each line is answered before the next one is typed.
+    size = 1 if sys.stdin.isatty() else batch_size
+    warned = False
+    for batch in _batches(_input_lines(), size):
+        for number, text in batch:
+            unknown = model.unknown_symbols(text)
+            if unknown and not warned:
+                warned = True
+                _say(
+                    f"line {number}: {unknown[0]!r} was not in the training data and is read as "
+                    "<unk>, like all such symbols from here on"
+                )
+        yield batch
 
 
 def _input_lines() -> Iterator[tuple[int, str]]:

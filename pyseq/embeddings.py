@@ -172,7 +172,7 @@ def read(
         seed: of the rows that are drawn.
 
     Raises:
-        ValueError: ``format`` is unknown.
+        ValueError: ``format`` is unknown, or ``words`` is given for another one than numpy's.
         DataError: the file is damaged or of another format, a word that is wanted is there
             twice, or not one word of the vocabulary is there. The text names the line (for a
             binary file: the row). What is wrong inside a row that is not wanted may go
@@ -182,7 +182,10 @@ def read(
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     name, collected = str(path), _Collected(vocab, fold_case=fold_case)
-    if format == "numpy" or (format is None and name.endswith(".npy")):
+    is_matrix = format == "numpy" or (format is None and name.endswith(".npy"))
+    if words is not None and not is_matrix:
+        raise ValueError(f"words go with a numpy matrix: other files have their own, got {words!r}")
+    if is_matrix:
         word_file = Path(name).with_suffix(".txt") if words is None else Path(words)
         matrix = _open_matrix(path)
         with open(word_file, "rb") as stream:
@@ -454,6 +457,8 @@ class _TextRows:
                     f"{self._name}:{number}: a line of more than {_LONGEST_LINE} bytes: "
                     "this is no text file of word vectors"
                 )
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
             line = line.rstrip()
             if line:
                 yield number, line

@@ -1077,12 +1077,12 @@ def start(
         translator,
         data,
         validation,
-        options,
-        out,
-        progress,
-        log,
-        tensorboard,
-        _fingerprints(pretrained),
+        options=options,
+        out=out,
+        progress=progress,
+        log=log,
+        tensorboard=tensorboard,
+        embeddings=_fingerprints(pretrained),
     )
 
 
@@ -1159,12 +1159,12 @@ def start_labeler(
         labeler,
         data,
         validation,
-        options,
-        out,
-        progress,
-        log,
-        tensorboard,
-        _fingerprints(pretrained),
+        options=options,
+        out=out,
+        progress=progress,
+        log=log,
+        tensorboard=tensorboard,
+        embeddings=_fingerprints(pretrained),
     )
 
 
@@ -1284,12 +1284,12 @@ def resume(
             translator,
             data,
             validation,
-            options,
-            out,
-            progress,
-            log,
-            tensorboard,
-            _fingerprints(given),
+            options=options,
+            out=out,
+            progress=progress,
+            log=log,
+            tensorboard=tensorboard,
+            embeddings=_fingerprints(given),
         )
         trainer.restore(state)
     except (KeyError, TypeError) as error:
@@ -1301,6 +1301,7 @@ def _trainer(
     translator: Translator | Labeler,
     data: Data,
     validation: Data | None,
+    *,
     options: TrainingOptions,
     out: str | Path | None,
     progress: bool,

@@ -75,7 +75,8 @@ class Translator:
             ``model``; see :class:`pyseq.Ensemble`.
 
     Raises:
-        ValueError: an unknown way to split or to mark, or ``max_length`` below 1.
+        ValueError: an unknown way to split or to mark, ``max_length`` below 1, or a vocabulary of
+            another size than the models'.
     """
 
     def __init__(
@@ -99,6 +100,13 @@ class Translator:
             raise ValueError(f"a model that copies needs source_marks 'stop', got {source_marks!r}")
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
+        for side, vocab in (("source", source_vocab), ("target", target_vocab)):
+            for each in (model, *others):
+                size = each.config[f"{side}_vocab_size"]
+                if len(vocab) != size:
+                    raise ValueError(
+                        f"{side}_vocab must have {size} symbols like the model, got {len(vocab)}"
+                    )
         self.model = model
         self.others = tuple(others)
         self.source_vocab = source_vocab

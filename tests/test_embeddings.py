@@ -153,6 +153,15 @@ def test_words_with_spaces(tmp_path: Path) -> None:
     assert found.matrix[4:].tolist() == [[1, 2], [3, 4]]
 
 
+@pytest.mark.parametrize("start", [b"", b"2 2\n"], ids=["glove", "word2vec"])
+def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_words(
+    start: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "vectors.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + start.replace(b"\n", b"\r\n") + b"a 1 2\r\nb 3 4\r\n")
+    assert read(path, Vocab("ab")).matrix[4:].tolist() == [[1, 2], [3, 4]]
+
+
 def test_a_glove_file_may_begin_like_a_header(tmp_path: Path) -> None:
     path = tmp_path / "glove.txt"
     path.write_text("7 1\n8 2\n")
@@ -235,6 +244,8 @@ def test_damaged_numpy_files(tmp_path: Path) -> None:
         from_matrix(WORDS[:-1], MATRIX, VOCAB)
     with pytest.raises(ValueError, match=r"format must be one of .* got 'elmo'"):
         read(path, VOCAB, format="elmo")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="words go with a numpy matrix"):
+        read(glove(tmp_path), VOCAB, words=tmp_path / "few.txt")
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "none.txt", VOCAB)
 

@@ -246,6 +246,11 @@ def test_commands(
     feed(monkeypatch, "the cat\n\n")
     assert cli.main(["predict", out]) == 0
     lines = capsys.readouterr().out.splitlines()
+    feed(monkeypatch, "the cat\na bird\na bird\n")
+    assert cli.main(["predict", out]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("pyseq: line 2: 'bird' was not in the training data")
+    assert said.count("\n") == 1
     assert lines[0] == ("DET NOUN" if task == "tag" else "about a cat")
     assert len(lines) == 2
     assert cli.main(["evaluate", out, str(test)]) == 0

@@ -58,6 +58,14 @@ def test_lengths_are_limited(translator: Translator) -> None:
         Translator(translator.model, Vocab("abcde"), Vocab("xyz"), max_length=0)
 
 
+def test_vocabularies_of_another_size_are_refused(translator: Translator) -> None:
+    with pytest.raises(ValueError, match="source_vocab must have 9 symbols like the model, got 8"):
+        Translator(translator.model, Vocab("abcd"), Vocab("xyz"))
+    other = Seq2Seq(9, 8, hidden_size=4)
+    with pytest.raises(ValueError, match="target_vocab must have 8 symbols like the model, got 7"):
+        Translator(translator.model, Vocab("abcde"), Vocab("xyz"), others=[other])
+
+
 def test_beam_scores_are_no_worse(translator: Translator) -> None:
     greedy = translator.translate(["abc"], max_length=3)[0]
     beam = translator.translate(["abc"], max_length=3, beam_size=50)[0]
