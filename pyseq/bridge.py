@@ -35,7 +35,8 @@ class Bridge(torch.nn.Module):
     - ``"zero"``: ``s_0 = 0``, so that attention is all that the decoder knows of the source.
     - ``"learned"``: ``s_0`` is a parameter, the same for every source.
 
-    The c of an LSTM is treated like h, with weights of its own.
+    The c of an LSTM is treated like h, with weights of its own; or it is made of the encoder's h
+    too, and c plays no part.
 
     Args:
         kind: one of the above.
@@ -43,6 +44,7 @@ class Bridge(torch.nn.Module):
         encoder_layers, encoder_size: layers and features of the encoder's state, both
             directions of a layer side by side.
         decoder_layers, decoder_size: those of the decoder's.
+        c_from_h: make the c of an LSTM of h; for ``"linear"``, ``"tanh"`` and ``"relu"``.
 
     Attributes:
         weight_h, weight_c: ``W`` (decoder_layers * decoder_size, encoder_layers *
@@ -73,6 +75,7 @@ class Bridge(torch.nn.Module):
         encoder_size: int,
         decoder_layers: int,
         decoder_size: int,
+        c_from_h: bool = False,
     ) -> None:
         super().__init__()
         check_positive(
@@ -92,6 +95,12 @@ class Bridge(torch.nn.Module):
             )
         self.kind = cast(BridgeName, kind)
         self.cell = cell_name(cell)
+        if c_from_h and (self.cell != "lstm" or kind not in ("linear", "tanh", "relu")):
+            raise ValueError(
+                "c_from_h needs an lstm and one of the bridges linear, tanh, relu, got "
+                f"{self.cell!r} and {kind!r}"
+            )
+        self.c_from_h = c_from_h
         self.encoder_layers, self.encoder_size = before
         self.decoder_layers, self.decoder_size = after
         inputs, outputs = encoder_layers * encoder_size, decoder_layers * decoder_size
@@ -136,7 +145,9 @@ class Bridge(torch.nn.Module):
         if self.kind == "copy":
             return state
         h = self._map(parts[0], self.weight_h, self.bias_h)
-        return h if len(parts) == 1 else (h, self._map(parts[1], self.weight_c, self.bias_c))
+        if len(parts) == 1:
+            return h
+        return h, self._map(parts[0 if self.c_from_h else 1], self.weight_c, self.bias_c)
 
     def _map(self, part: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """One part of the state, (encoder_layers, B, encoder_size) to the decoder's."""

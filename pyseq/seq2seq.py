@@ -787,8 +787,8 @@ class Seq2Seq(torch.nn.Module):
             embedding_size.
         encoder_hidden_size, encoder_num_layers: those of the encoder, whose hidden_size is
             the number of features of the memory. Default: hidden_size and num_layers.
-        bridge: ``"copy"``, ``"linear"``, ``"tanh"``, ``"zero"`` or ``"learned"``; see
-            :class:`pyseq.bridge.Bridge`. Copying needs equal layers and sizes.
+        bridge: ``"copy"``, ``"linear"``, ``"tanh"``, ``"relu"``, ``"zero"`` or ``"learned"``;
+            see :class:`pyseq.bridge.Bridge`. Copying needs equal layers and sizes.
         tie_embeddings: one matrix serves as the decoder's embedding and as the weight of its
             output layer; needs a target embedding of hidden_size numbers.
         source_features: D, where the source is no tokens but (B, S, D) features.
@@ -810,6 +810,7 @@ class Seq2Seq(torch.nn.Module):
         memory_bias: give every vector of the memory one more feature, which is 1, so that the
             combination ``tanh(W_c [c; h])`` and the keys have biases: its columns of their
             weights. Not with the score ``"dot"``.
+        bridge_c_from_h: whether the bridge makes the decoder's first c of the encoder's h.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
@@ -848,6 +849,7 @@ class Seq2Seq(torch.nn.Module):
         extra_place: str = "output",
         copy: str | None = None,
         memory_bias: bool = False,
+        bridge_c_from_h: bool = False,
     ) -> None:
         super().__init__()
         sizes = {
@@ -888,6 +890,7 @@ class Seq2Seq(torch.nn.Module):
             "extra_place": extra_place,
             "copy": copy,
             "memory_bias": memory_bias,
+            "bridge_c_from_h": bridge_c_from_h,
         }
 
         def extra(size: int | None) -> ExtraOptions | None:
@@ -918,6 +921,7 @@ class Seq2Seq(torch.nn.Module):
             encoder_size=memory_size,
             decoder_layers=num_layers,
             decoder_size=hidden_size,
+            c_from_h=bridge_c_from_h,
         )
         self.decoder = Decoder(
             target_vocab_size,

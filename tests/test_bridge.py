@@ -16,9 +16,9 @@ from pyseq.seq2seq import Seq2Seq
 from pyseq.types import START
 
 
-def bridge(kind: str, cell: str = "gru", **sizes: int) -> Bridge:
+def bridge(kind: str, cell: str = "gru", *, c_from_h: bool = False, **sizes: int) -> Bridge:
     shape = {"encoder_layers": 2, "encoder_size": 3, "decoder_layers": 2, "decoder_size": 3}
-    return Bridge(kind, cell=cell, **{**shape, **sizes}).double()
+    return Bridge(kind, cell=cell, c_from_h=c_from_h, **{**shape, **sizes}).double()
 
 
 def state(batch: int = 5) -> Tensor:
@@ -46,6 +46,20 @@ def test_maps_all_layers_to_all_layers(kind: str, batch: int) -> None:
     assert torch.autograd.gradcheck(lambda h, c: module((h, c)), [
         h.requires_grad_(), c.requires_grad_()
     ])  # fmt: skip
+
+
+def test_c_may_be_made_of_h() -> None:
+    module = bridge("tanh", "lstm", decoder_size=4, c_from_h=True)
+    h, c = state(5), state(5)
+    found = module((h, c))
+    again = module((h, torch.full_like(c, 9.0)))
+    assert torch.equal(found[1], again[1])
+    own = bridge("tanh", "lstm", decoder_size=4)
+    own.load_state_dict(module.state_dict())
+    assert torch.equal(own((h, h))[1], found[1])
+    for kind, cell in (("tanh", "gru"), ("copy", "lstm"), ("zero", "lstm")):
+        with pytest.raises(ValueError, match="c_from_h needs an lstm and one of the bridges"):
+            bridge(kind, cell, c_from_h=True)
 
 
 def test_zero_and_learned_do_not_depend_on_the_source() -> None:

@@ -23,6 +23,11 @@ from ..types import START, CellName
 # The logit of a token that the model cannot emit: exp of it is zero in every dtype.
 NEVER = -1e4
 
+# Of numbers this small tanh is the number itself in float32, as long as it is below 1e3 before:
+# where a library has no tanh, the combination is scaled so, and what reads it is scaled back. A
+# power of two changes no bit of a weight.
+LINEAR = 2.0**-22
+
 _CELLS: dict[int, CellName] = {4: "lstm", 3: "gru"}
 _KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -239,10 +244,12 @@ class Parts(NamedTuple):
     output_bias: Tensor | None
     bridge: str = "copy"
     bridge_weights: Mapping[str, Tensor] = {}
+    bridge_c_from_h: bool = False
     score: str | None = None
     score_weights: Mapping[str, Tensor] = {}
     combine: Tensor | None = None  # (H, M + H), columns [context; h]
     combine_bias: Tensor | None = None
+    combine_tanh: bool = True  # whether a tanh follows
     key_bias: Tensor | None = None
     input_feeding: bool = False
 
@@ -254,6 +261,8 @@ def build(weights: Weights, parts: Parts) -> Seq2Seq:
         CheckpointError: something was left over, or sizes do not fit.
     """
     weights.finish()
+    if not parts.combine_tanh:
+        parts = _without_tanh(parts)
     encoder, decoder = parts.encoder, parts.decoder
     biased = parts.combine_bias is not None or parts.key_bias is not None
     state = {f"encoder.rnn.{name}": value for name, value in encoder.weights.items()}
@@ -297,6 +306,7 @@ def build(weights: Weights, parts: Parts) -> Seq2Seq:
             score=parts.score,
             input_feeding=parts.input_feeding,
             bridge=parts.bridge,
+            bridge_c_from_h=parts.bridge_c_from_h,
             memory_bias=biased,
             dropout=0.0,
         )
@@ -304,6 +314,23 @@ def build(weights: Weights, parts: Parts) -> Seq2Seq:
     except (ValueError, RuntimeError) as error:
         raise weights.refuse(" ".join(str(error).split())) from error
     return model.eval()
+
+
+def _without_tanh(parts: Parts) -> Parts:
+    """The same model with a tanh behind its combination, which does nothing; see LINEAR."""
+    assert parts.combine is not None
+    bias, weights = parts.combine_bias, dict(parts.decoder.weights)
+    if parts.input_feeding:
+        inputs = weights["weight_ih_l0"].clone()
+        inputs[:, parts.target_embedding.shape[1] :] /= LINEAR
+        weights["weight_ih_l0"] = inputs
+    return parts._replace(
+        combine=parts.combine * LINEAR,
+        combine_bias=None if bias is None else bias * LINEAR,
+        combine_tanh=True,
+        output=parts.output / LINEAR,
+        decoder=parts.decoder._replace(weights=weights),
+    )
 
 
 def _with_column(matrix: Tensor, column: Tensor, place: int) -> Tensor:

@@ -78,6 +78,8 @@ def read(
         None,
         bridge=bridge,
         bridge_weights=bridge_weights,
+        # An LSTM's c begins like its h.
+        bridge_c_from_h=decoder.cell == "lstm" and bridge != "zero",
         score=score,
         score_weights=score_weights,
         combine=combine,
@@ -124,14 +126,15 @@ def _bridge(
             "it has no bridge, and the checkpoint does not say what the decoder starts from: give "
             "the initial state, zero or last, that init_hidden of its configuration names"
         )
-    if decoder.cell == "lstm":
-        raise weights.refuse(
-            "its LSTM decoder starts c from the encoder's h, and pyseq's bridges map c to c"
-        )
     whole = torch.zeros(decoder.hidden_size, states)
     whole[:, states - size :] = weight  # the top layer is last
-    layers = decoder.layers
-    return kind, {"weight_h": whole.repeat(layers, 1), "bias_h": bias.repeat(layers)}
+    whole, bias = whole.repeat(decoder.layers, 1), bias.repeat(decoder.layers)
+    parts = ("h", "c") if decoder.cell == "lstm" else ("h",)
+    return kind, {
+        f"{name}_{part}": value
+        for part in parts
+        for name, value in (("weight", whole), ("bias", bias))
+    }
 
 
 def _side(file: Path | None, count: int, path: Path) -> Side:

@@ -62,7 +62,7 @@ def read(
         decoder = take_stack(weights, "decoder.rnn.")
     source_table = weights.take(f"encoder.{_TABLE}")
     target_table = weights.take(f"decoder.{_TABLE}")
-    score, score_weights, combine = _attention(weights)
+    score, score_weights = _score(weights)
     bridge, bridge_weights = _bridge(weights, encoder)
     parts = Parts(
         encoder,
@@ -77,7 +77,11 @@ def read(
         bridge_weights=bridge_weights,
         score=score,
         score_weights=score_weights,
-        combine=combine,
+        combine=None if score is None else weights.take("decoder.attn.linear_out.weight"),
+        combine_bias=weights.take("decoder.attn.linear_out.bias") if score == "concat" else None,
+        combine_tanh=score != "concat",
+        # The query's there: one sum, whichever side has it.
+        key_bias=weights.take("decoder.attn.linear_query.bias") if score == "concat" else None,
         input_feeding=input_feeding,
     )
     return translator(build(weights, parts), parts, source_marks="none")
@@ -97,22 +101,18 @@ def _refuse_options(weights: Weights, options: dict[str, Any]) -> None:
             raise weights.refuse(f"pyseq has no {name} = {value!r}")
 
 
-def _attention(
-    weights: Weights,
-) -> tuple[str | None, dict[str, torch.Tensor], torch.Tensor | None]:
-    """Name and weights of the score, and the combination."""
+def _score(weights: Weights) -> tuple[str | None, dict[str, torch.Tensor]]:
+    """Name and weights of the score; ``mlp`` is concat."""
     if "decoder.attn.linear_query.weight" in weights:
-        raise weights.refuse(
-            "its attention is 'mlp', which combines context and state without a tanh, and pyseq's "
-            "decoder has one"
-        )
-    if "decoder.attn.linear_out.weight" not in weights:
-        return None, {}, None
-    combine = weights.take("decoder.attn.linear_out.weight")
+        return "concat", {
+            "weight_query": weights.take("decoder.attn.linear_query.weight"),
+            "weight_memory": weights.take("decoder.attn.linear_context.weight"),
+            "weight_v": weights.take("decoder.attn.v.weight").squeeze(0),
+        }
     if "decoder.attn.linear_in.weight" in weights:
         # (W q) . m here, q . (W m) there.
-        return "general", {"weight": weights.take("decoder.attn.linear_in.weight").t()}, combine
-    return "dot", {}, combine
+        return "general", {"weight": weights.take("decoder.attn.linear_in.weight").t()}
+    return ("dot" if "decoder.attn.linear_out.weight" in weights else None), {}
 
 
 def _bridge(weights: Weights, encoder: Stack) -> tuple[str, dict[str, torch.Tensor]]:
