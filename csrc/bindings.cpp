@@ -16,6 +16,7 @@
 #include "quantized.h"
 #include "scan_both.h"
 #include "search.h"
+#include "widened.h"
 
 TORCH_LIBRARY(pyseq, m) {
   m.def(
@@ -108,50 +109,68 @@ TORCH_LIBRARY(pyseq, m) {
   m.def("tanh(Tensor x) -> Tensor");
 }
 
+namespace {
+
+constexpr size_t kEmbedding = 3;  // the argument whose type scheduled_inputs computes in
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
-  m.impl("scan", &pyseq::scan);
+  m.impl("scan", pyseq::Widened<&pyseq::scan>::of("pyseq::scan"));
   m.impl("scan_forward", &pyseq::scan_forward);
   m.impl("scan_backward", &pyseq::scan_backward);
   m.impl("scan_kept_forward", &pyseq::scan_kept_forward);
   m.impl("scan_kept_backward", &pyseq::scan_kept_backward);
-  m.impl("attend", &pyseq::attend);
+  m.impl("attend", pyseq::Widened<&pyseq::attend>::of("pyseq::attend"));
   m.impl("attend_backward", &pyseq::attend_backward);
-  m.impl("decode", &pyseq::decode);
+  m.impl("decode", pyseq::Widened<&pyseq::decode>::of("pyseq::decode"));
   m.impl("decode_forward", &pyseq::decode_forward);
   m.impl("decode_backward", &pyseq::decode_backward);
-  m.impl("linear_cross_entropy", &pyseq::linear_cross_entropy);
+  m.impl("linear_cross_entropy",
+         pyseq::Widened<&pyseq::linear_cross_entropy>::of("pyseq::linear_cross_entropy"));
   m.impl("linear_cross_entropy_forward", &pyseq::linear_cross_entropy_forward);
-  m.impl("scan_both", &pyseq::scan_both);
-  m.impl("generate", &pyseq::generate);
-  m.impl("scheduled_inputs", &pyseq::scheduled_inputs);
-  m.impl("linear", &pyseq::linear);
+  m.impl("scan_both", pyseq::Widened<&pyseq::scan_both>::of("pyseq::scan_both"));
+  m.impl("generate", pyseq::Widened<&pyseq::generate>::of("pyseq::generate"));
+  m.impl("scheduled_inputs",
+         pyseq::Widened<&pyseq::scheduled_inputs, kEmbedding>::of("pyseq::scheduled_inputs"));
+  m.impl("linear", pyseq::Widened<&pyseq::linear>::of("pyseq::linear"));
   m.impl("sigmoid", &pyseq::sigmoid);
   m.impl("tanh", &pyseq::tanh);
 }
 
 TORCH_LIBRARY_IMPL(pyseq, Autograd, m) {
-  m.impl("scan", &pyseq::autograd::scan);
-  m.impl("attend", &pyseq::autograd::attend);
-  m.impl("decode", &pyseq::autograd::decode);
-  m.impl("linear_cross_entropy", &pyseq::autograd::linear_cross_entropy);
-  m.impl("scan_both", &pyseq::autograd::scan_both);
-  m.impl("generate", &pyseq::autograd::generate);
-  m.impl("scheduled_inputs", &pyseq::autograd::scheduled_inputs);
-  m.impl("linear", &pyseq::autograd::linear);
+  m.impl("scan", pyseq::Widened<&pyseq::autograd::scan>::of("pyseq::scan"));
+  m.impl("attend", pyseq::Widened<&pyseq::autograd::attend>::of("pyseq::attend"));
+  m.impl("decode", pyseq::Widened<&pyseq::autograd::decode>::of("pyseq::decode"));
+  m.impl("linear_cross_entropy",
+         pyseq::Widened<&pyseq::autograd::linear_cross_entropy>::of("pyseq::linear_cross_entropy"));
+  m.impl("scan_both", pyseq::Widened<&pyseq::autograd::scan_both>::of("pyseq::scan_both"));
+  m.impl("generate", pyseq::Widened<&pyseq::autograd::generate>::of("pyseq::generate"));
+  m.impl("scheduled_inputs", pyseq::Widened<&pyseq::autograd::scheduled_inputs, kEmbedding>::of(
+                                 "pyseq::scheduled_inputs"));
+  m.impl("linear", pyseq::Widened<&pyseq::autograd::linear>::of("pyseq::linear"));
 }
 
-TORCH_LIBRARY_IMPL(pyseq, AutocastCPU, m) {
-  m.impl("scan", pyseq::AutocastCpu<&pyseq::scan>::of("pyseq::scan"));
-  m.impl("attend", pyseq::AutocastCpu<&pyseq::attend>::of("pyseq::attend"));
-  m.impl("decode", pyseq::AutocastCpu<&pyseq::decode>::of("pyseq::decode"));
-  m.impl("linear", pyseq::AutocastCpu<&pyseq::linear>::of("pyseq::linear"));
+namespace {
+
+template <c10::DispatchKey Key>
+void register_autocast(torch::Library& m) {
+  m.impl("scan", pyseq::Autocast<Key, &pyseq::scan>::of("pyseq::scan"));
+  m.impl("attend", pyseq::Autocast<Key, &pyseq::attend>::of("pyseq::attend"));
+  m.impl("decode", pyseq::Autocast<Key, &pyseq::decode>::of("pyseq::decode"));
+  m.impl("linear", pyseq::Autocast<Key, &pyseq::linear>::of("pyseq::linear"));
   m.impl("linear_cross_entropy",
-         pyseq::AutocastCpu<&pyseq::linear_cross_entropy>::of("pyseq::linear_cross_entropy"));
-  m.impl("scan_both", pyseq::AutocastCpu<&pyseq::scan_both>::of("pyseq::scan_both"));
-  m.impl("generate", pyseq::AutocastCpu<&pyseq::generate>::of("pyseq::generate"));
+         pyseq::Autocast<Key, &pyseq::linear_cross_entropy>::of("pyseq::linear_cross_entropy"));
+  m.impl("scan_both", pyseq::Autocast<Key, &pyseq::scan_both>::of("pyseq::scan_both"));
+  m.impl("generate", pyseq::Autocast<Key, &pyseq::generate>::of("pyseq::generate"));
   m.impl("scheduled_inputs",
-         pyseq::AutocastCpu<&pyseq::scheduled_inputs>::of("pyseq::scheduled_inputs"));
+         pyseq::Autocast<Key, &pyseq::scheduled_inputs>::of("pyseq::scheduled_inputs"));
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pyseq, AutocastCPU, m) { register_autocast<c10::DispatchKey::AutocastCPU>(m); }
+TORCH_LIBRARY_IMPL(pyseq, AutocastCUDA, m) { register_autocast<c10::DispatchKey::AutocastCUDA>(m); }
 
 namespace {
 

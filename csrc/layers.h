@@ -98,7 +98,9 @@ inline Tensor steps_first(const Tensor& rows, int64_t heads) {
 }
 
 // sum_t weights_t[s] * rows_t, (B*N, S, D/N), for weights (T, B*N, S) and rows (T, B, D) in memory.
+// In the dtype of both, even where backward is called under autocast.
 inline Tensor summed_over_steps(const Tensor& weights, const Tensor& rows, int64_t heads) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t steps = rows.size(0), count = rows.size(1) * heads;
   return at::bmm(weights.permute({1, 2, 0}),
                  rows.view({steps, count, rows.size(2) / heads}).transpose(0, 1));

@@ -4,7 +4,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
@@ -965,8 +964,8 @@ DecodeGradients decode_backward(
   Tensor d_combine_context = d_combine.slice(1, 0, M), d_combine_hidden = d_combine.slice(1, M);
   multiply_into(d_combine_context, d_sum_rows, flat(all.context));
   multiply_into(d_combine_hidden, d_sum_rows, flat(h_top));
-  if (!additive) d_keys = at::bmm(d_scores.permute({1, 2, 0}), h_top.transpose(0, 1));
-  const Tensor d_memory = at::bmm(all.attn.permute({1, 2, 0}), d_context.transpose(0, 1));
+  if (!additive) d_keys = summed_over_steps(d_scores, h_top, /*heads=*/1);
+  const Tensor d_memory = summed_over_steps(all.attn, d_context, /*heads=*/1);
   return {needs_x ? matrix_product(flat(d_x_gates.select(0, 0)), all.w_ih[0].slice(1, 0, I))
                         .view({T_, B, I})
                   : nothing(x),

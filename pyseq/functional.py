@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused operators: scan, attend, decode, generate and the loss of an output layer.
 
-Each is one call into C++ forward and one backward, whatever the number of steps. Options
-are checked here, tensors in C++. ``pyseq.reference`` has the same signatures in plain
-torch and is what these must agree with.
+Each is one call into C++ forward and one backward, whatever the number of steps. Options are
+checked here, tensors in C++. All of a call have one dtype; float16 and bfloat16 are computed in
+float32. ``pyseq.reference`` has the same signatures in plain torch, which these agree with.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def scan(
     sets c, n and m by itself.
 
     Args:
-        x: (T, B, I), float32 or float64, T at least 1.
+        x: (T, B, I), floating-point, T at least 1.
         w_ih: (G*H, I), the input weights; G is 1 for RNN and IndRNN, 3 for GRU, 4 for LSTM and
             sLSTM.
         w_hh: (G*H, P), the recurrent weights; (H,) for IndRNN; (G*H, H / heads) for sLSTM.
@@ -270,7 +270,7 @@ def scan_both(
     and the two outputs concatenated; with two threads each direction takes one.
 
     Args:
-        x: (T, B, I), float32 or float64, T at least 1.
+        x: (T, B, I), floating-point, T at least 1.
         weights, weights_reverse: ``(w_ih, w_hh, b_ih, b_hh, w_hr)`` as in :func:`scan`, where
             the last three may be None; and ``w_ch`` after them, for both or for neither.
         state: h (2, B, P), or for LSTM the pair h (2, B, P), c (2, B, H), of the forward
@@ -466,7 +466,7 @@ def decode(
     see :func:`pyseq.quantize`.
 
     Args:
-        x: (T, B, I), float32 or float64, T at least 1.
+        x: (T, B, I), floating-point, T at least 1.
         layers: for each layer ``(w_ih, w_hh, b_ih, b_hh)``: (G*H, I + H) for the first
             layer with input feeding, columns [x; fed], (G*H, I) without, (G*H, H) above;
             (G*H, H); and the biases (G*H,), which may be left out.
@@ -564,7 +564,7 @@ def generate(
     greedy search. There is no gradient.
 
     Args:
-        embedding: (V, E), float32 or float64, of the tokens; 0 is ``<pad>``, 1 ``<start>``,
+        embedding: (V, E), floating-point, of the tokens; 0 is ``<pad>``, 1 ``<start>``,
             2 ``<stop>``.
         layers: as in :func:`decode`, with I equal to E; if score is None, stacked cells
             whose top state is the output, without combination and feeding.
@@ -762,16 +762,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: a tensor has the wrong shape, dtype or device.
     """
     check_tensor("x", x)
-    if not _fused(x):
+    # Of short numbers torch's library multiplies twice as many at a time, and sums in float32 too.
+    short = x.dtype in (torch.float16, torch.bfloat16) and not autocasts(x.device)
+    if short or not _fused(x):
         return reference.linear(x, weight, bias)
     product: Tensor = torch.ops.pyseq.linear(x, weight, bias)
     return product
 
 
 def _fused(x: Tensor) -> bool:
-    """Whether there are kernels for the dtype and device of ``x``."""
-    known = x.dtype in (torch.float32, torch.float64) or autocasts(x.device)
-    return x.device.type in ("cpu", "meta") and known
+    """Whether there are kernels for the device of ``x``."""
+    return x.device.type in ("cpu", "meta")
 
 
 def linear_cross_entropy(
@@ -790,9 +791,8 @@ def linear_cross_entropy(
     ``s / V`` everywhere, for the label smoothing s.
 
     Ignored rows take no part in any product: padding costs nothing, whatever it holds.
-    Where gradients are wanted they are computed in the forward pass. In float32 and float64
-    on the CPU this is one fused operator; for other dtypes and devices torch computes the
-    formula, with all logits in memory.
+    Where gradients are wanted they are computed in the forward pass. On the CPU this is one
+    fused operator; on other devices torch computes the formula, with all logits in memory.
 
     Args:
         hidden: (N, H).

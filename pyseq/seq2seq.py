@@ -109,9 +109,7 @@ def _is_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and all(
-            type(weight) is torch.nn.Parameter
-            and weight.is_cpu
-            and weight.dtype in (torch.float32, torch.float64)
+            type(weight) is torch.nn.Parameter and weight.is_cpu and weight.is_floating_point()
             for weight in module._parameters.values()
             if weight is not None
         )

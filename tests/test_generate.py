@@ -334,7 +334,7 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "dtype": (
         RuntimeError,
         {"embedding": torch.zeros(9, 5, dtype=torch.int64)},
-        "embedding must be float32 or float64, got Long",
+        "embedding must be float16, bfloat16, float32 or float64, got Long",
     ),
     "features": (
         RuntimeError,
