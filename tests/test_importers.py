@@ -474,9 +474,9 @@ def stanza(**given: Any) -> Case:
             "_unit2id": {s: i for i, s in enumerate(symbols)},
         }
         config = {"hidden_dim": H, "attn_type": model.kind}
-        torch.save(
-            {"model": model.state_dict(), "config": config, "vocab": vocab, "dict": {}}, path
-        )
+        weights = {**model.state_dict(), "SOS_tensor": torch.tensor([2])}
+        content = {"model": weights, "config": config, "vocab": vocab, "dict": {"ab": "a b"}}
+        torch.save(content, path, _use_new_zipfile_serialization=False)
 
     def wrap(ids: list[int]) -> list[int]:
         return [2, *ids, 3]
@@ -680,6 +680,16 @@ def test_what_pyseq_does_not_have_is_named(
         read_model(case.layout, tmp_path / "model", **case.options)
 
 
+@pytest.mark.parametrize("name", ["decoder.rnn.weight_hh_l0", "src_embed.lut.weight"])
+@pytest.mark.parametrize("shape", [(), (3,), (1, 1), (4, 0), (2, 2, 2)], ids=str)
+def test_other_shapes_are_refused(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    case = joey(tmp_path)
+    case.write(tmp_path / "model")
+    rewrite(tmp_path / "model", lambda c: c["model_state"].update({name: torch.ones(shape)}))
+    with pytest.raises(CheckpointError, match="model: "):
+        read_model("joeynmt", tmp_path / "model")
+
+
 def test_an_initial_state_is_not_guessed(tmp_path: Path) -> None:
     joey(tmp_path, initial="zero").write(tmp_path / "model")
     with pytest.raises(CheckpointError, match="does not say what the decoder starts from"):
@@ -823,6 +833,27 @@ def test_layers_of_haste(gates: int, compute: Callable[..., Tensor]) -> None:
         read_layers({**weights, "gamma": torch.ones(2)})
     with pytest.raises(CheckpointError, match="20 columns are no gates of 4 units"):
         read_layers({**weights, "recurrent_kernel": torch.randn(4, 20)})
+
+
+def test_an_indrnn_of_haste() -> None:
+    weights = {"kernel": torch.randn(3, 5), "recurrent_scale": torch.randn(5)}
+    weights["bias"] = torch.randn(5)
+    x, h = torch.randn(6, 2, 3), torch.zeros(2, 5)
+    steps = []
+    for step in x:
+        h = torch.tanh(step @ weights["kernel"] + h * weights["recurrent_scale"] + weights["bias"])
+        steps.append(h)
+    found = read_layers(weights)[""]
+    assert isinstance(found, pyseq.nn.IndRNN)
+    torch.testing.assert_close(found(x)[0], torch.stack(steps))
+
+
+def test_layers_of_other_shapes_are_refused() -> None:
+    state = nn.GRU(3, 4).state_dict()
+    for name in state:
+        for shape in ((), (2,), (2, 0), (2, 3, 4)):
+            with pytest.raises(CheckpointError, match="state dictionary: "):
+                read_layers({**state, name: torch.ones(shape)})
 
 
 # The command line.

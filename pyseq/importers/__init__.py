@@ -7,17 +7,28 @@ output, ``read_layers`` recurrent layers into those of :mod:`pyseq.nn`; see docs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..translator import Translator
 from . import fairseq, g2p_en, joeynmt, opennmt, stanza
+from ._layout import shapes_may_differ
 from .joeynmt import InitialState
 from .layers import read_layers
 
 __all__ = ["LAYOUTS", "InitialState", "read_layers", "read_model"]
 
+_READERS: dict[str, Callable[..., Translator]] = {
+    "opennmt": opennmt.read,
+    "fairseq": fairseq.read,
+    "joeynmt": joeynmt.read,
+    "stanza": stanza.read,
+    "g2p-en": g2p_en.read,
+}
+
 #: The libraries whose models can be read.
-LAYOUTS: tuple[str, ...] = ("opennmt", "fairseq", "joeynmt", "stanza", "g2p-en")
+LAYOUTS: tuple[str, ...] = tuple(_READERS)
 
 
 def read_model(
@@ -52,17 +63,12 @@ def read_model(
     path = Path(path)
     source = None if source_vocab is None else Path(source_vocab)
     target = None if target_vocab is None else Path(target_vocab)
+    options: dict[str, Any] = {}
     if layout == "joeynmt":
-        return joeynmt.read(
-            path,
-            source_vocab=source,
-            target_vocab=target,
-            initial_state=initial_state,
-            scaled_embeddings=scaled_embeddings,
-        )
-    if initial_state is not None or scaled_embeddings:
+        options = {"initial_state": initial_state, "scaled_embeddings": scaled_embeddings}
+    elif initial_state is not None or scaled_embeddings:
         raise ValueError(
             f"initial_state and scaled_embeddings go with the layout 'joeynmt', got {layout!r}"
         )
-    modules = {"opennmt": opennmt, "fairseq": fairseq, "stanza": stanza, "g2p-en": g2p_en}
-    return modules[layout].read(path, source_vocab=source, target_vocab=target)
+    with shapes_may_differ(path):
+        return _READERS[layout](path, source_vocab=source, target_vocab=target, **options)

@@ -7,7 +7,8 @@ it does not know, and the checkpoint is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,18 @@ class Weights:
         """Refuse the checkpoint if it has anything that was not taken."""
         if self._left:
             raise self.refuse(f"pyseq has no place for {', '.join(self._left)}")
+
+
+@contextmanager
+def shapes_may_differ(path: Path) -> Iterator[None]:
+    """Refuse a file whose tensors have the right names and other shapes."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: its weights have other shapes than expected: {reason}"
+        ) from error
 
 
 class Stack(NamedTuple):

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .. import nn
 from ..errors import CheckpointError
-from ._layout import Weights
+from ._layout import Weights, shapes_may_differ
 from ._pickles import load_pickle
 
-Layer = nn.RNN | nn.GRU | nn.LSTM
+Layer = nn.RNN | nn.GRU | nn.LSTM | nn.IndRNN
 
 # Where each gate of torch.nn is among haste's: i, g, f, o and z, r, g.
 _HASTE_GATES: dict[str, tuple[int, ...]] = {"lstm": (0, 2, 1, 3), "gru": (1, 0, 2)}
@@ -50,10 +50,11 @@ def read_layers(
         prefix, _, last = str(name).rpartition(".")
         if last in ("weight_ih_l0", "recurrent_kernel", "recurrent_scale") and prefix not in layers:
             weights = Weights(_below(content, prefix), path=path, layout="torch.nn or haste")
-            if last == "weight_ih_l0":
-                layers[prefix] = _torch_layer(weights, nonlinearity)
-            else:
-                layers[prefix] = _haste_layer(weights)
+            with shapes_may_differ(path):
+                if last == "weight_ih_l0":
+                    layers[prefix] = _torch_layer(weights, nonlinearity)
+                else:
+                    layers[prefix] = _haste_layer(weights)
     if not layers:
         names = ", ".join(map(str, content)) or "nothing"
         raise CheckpointError(f"{path}: has no recurrent layer of torch.nn or haste, but: {names}")
@@ -97,11 +98,24 @@ def _is_layers(name: str) -> bool:
 
 
 def _haste_layer(weights: Weights) -> Layer:
-    """Kernels are (I, G*H) and (H, G*H); an LSTM has one bias, a GRU two."""
-    for name in ("gamma", "gamma_h", "recurrent_scale"):
+    """Kernels are (I, G*H) and (H, G*H), of an IndRNN (H,); a GRU has two biases, others one."""
+    for name in ("gamma", "gamma_h"):
         if name in weights:
-            kind = "IndRNN" if name == "recurrent_scale" else "layer normalisation"
-            raise weights.refuse(f"pyseq reads no layers of haste with {kind} ({name})")
+            raise weights.refuse(
+                f"pyseq reads no layers of haste with layer normalisation ({name})"
+            )
+    if "recurrent_scale" in weights:
+        kernel, scale, bias = (weights.take(n) for n in ("kernel", "recurrent_scale", "bias"))
+        return _load(
+            weights,
+            nn.IndRNN(len(kernel), len(scale), nonlinearity="tanh"),
+            {
+                "weight_ih_l0": kernel.t(),
+                "weight_hh_l0": scale,
+                "bias_ih_l0": bias,
+                "bias_hh_l0": torch.zeros_like(bias),
+            },
+        )
     recurrent = weights.take("recurrent_kernel")
     hidden_size, columns = recurrent.shape
     kernel, bias = weights.take("kernel"), weights.take("bias")

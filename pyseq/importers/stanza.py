@@ -39,6 +39,8 @@ def read(
     if "edit_clf.0.weight" in weights:
         raise weights.refuse("it decides between copying and rewriting, which pyseq does not")
 
+    weights.drop("SOS_tensor")  # the id of the start, in some versions
+
     encoder = take_stack(weights, "encoder.")
     cell = {
         f"{kind}_l0": weights.take(f"decoder.lstm_cell.{kind}")
