@@ -556,7 +556,9 @@ def _open_matrix(path: str | Path) -> Array:
     try:
         # Mapped, so that only the rows that are looked at are read.
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header as Python: it may be any
         raise DataError(f"{path}: not a numpy matrix: {error}") from error
     return _check_matrix(matrix, str(path))
 

@@ -891,6 +891,14 @@ class Seq2Seq(torch.nn.Module):
             "bridge_c_from_h": bridge_c_from_h,
         }
 
+        told = (extra_mode, extra_hidden_size, extra_place)
+        if source_extra_size is target_extra_size is None and told != ("concat", None, "output"):
+            raise ValueError(
+                "extra_mode, extra_hidden_size and extra_place go with source_extra_size or "
+                f"target_extra_size, got {extra_mode!r}, {extra_hidden_size!r} and {extra_place!r} "
+                "without"
+            )
+
         def extra(size: int | None) -> ExtraOptions | None:
             if size is None:
                 return None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -276,3 +277,25 @@ def test_fingerprints_tell_vocabularies_and_matrices_apart() -> None:
     assert fingerprint(Vocab("ab"), matrix.bfloat16()).startswith("sha256:")
     with pytest.raises(ValueError, match=r"one row for each of the 7 symbols, got \(6, 2\)"):
         fingerprint(Vocab("abc"), matrix)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_damaged_bytes_give_a_matrix_or_an_error_of_ours(writer: Writer, tmp_path: Path) -> None:
+    path = writer(tmp_path)
+    content = path.read_bytes()
+    chance = random.Random(7)
+    refused: list[str] = []
+    for _ in range(150):
+        damaged = bytearray(content)
+        for _ in range(chance.randint(1, 4)):
+            place = chance.randrange(len(damaged))
+            damaged[place : place + chance.randint(0, 2)] = chance.randbytes(chance.randint(0, 3))
+        path.write_bytes(damaged)
+        try:
+            matrix = read(path, VOCAB).matrix
+        except DataError as error:
+            refused.append(str(error))
+        else:
+            assert matrix.isfinite().all()
+    assert len(refused) > 20
+    assert all(str(tmp_path) in text for text in refused)

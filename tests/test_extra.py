@@ -314,6 +314,11 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
         ValueError,
         "extra_place must be one of output, input, got 'state'",
     ),
+    "nothing": (
+        lambda: model(extra_mode="add"),
+        ValueError,
+        "go with source_extra_size or target_extra_size, got 'add', None and 'output' without",
+    ),
     "missing": (
         lambda: call(BOTH, source_extra=double(3, 2)),
         RuntimeError,
@@ -390,7 +395,7 @@ def cased(count: int, seed: int) -> Lines:
     chance = random.Random(seed)
     found: Lines = []
     for _ in range(count):
-        text = "".join(chance.choices("abc", k=chance.randint(1, 4)))
+        text = "".join(chance.choices("abc", k=chance.randint(1, 3)))
         upper = chance.random() < 0.5
         found.append((text, text.upper() if upper else text, (1.0, 0.5) if upper else (-1.0, 0.5)))
     return found
@@ -420,7 +425,8 @@ def translator() -> Translator:
 def test_a_translator_learns_what_it_is_told(translator: Translator) -> None:
     test = cased(40, 2)
     found = translator.translate([f"{text}\t{columns(z)}" for text, _, z in test], beam_size=2)
-    assert sum(each.text == target for each, (_, target, _) in zip(found, test, strict=True)) > 35
+    right = [each.text == target for each, (_, target, _) in zip(found, test, strict=True)]
+    assert sum(right) > 32  # half of them without being told
     assert found[0].source_tokens == list(test[0][0])
     assert translator.translate(["  "])[0].text == ""
     assert "".join(translator.stream(f"ab\t{columns((1.0, 0.5))}")) == "AB"

@@ -13,6 +13,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
+from pyseq import quantize
 from pyseq.seq2seq import Seq2Seq
 from pyseq.tagger import POOLINGS, Classifier, Tagger
 from pyseq.types import IGNORE, PAD
@@ -189,6 +190,14 @@ def test_learns(kind: str) -> None:
     if kind == "tagger":
         right = right[torch.arange(6) < lengths.unsqueeze(1)]
     assert right.double().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_quantized_models_say_about_the_same(kind: str) -> None:
+    model, source = MODELS[kind]().float().eval(), sources()
+    expected = model(source, LENGTHS)
+    error = quantize(model)(source, LENGTHS) - expected
+    assert 0 < error.abs().max() < 0.05 * expected.abs().max()
 
 
 Call = Callable[[], Any]
