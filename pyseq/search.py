@@ -551,7 +551,9 @@ def _search_fused(
 ) -> list[list[Hypothesis]]:
     with _search_mode(model):
         encoded, state = model.encode_source(source, source_lengths)
-        prefix = _Rules.of(options, source.shape[0], source.device).prefix
+        prefix: Tensor | None = None
+        if any(options.prefix):
+            prefix = _Rules.of(options, source.shape[0], source.device).prefix
         found = fused(
             encoded,
             state,
@@ -562,7 +564,7 @@ def _search_fused(
             min_length=options.min_length,
             n_best=options.n_best,
             block_ngrams=options.block_ngrams,
-            prefix=prefix if prefix.shape[1] > 0 else None,
+            prefix=prefix,
         )
     columns = (found.tokens, found.lengths, found.scores)
     widths = source_lengths.tolist()

@@ -222,7 +222,8 @@ class Copies(NamedTuple):
 
 
 class GenerateOutput(NamedTuple):
-    """What ``generate`` returns: the best sequence of each row."""
+    """What ``generate`` returns: the best sequence of each row; the n best ones side by side where
+    more are asked for, and then B stands for B * n."""
 
     tokens: Tensor  # (B, T) int64, T the longest, ``<pad>`` after the last token of a row
     lengths: Tensor  # (B,) int64, tokens of each row, ``<stop>`` not counted

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of ``generate`` by name, and their comparison with the search step by step."""
+"""Calls of ``generate`` and ``scheduled_inputs`` by name, compared with what goes step by step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from operator_cases import make_lengths, map_leaves
+from operator_cases import leaves, make_lengths, map_leaves
+from tolerances import assert_same_bits
 from torch import Tensor
 
 from pyseq import functional, reference
@@ -148,3 +149,40 @@ def check(case: GenerateCase) -> GenerateOutput:
         difference = (found.weights.double() - expected.weights).abs()
         assert difference.le(TOLERANCES[case.dtype]).all()
     return found
+
+
+def scheduled_arguments(
+    case: GenerateCase, *, masked: bool = False, drawn: bool = False, share: float = 0.4
+) -> dict[str, Any]:
+    """A call of ``scheduled_inputs`` with as many steps as ``max_length`` says."""
+    arguments = case.arguments()
+    for name in ("max_length", "beam_size", "length_penalty", "need_weights"):
+        del arguments[name]
+    for name in ("min_length", "n_best", "block_ngrams", "prefix"):
+        del arguments[name]
+    _, batch, features, hidden, _, _, vocab = case.sizes
+    steps = case.max_length
+
+    def mask(*shape: int) -> Tensor:
+        return torch.randint(0, 3, shape).to(case.dtype)
+
+    arguments["tokens"] = torch.randint(0, vocab, (steps, batch))
+    arguments["coins"] = torch.rand(steps, batch) < share
+    if drawn:
+        arguments["draws"] = torch.rand(steps, batch, dtype=torch.float64).to(case.dtype)
+    if masked:
+        arguments["embedding_masks"] = mask(steps, batch, features)
+        arguments["output_masks"] = mask(steps, batch, hidden)
+        if case.layers > 1:
+            arguments["dropout_masks"] = mask(case.layers - 1, steps, batch, hidden)
+    return arguments
+
+
+def check_scheduled(case: GenerateCase, *, masked: bool, drawn: bool) -> None:
+    """Compare ``scheduled_inputs`` with the reference in float64."""
+    arguments = scheduled_arguments(case, masked=masked, drawn=drawn)
+    before = {name: tensor.clone() for name, tensor in leaves(arguments)}
+    found = functional.scheduled_inputs(**arguments)
+    exact = map_leaves(lambda _, t: t.double() if t.is_floating_point() else t, arguments)
+    assert torch.equal(found, reference.scheduled_inputs(**exact))
+    assert_same_bits(dict(leaves(arguments)), before)

@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from generate_cases import GenerateCase
-from operator_cases import CELLS, DTYPES, leaves, map_leaves, pairwise
-from tolerances import assert_same_bits
+from generate_cases import GenerateCase, check_scheduled, scheduled_arguments
+from operator_cases import CELLS, DTYPES, pairwise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyseq import Seq2Seq, cli, functional, reference, scheduled, training
+from pyseq import Seq2Seq, cli, functional, scheduled, training
 from pyseq.errors import CheckpointError
 from pyseq.scheduled import Constant, Exponential, InverseSigmoid, Linear, Sampling, Schedule
 from pyseq.search import choose
@@ -153,50 +152,18 @@ OPERATOR_CASES = [
 ]
 
 
-def operator_arguments(
-    case: GenerateCase, *, masked: bool = False, drawn: bool = False, share: float = 0.4
-) -> dict[str, Any]:
-    """As many steps as max_length says."""
-    arguments = case.arguments()
-    for name in ("max_length", "beam_size", "length_penalty", "need_weights"):
-        del arguments[name]
-    for name in ("min_length", "n_best", "block_ngrams", "prefix"):
-        del arguments[name]
-    _, batch, features, hidden, _, _, vocab = case.sizes
-    steps = case.max_length
-
-    def mask(*shape: int) -> Tensor:
-        return torch.randint(0, 3, shape).to(case.dtype)
-
-    arguments["tokens"] = torch.randint(0, vocab, (steps, batch))
-    arguments["coins"] = torch.rand(steps, batch) < share
-    if drawn:
-        arguments["draws"] = torch.rand(steps, batch, dtype=torch.float64).to(case.dtype)
-    if masked:
-        arguments["embedding_masks"] = mask(steps, batch, features)
-        arguments["output_masks"] = mask(steps, batch, hidden)
-        if case.layers > 1:
-            arguments["dropout_masks"] = mask(case.layers - 1, steps, batch, hidden)
-    return arguments
-
-
 @pytest.mark.parametrize("drawn", [False, True], ids=["argmax", "draws"])
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in OPERATOR_CASES])
 def test_the_operator_goes_step_by_step(case: GenerateCase, masked: bool, drawn: bool) -> None:
-    arguments = operator_arguments(case, masked=masked, drawn=drawn)
-    before = {name: tensor.clone() for name, tensor in leaves(arguments)}
-    found = functional.scheduled_inputs(**arguments)
-    exact = map_leaves(lambda _, t: t.double() if t.is_floating_point() else t, arguments)
-    assert torch.equal(found, reference.scheduled_inputs(**exact))
-    assert_same_bits(dict(leaves(arguments)), before)
+    check_scheduled(case, masked=masked, drawn=drawn)
 
 
 def test_the_operator_chooses() -> None:
     """Or the comparison would not mean much."""
     for drawn in (False, True):
         case = GenerateCase(sizes=(6, 17, 8, 16, 16, 16, 40), max_length=8)
-        arguments = operator_arguments(case, drawn=drawn, share=0.0)
+        arguments = scheduled_arguments(case, drawn=drawn, share=0.0)
         found = functional.scheduled_inputs(**arguments)
         assert torch.equal(found[0], arguments["tokens"][0])
         assert len(found[1:].unique()) > 10
@@ -220,7 +187,7 @@ def test_bits_do_not_depend_on_the_threads(
 ) -> None:
     case = replace(case, dtype=dtype)
     for drawn in (False, True):
-        arguments = operator_arguments(case, masked=True, drawn=drawn)
+        arguments = scheduled_arguments(case, masked=True, drawn=drawn)
         set_threads(1)
         alone = functional.scheduled_inputs(**arguments)
         for threads in (2, 3):
@@ -231,26 +198,28 @@ def test_bits_do_not_depend_on_the_threads(
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_whatever_the_logits_tokens_are_read(value: float) -> None:
     for drawn in (False, True):
-        arguments = operator_arguments(GenerateCase(), drawn=drawn, share=0.0)
+        arguments = scheduled_arguments(GenerateCase(), drawn=drawn, share=0.0)
         arguments["output_bias"].fill_(value)
         found = functional.scheduled_inputs(**arguments)
         assert ((found >= 0) & (found < 9)).all()
 
 
 def test_the_truth_alone_needs_no_steps() -> None:
-    arguments = operator_arguments(GenerateCase(), share=1.0)
+    arguments = scheduled_arguments(GenerateCase(), share=1.0)
     arguments["layers"][0][0].fill_(math.nan)
     assert torch.equal(functional.scheduled_inputs(**arguments), arguments["tokens"])
 
 
 def test_no_rows_no_choices() -> None:
-    arguments = operator_arguments(GenerateCase(sizes=(4, 0, 5, 7, 6, 8, 9)))
+    arguments = scheduled_arguments(GenerateCase(sizes=(4, 0, 5, 7, 6, 8, 9)))
     assert functional.scheduled_inputs(**arguments).shape == (8, 0)
 
 
 def test_opcheck() -> None:
     for score in ("general", None):
-        arguments = operator_arguments(GenerateCase(score=score, layers=2), masked=True, drawn=True)
+        arguments = scheduled_arguments(
+            GenerateCase(score=score, layers=2), masked=True, drawn=True
+        )
         recorded: list[tuple[Any, ...]] = []
         with recording(torch.ops.pyseq.scheduled_inputs.default, recorded):
             functional.scheduled_inputs(**arguments)
@@ -298,7 +267,7 @@ OPERATOR_ERRORS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
 def test_arguments_that_do_not_fit_are_refused(name: str) -> None:
     error, changes, match = OPERATOR_ERRORS[name]
     with pytest.raises(error, match=match):
-        functional.scheduled_inputs(**(operator_arguments(GenerateCase()) | changes))
+        functional.scheduled_inputs(**(scheduled_arguments(GenerateCase()) | changes))
 
 
 # What is read

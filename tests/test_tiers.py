@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from generate_cases import GenerateCase
+from generate_cases import GenerateCase, check_scheduled
 from generate_cases import check as check_generate
 from operator_cases import DTYPES, AttendCase, Case, DecodeCase, ScanCase, expected_of, run
 from operator_cases import LinearCrossEntropyCase as LossCase
@@ -21,6 +21,7 @@ from operator_cases import small_cases as small
 from tolerances import assert_close
 
 from pyseq import functional
+from pyseq._library import _C
 
 #: The values of ATEN_CPU_CAPABILITY, from the least to the most, and pyseq's name for each.
 TIERS = {"default": "plain", "avx2": "avx2", "avx512": "avx512"}
@@ -80,7 +81,19 @@ def check_this_process() -> None:
     for dtype in DTYPES:
         check_generate(GenerateCase(sizes=(7, 2, 16, 65, 65, 33, 300), dtype=dtype))
         check_generate(GenerateCase(sizes=(5, 3, 4, 8, 9, 17, 131), beam_size=4, dtype=dtype))
-    print(functional._library._C.cpu_tier())
+        ruled = GenerateCase(
+            sizes=(4, 3, 5, 7, 6, 8, 9),
+            beam_size=3,
+            n_best=3,
+            min_length=2,
+            block_ngrams=2,
+            prefix="ragged",
+            dtype=dtype,
+        )
+        check_generate(ruled)
+        for drawn in (False, True):
+            check_scheduled(ruled, masked=drawn, drawn=drawn)
+    print(_C.cpu_tier())
 
 
 if __name__ == "__main__":
