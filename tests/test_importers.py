@@ -716,6 +716,14 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
         read_model("fairseq", tmp_path / "model", **case.options)
 
 
+def test_a_target_must_begin_and_end(tmp_path: Path) -> None:
+    case = opennmt()
+    case.write(tmp_path / "model")
+    (tmp_path / "words").write_text("\r\n".join(f"w{n}" for n in range(len(case.target_symbols))))
+    with pytest.raises(CheckpointError, match="no symbol of its target vocabulary begins, or ends"):
+        read_model("opennmt", tmp_path / "model", target_vocab=tmp_path / "words")
+
+
 def test_symbols_without_a_vocabulary_are_called_by_their_ids(tmp_path: Path) -> None:
     fairseq(tmp_path).write(tmp_path / "model")
     found = read_model("fairseq", tmp_path / "model")
@@ -854,6 +862,8 @@ def test_layers_of_other_shapes_are_refused() -> None:
         for shape in ((), (2,), (2, 0), (2, 3, 4)):
             with pytest.raises(CheckpointError, match="state dictionary: "):
                 read_layers({**state, name: torch.ones(shape)})
+    with pytest.raises(CheckpointError, match="it has 5 tensors for 1000000000 layers"):
+        read_layers({**state, "weight_ih_l999999999": torch.ones(1)})
 
 
 # The command line.

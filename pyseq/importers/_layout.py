@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 from ..seq2seq import Seq2Seq
 from ..text import SPECIALS, SourceMarks, Vocab
 from ..translator import Translator
-from ..types import START, CellName
+from ..types import START, STOP, CellName
 
 # The logit of a token that the model cannot emit: exp of it is zero in every dtype.
 NEVER = -1e4
@@ -239,9 +239,10 @@ def read_symbols(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not valid UTF-8") from error
+    return [line.removesuffix("\r") for line in lines]
 
 
 class Parts(NamedTuple):
@@ -276,6 +277,9 @@ def build(weights: Weights, parts: Parts) -> Seq2Seq:
     weights.finish()
     if not parts.combine_tanh:
         parts = _without_tanh(parts)
+    target = parts.target
+    if target.rows[STOP] is None or (target.rows[START] is None and target.begin is None):
+        raise weights.refuse("no symbol of its target vocabulary begins, or ends, a sentence")
     encoder, decoder = parts.encoder, parts.decoder
     biased = parts.combine_bias is not None or parts.key_bias is not None
     state = {f"encoder.rnn.{name}": value for name, value in encoder.weights.items()}

@@ -74,8 +74,11 @@ def _torch_layer(weights: Weights, nonlinearity: str) -> Layer:
     state_size = tensors["weight_hh_l0"].shape[1]
     proj_size = state_size if "weight_hr_l0" in tensors else 0
     hidden_size = tensors["weight_hr_l0"].shape[1] if proj_size else state_size
+    num_layers = 1 + max(int(name.split("_l")[-1].split("_")[0]) for name in tensors)
+    if num_layers > len(tensors):
+        raise weights.refuse(f"it has {len(tensors)} tensors for {num_layers} layers")
     options: dict[str, Any] = {
-        "num_layers": 1 + max(int(name.split("_l")[-1].split("_")[0]) for name in tensors),
+        "num_layers": num_layers,
         "bias": "bias_ih_l0" in tensors,
         "bidirectional": "weight_ih_l0_reverse" in tensors,
     }
