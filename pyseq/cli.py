@@ -999,13 +999,18 @@ def _evaluate_labels(arguments: argparse.Namespace) -> None:
     expected = training.tokenise_labels(pairs, task=task, tokens=tokens)
     check_labels(expected, name=arguments.pairs, per_token=labeler.per_token)
     results = labeler.predict([pair.source for pair in pairs], batch_size=arguments.batch_size)
-    scores = metrics.label_scores(
-        [result.labels for result in results], [pair.target for pair in expected]
-    )
+    predicted, right = [result.labels for result in results], [pair.target for pair in expected]
+    scores = metrics.label_scores(predicted, right)
     print(f"lines     {scores.lines:,}")
     print(f"accuracy  {scores.accuracy:.2%}  (labels that are right)")
     print(f"whole     {scores.line_accuracy:.2%}  (lines whose labels are all right)")
     print(f"macro F1  {scores.macro_f1:.2%}  (mean over the labels in the file)")
+    if labeler.per_token and metrics.is_spans(scores.labels):
+        whole = metrics.span_scores(predicted, right)
+        print(
+            f"span F1   {whole.f1:.2%}  (precision {whole.precision:.2%}, recall "
+            f"{whole.recall:.2%}, {whole.support:,} spans of B- and I- labels)"
+        )
     width = max(map(len, scores.labels))
     print(f"\n{'label':{width}}  precision   recall       F1  in the file")
     for label, score in scores.labels.items():

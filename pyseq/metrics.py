@@ -8,7 +8,7 @@ Edit distance is rapidfuzz's, BLEU and chrF are sacrebleu's; both come with the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -76,8 +76,7 @@ def label_scores(predicted: Sequence[Tokens], expected: Sequence[Tokens]) -> Lab
     has: Counter[str] = Counter()
     whole = 0
     for number, (found, right) in enumerate(zip(predicted, expected, strict=True), 1):
-        if len(found) != len(right):
-            raise ValueError(f"line {number}: expected {len(right)} labels, got {len(found)}")
+        _check_labels(number, found, right)
         got.update(found)
         has.update(right)
         hits.update(one for one, other in zip(found, right, strict=True) if one == other)
@@ -98,6 +97,58 @@ def label_scores(predicted: Sequence[Tokens], expected: Sequence[Tokens]) -> Lab
         scores,
         len(expected),
     )
+
+
+def is_spans(labels: Iterable[str]) -> bool:
+    """Whether labels mark spans: ``"O"``, ``"B-x"`` and ``"I-x"``, and not only ``"O"``."""
+    kinds = {label if label == "O" else label[:2] for label in labels}
+    return kinds <= {"O", "B-", "I-"} and "B-" in kinds
+
+
+def spans(labels: Tokens) -> set[tuple[int, int, str]]:
+    """The spans that ``"B-x"``, ``"I-x"`` and ``"O"`` mark: first token, the one after the last,
+    and x.
+
+    A span begins at ``"B-x"``, and also at an ``"I-x"`` that does not go on with an x.
+    """
+    found: set[tuple[int, int, str]] = set()
+    begin, name = 0, ""
+    for place, label in enumerate([*labels, "O"]):
+        kind, _, new = label.partition("-")
+        if name and (kind != "I" or new != name):
+            found.add((begin, place, name))
+            name = ""
+        if new and not name:
+            begin, name = place, new
+    return found
+
+
+def span_scores(predicted: Sequence[Tokens], expected: Sequence[Tokens]) -> LabelScore:
+    """Precision, recall and F1 of whole spans: right only with both ends and the kind.
+
+    Args:
+        predicted, expected: as for :func:`label_scores`, labels as for :func:`spans`.
+
+    Raises:
+        ValueError: the numbers of lines or of the labels of a line differ.
+
+    Reference:
+        Tjong Kim Sang & De Meulder 2003, arXiv cs/0306050, section 2 (the CoNLL-2003 task).
+    """
+    hits = got = has = 0
+    for number, (found, right) in enumerate(zip(predicted, expected, strict=True), 1):
+        _check_labels(number, found, right)
+        found_spans, right_spans = spans(found), spans(right)
+        hits += len(found_spans & right_spans)
+        got += len(found_spans)
+        has += len(right_spans)
+    f1 = 2 * hits / max(1, got + has)
+    return LabelScore(hits / max(1, got), hits / max(1, has), f1, has)
+
+
+def _check_labels(number: int, predicted: Tokens, expected: Tokens) -> None:
+    if len(predicted) != len(expected):
+        raise ValueError(f"line {number}: expected {len(expected)} labels, got {len(predicted)}")
 
 
 def require_packages(*, text_scores: bool) -> None:

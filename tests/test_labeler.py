@@ -261,6 +261,20 @@ def test_commands(
     assert last == [["UNSEEN", "0.00%", "0.00%", "0.00%", "1"]]
 
 
+def test_spans_are_scored(
+    labelers: dict[str, Labeler], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = labelers["tag"].model
+    names = Labels(["B-x", "I-x", "O"])
+    Labeler(model, labelers["tag"].source_vocab, names).save(tmp_path)
+    data = write(tmp_path / "data.tsv", [("the cat sees", "B-x I-x O"), ("a dog", "B-x O")])
+    assert cli.main(["evaluate", str(tmp_path), str(data)]) == 0
+    line = capsys.readouterr().out.splitlines()[4]
+    assert (
+        line == "span F1   50.00%  (precision 50.00%, recall 50.00%, 2 spans of B- and I- labels)"
+    )
+
+
 ERRORS: list[tuple[list[str], str]] = [
     (["train", "{data}", "--out", "{tmp}/x", "--task", "classify", "--score", "dot"],
      "a model of labels has no decoder and takes no score: leave it out"),

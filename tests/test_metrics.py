@@ -8,7 +8,15 @@ import sys
 import pytest
 
 from pyseq.errors import MissingExtraError
-from pyseq.metrics import edit_distance, error_rates, label_scores, text_scores
+from pyseq.metrics import (
+    edit_distance,
+    error_rates,
+    is_spans,
+    label_scores,
+    span_scores,
+    spans,
+    text_scores,
+)
 
 
 @pytest.mark.parametrize(
@@ -94,3 +102,35 @@ def test_label_scores_need_as_many_labels(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         label_scores(predicted, expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ("", set()),
+        ("O O", set()),
+        ("B-a I-a O B-b", {(0, 2, "a"), (3, 4, "b")}),
+        ("B-a B-a I-a", {(0, 1, "a"), (1, 3, "a")}),
+        ("I-a I-a I-b O I-a", {(0, 2, "a"), (2, 3, "b"), (4, 5, "a")}),
+        ("B-a I-b B-b-c I-b-c", {(0, 1, "a"), (1, 2, "b"), (2, 4, "b-c")}),
+    ],
+)
+def test_spans(labels: str, found: set[tuple[int, int, str]]) -> None:
+    assert spans(labels.split()) == found
+
+
+def test_span_scores_want_whole_spans() -> None:
+    expected = [["B-a", "I-a", "O", "B-b"], ["O"], ["B-a"]]
+    predicted = [["B-a", "O", "O", "B-b"], ["B-a"], ["O"]]
+    assert span_scores(predicted, expected) == (1 / 3, 1 / 3, 1 / 3, 3)
+    assert span_scores(expected, expected) == (1, 1, 1, 3)
+    assert span_scores([["O"]], [["O"]]) == (0, 0, 0, 0)
+    with pytest.raises(ValueError, match="line 2: expected 1 labels, got 2"):
+        span_scores([["O"], ["O", "O"]], [["O"], ["O"]])
+
+
+def test_which_labels_mark_spans() -> None:
+    assert is_spans(["O", "B-a", "I-a"])
+    assert is_spans(["B-a"])
+    assert not is_spans(["O"])
+    assert not is_spans(["O", "B-a", "NOUN"])
