@@ -480,9 +480,9 @@ class _Recurrent(torch.nn.RNNBase):
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Time-major and batched: the output, the last state and those of every step in parts."""
         try:
-            plain = self._plain and lengths is None and resets is None and not return_states
-            if plain and len(self._all_weights) == 1:
-                return self._scan_one(x, parts)
+            plain = self._plain and not self.bidirectional and not return_states
+            if plain and lengths is None and resets is None and not self._drops():
+                return self._scan_plain(x, parts)
             if not parts:
                 parts = tuple(
                     part.unsqueeze(1).expand(-1, x.shape[1], -1) for part in self._learned()
@@ -495,7 +495,7 @@ class _Recurrent(torch.nn.RNNBase):
                 directions=2 if self.bidirectional else 1,
                 lengths=lengths,
                 resets=resets,
-                dropout=self.dropout if self.training else 0.0,
+                dropout=self.dropout if self._drops() else 0.0,
                 keep_every=self.keep_every,
                 regularization=_Regularization(
                     self.residual,
@@ -508,17 +508,25 @@ class _Recurrent(torch.nn.RNNBase):
             self._explain(x, parts)
             raise
 
-    def _scan_one(
+    def _drops(self) -> bool:
+        """Whether there is dropout between the layers of this call."""
+        return self.training and self.dropout > 0 and self.num_layers > 1
+
+    def _scan_plain(
         self, x: Tensor, parts: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """:meth:`_scan` of a single layer in one direction that does nothing besides. In single
-        steps of small layers the bookkeeping for more would take as long as the operator."""
-        state: State | None = None
-        if parts:
-            state = parts[0][0] if len(parts) == 1 else tuple([part[0] for part in parts])
-        own = self._weights()[0][:5]  # peepholes are no plain layer's
-        output, last = functional.scan(x, *own, state, cell=self.cell)
-        return output, tuple([part.unsqueeze(0) for part in state_parts(self.cell, last)]), ()
+        """:meth:`_scan` of layers in one direction that do nothing besides. In single steps of
+        small layers the bookkeeping for more would take as long as the operator."""
+        cell, state, states = self.cell, None, []
+        for index, weights in enumerate(self._weights()):
+            if parts:
+                state = join_parts(tuple([part[index] for part in parts]))
+            # Peepholes, behind these five, are no plain layer's.
+            x, last = functional.scan(x, *weights[:5], state, cell=cell)
+            states.append(state_parts(cell, last))
+        if len(states) == 1:
+            return x, tuple([part.unsqueeze(0) for part in states[0]]), ()
+        return x, _join_layers(torch.stack, states), ()
 
     def forward(
         self,
