@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pyseq import training
 from pyseq.distributed import DataParallel, Processes, joined
 from pyseq.errors import TrainingError
+from pyseq.labels import LabelBatch
+from pyseq.tagger import Classifier, Tagger
 from pyseq.text import Pair
 from pyseq.training import Data, Interrupted, ModelOptions, Trainer, TrainingOptions
 
@@ -80,6 +82,24 @@ def compare_gradients(processes: Processes) -> None:
     assert isinstance(parallel._parallel, DistributedDataParallel)
 
 
+def compare_labels(processes: Processes) -> None:
+    """The same of a model that gives labels, where a process has no row at all."""
+    for kind, labels in ((Tagger, [[1, 0, 2]]), (Classifier, [1])):
+        torch.manual_seed(1)
+        model = kind(9, 3, embedding_size=4, hidden_size=6, dropout=0.0).double()
+        parallel = DataParallel(model, training._loss, processes)
+        source = torch.tensor([[4, 5, 8]])
+        batch = LabelBatch(source, torch.tensor([3]), torch.tensor(labels), [1])
+        loss, value = parallel.loss(batch, label_smoothing=0.0)
+        loss.backward()
+        found = gradients(model)
+        model.zero_grad()
+        expected = training._loss(model, batch)
+        expected.backward()
+        assert abs(value - expected.item()) < 1e-12
+        torch.testing.assert_close(found, gradients(model))
+
+
 def resume_exactly(folder: Path, processes: Processes) -> None:
     """A signal to process 1 alone stops all, and resuming gives the bits of a whole run."""
     model, options = replace(MODEL, dropout=0.3), replace(OPTIONS, average="exponential")
@@ -120,6 +140,7 @@ def main(folder: Path) -> None:
     with joined(torch.device("cpu")) as processes:
         assert processes.count == 2
         compare_gradients(processes)
+        compare_labels(processes)
         draw_masks(folder, processes)
         trainer = begin(folder / "two")
         trainer.run()
