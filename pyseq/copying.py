@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .types import UNK, Copies
+from .types import PAD, UNK, Copies
 
 CopyName = Literal["pointer", "joint"]
 COPIES: tuple[str, ...] = ("pointer", "joint")
@@ -75,21 +75,96 @@ class Copying(torch.nn.Module):
             (B, T, V + X), in nats; minus infinity for ids beyond V that a row's source does
             not have.
         """
+        generates, copied = self._choices(logits, hidden, memory, embedded, copies)
+        generated = torch.log_softmax(logits, 2) + generates
+        return _add_copies(F.pad(generated, (0, copies.extra), value=-math.inf), copied, copies.ids)
+
+    def loss(
+        self,
+        logits: Tensor,
+        hidden: Tensor,
+        memory: Tensor,
+        embedded: Tensor,
+        copies: Copies,
+        target: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """Cross entropy in nats, averaged over the tokens of ``target`` that are not ``<pad>``.
+
+        Without smoothing no probabilities but those of the target are computed.
+
+        Args:
+            logits, hidden, memory, embedded, copies: as in :meth:`forward`.
+            target: (B, T) int64, ids below V + X.
+            label_smoothing: share of the target probability that is spread over the vocabulary,
+                since of the ids beyond it most have no probability.
+
+        Returns:
+            0-dimensional; NaN if every token is ``<pad>``.
+
+        Raises:
+            ValueError: ``label_smoothing`` is out of its range.
+            RuntimeError: a token of the target is neither in the vocabulary nor in a source.
+        """
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+        vocab = logits.shape[2]
+        if target.numel() and int(target.max()) >= vocab + copies.extra:
+            raise RuntimeError(
+                f"target_out must be below {vocab + copies.extra}, the vocabulary and what may be "
+                f"copied, got {int(target.max())}"
+            )
+        if label_smoothing > 0:
+            log_probs = self(logits, hidden, memory, embedded, copies)
+            losses = -log_probs.gather(2, target.unsqueeze(2)).squeeze(2)
+            spread = -log_probs[:, :, :vocab].mean(2)
+            losses = (1 - label_smoothing) * losses + label_smoothing * spread
+        else:
+            generates, copied = self._choices(logits, hidden, memory, embedded, copies)
+            known = target < vocab
+            picked = logits.gather(2, target.masked_fill(~known, UNK).unsqueeze(2))
+            generated = picked - torch.logsumexp(logits, 2, keepdim=True) + generates
+            same = copies.ids.unsqueeze(1) == target.unsqueeze(2)
+            same = same & (copies.ids >= UNK).unsqueeze(1)
+            losses = -_log_sum(generated.squeeze(2), known, copied, same)
+        valid = target != PAD
+        return losses.masked_fill(~valid, 0.0).sum() / valid.sum()
+
+    def _choices(
+        self, logits: Tensor, hidden: Tensor, memory: Tensor, embedded: Tensor, copies: Copies
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, T, 1) of generating, and (B, T, S) of copying each position."""
         fixed = (copies.ids < UNK).unsqueeze(1)  # (B, 1, S), what is not copied
         nothing = fixed.all(2, keepdim=True)
         scores = (self.query(hidden) @ memory.transpose(1, 2)).masked_fill(fixed, -math.inf)
+        # Finite where there is nothing to choose from, which is masked again below.
+        scores = scores.masked_fill(nothing, 0.0)
+        attn = torch.log_softmax(scores, 2)
         if self.gate is not None:
-            # Finite where there is nothing to choose from, which is masked again below.
-            attn = torch.log_softmax(scores.masked_fill(nothing, 0.0), 2)
-            weights = attn.exp().masked_fill(fixed, 0.0)
-            gate = self.gate(torch.cat([weights @ memory, hidden, embedded], 2))
-            generated = torch.log_softmax(logits, 2) + F.logsigmoid(gate).masked_fill(nothing, 0.0)
-            copied = attn + F.logsigmoid(-gate)
+            context = attn.exp().masked_fill(fixed, 0.0) @ memory
+            gate = self.gate(torch.cat([context, hidden, embedded], 2))
         else:
-            total = torch.logsumexp(torch.cat([logits, scores], 2), 2, keepdim=True)
-            generated, copied = logits - total, scores - total
-        copied = copied.masked_fill(fixed, -math.inf)
-        return _add_copies(F.pad(generated, (0, copies.extra), value=-math.inf), copied, copies.ids)
+            # One softmax over both is one over each, and this gate between them.
+            gate = torch.logsumexp(logits, 2, keepdim=True)
+            gate = gate - torch.logsumexp(scores, 2, keepdim=True)
+        generates = F.logsigmoid(gate).masked_fill(nothing, 0.0)
+        return generates, (attn + F.logsigmoid(-gate)).masked_fill(fixed, -math.inf)
+
+
+def _log_sum(generated: Tensor, known: Tensor, copied: Tensor, same: Tensor) -> Tensor:
+    """``log(exp(generated) + sum_s exp(copied_s))`` of each target, by its gradient too.
+
+    Args:
+        generated: (B, T), which counts where the target is ``known``, (B, T) bool.
+        copied: (B, T, S), which counts where it is the ``same``, (B, T, S) bool.
+    """
+    found = same.any(2)
+    # No logarithm is taken of zero, even where it does not count: it would have no gradient.
+    terms = copied.masked_fill(~same, -math.inf).masked_fill(~found.unsqueeze(2), 0.0)
+    summed = torch.logsumexp(terms, 2)
+    alone = torch.where(found, summed, generated.masked_fill(~known, -math.inf))
+    return torch.where(found & known, torch.logaddexp(generated, summed), alone)
 
 
 def _add_copies(generated: Tensor, copied: Tensor, ids: Tensor) -> Tensor:

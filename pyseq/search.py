@@ -725,7 +725,9 @@ def _draw(log_probs: Tensor, options: SearchOptions, generator: torch.Generator 
     values, tokens = log_probs.topk(count)  # in descending order
     # Where everything is forbidden <stop> is taken, as greedy search does.
     nothing = values[:, :1] == -math.inf
-    probs = torch.softmax(values.masked_fill(nothing, 0) / options.temperature, 1)
+    # Of the differences to the first, which no temperature makes infinite for all.
+    below = (values - values[:, :1]).masked_fill(nothing, 0)
+    probs = torch.softmax(below / max(options.temperature, torch.finfo(below.dtype).tiny), 1)
     # A token stays if those before it do not yet reach top_p; the first always does.
     probs = probs.where(probs.cumsum(1) - probs < options.top_p, 0)
     choice = torch.multinomial(probs, 1, generator=generator)

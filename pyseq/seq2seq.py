@@ -404,15 +404,24 @@ class Decoder(torch.nn.Module):
         self, hidden: Tensor, x: Tensor, memory: Tensor | None, conditions: Conditions | None
     ) -> Tensor:
         """What :meth:`forward` returns first, for (T, B, H) and what was read, (T, B, I)."""
+        if self.copying is not None:
+            return self.copying(*self._copying_inputs(hidden, x, memory, conditions))
         # Transposed here, where it is narrow, so that the logits are contiguous.
-        hidden = hidden.transpose(0, 1)
-        logits = self.output(hidden)
-        if self.copying is None:
-            return logits
+        return self.output(hidden.transpose(0, 1))
+
+    def _copying_inputs(
+        self, hidden: Tensor, x: Tensor, memory: Tensor | None, conditions: Conditions | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Copies]:
+        """What :class:`pyseq.copying.Copying` reads, batch first."""
         if memory is None or conditions is None or conditions.copies is None:
             raise RuntimeError("a decoder that copies must be given a memory and copies, got None")
-        return self.copying(
-            logits, hidden, memory.transpose(0, 1), x.transpose(0, 1), conditions.copies
+        hidden = hidden.transpose(0, 1)
+        return (
+            self.output(hidden),
+            hidden,
+            memory.transpose(0, 1),
+            x.transpose(0, 1),
+            conditions.copies,
         )
 
     def loss(
@@ -452,10 +461,9 @@ class Decoder(torch.nn.Module):
             target_in, memory, lengths=lengths, state=state, masks=masks, conditions=conditions
         )
         if self.copying is not None:
-            return _mean_loss(
-                self._predict(hidden, x, memory, conditions),
+            return self.copying.loss(
+                *self._copying_inputs(hidden, x, memory, conditions),
                 target_out,
-                vocab_size=self.output.out_features,
                 label_smoothing=label_smoothing,
             )
         return functional.linear_cross_entropy(
@@ -724,31 +732,6 @@ class Decoder(torch.nn.Module):
         return embedding.max_norm is None and all(
             module is None or _is_plain(module, kind) for module, kind in parts
         )
-
-
-def _mean_loss(
-    log_probs: Tensor, target: Tensor, *, vocab_size: int, label_smoothing: float
-) -> Tensor:
-    """Cross entropy, averaged over the tokens of ``target`` (B, T) that are not ``<pad>``.
-
-    What is smoothed over is the vocabulary: of the ids beyond it most have no probability.
-
-    Args:
-        log_probs: (B, T, W), W at least ``vocab_size``.
-    """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
-    if target.numel() and int(target.max()) >= log_probs.shape[2]:
-        raise RuntimeError(
-            f"target_out must be below {log_probs.shape[2]}, the vocabulary and what may be "
-            f"copied, got {int(target.max())}"
-        )
-    losses = -log_probs.gather(2, target.unsqueeze(2)).squeeze(2)
-    if label_smoothing > 0:
-        spread = -log_probs[:, :, :vocab_size].mean(2)
-        losses = (1 - label_smoothing) * losses + label_smoothing * spread
-    valid = target != PAD
-    return losses.masked_fill(~valid, 0.0).sum() / valid.sum()
 
 
 class _Encoded(NamedTuple):

@@ -117,6 +117,34 @@ def test_of_nothing_to_copy_everything_is_generated(kind: str) -> None:
     torch.testing.assert_close(found, torch.log_softmax(arguments[0], 2))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_that_of_all_probabilities(kind: str) -> None:
+    head, arguments, copies = head_and_arguments(kind)
+    for argument in arguments:
+        argument.requires_grad_()
+    # In the vocabulary or not, to be copied from one place, from two or from none.
+    target = torch.tensor([[4, 7], [7, 3], [5, PAD]])
+    log_probs = head(*arguments, copies)
+    picked = log_probs.gather(2, target.unsqueeze(2)).squeeze(2)
+    expected = -picked[target != PAD].mean()
+    leaves = [*arguments, *head.parameters()]
+    theirs = torch.autograd.grad(expected, leaves, allow_unused=True)
+    loss = head.loss(*arguments, copies, target)
+    ours = torch.autograd.grad(loss, leaves, allow_unused=True)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: head.loss(*inputs, copies, target), arguments, fast_mode=True
+    )
+    with pytest.raises(RuntimeError, match=r"target_out must be below 9, .* got 9"):
+        head.loss(*arguments, copies, target + 2)
+    # What no source of the row has cannot be said.
+    assert head.loss(*arguments, copies, target.where(target != 5, 8)) == torch.inf
+
+
 # The model
 
 

@@ -154,6 +154,7 @@ def test_sampling_follows_the_distribution() -> None:
         ({"top_p": 1e-9}, {STOP}),
         ({"top_p": 1.0}, {STOP, UNK, 4, 5}),
         ({"temperature": 1e-3}, {STOP}),
+        ({"temperature": 1e-320}, {STOP}),
         ({"top_k": 2, "top_p": 0.6}, {STOP}),
     ],
     ids=str,
