@@ -32,6 +32,15 @@ _TO_PYSEQ: dict[Class, Class] = {
 }
 _TO_TORCH: dict[Class, Class] = {ours: theirs for theirs, ours in _TO_PYSEQ.items()}
 
+#: Recurrent modules that torch.nn has nothing like.
+_ONLY_PYSEQ: tuple[Class, ...] = tuple(
+    cls
+    for cls in (getattr(nn, name) for name in nn.__all__)
+    if isinstance(cls, type)
+    and issubclass(cls, (torch.nn.RNNBase, torch.nn.RNNCellBase, nn.AttentionDecoder))
+    and cls not in _TO_TORCH
+)
+
 #: What a subclass may define and still be nothing but its base with arguments of its own: the
 #: layer is made already, so that a constructor has done its work.
 _HARMLESS = {
@@ -90,8 +99,9 @@ def revert(model: M, *, log: Log | None = print) -> M:
     """Undo :func:`convert`: make every recurrent layer and cell of pyseq.nn one of torch.nn.
 
     For what knows only torch's own layers, such as the exporter to ONNX. Layers that were made
-    as pyseq's become torch's too, unless torch.nn cannot express them (an option that it does
-    not have, quantized weights): these are left alone, with the reason in the log.
+    as pyseq's become torch's too, unless torch.nn cannot express them (a cell or an option that
+    it does not have, quantized weights): these are left alone, with the reason in the log. Code
+    that calls a layer with ``lengths``, ``resets`` or ``return_states`` needs pyseq's.
 
     Args, Returns, Raises: as :func:`convert`.
     """
@@ -111,6 +121,8 @@ def _change(model: M, classes: dict[Class, Class], source: str, log: Log | None)
         where, old = name or "the model itself", _class_name(module)
         base = _base(module, classes)
         if base is None:
+            if classes is _TO_TORCH and isinstance(module, _ONLY_PYSEQ):
+                lines.append(f"{where}: {old} left alone, torch has none")
             continue
         reason = _reason_against(module, base, classes[base])
         if reason is None:
@@ -139,10 +151,9 @@ def _plain_class(module: torch.nn.Module) -> Class:
 
 def _class_name(module: torch.nn.Module) -> str:
     cls = _plain_class(module)
-    for home, known in (("torch.nn", _TO_PYSEQ), ("pyseq.nn", _TO_TORCH)):
-        if cls in known:
-            return f"{home}.{cls.__name__}"
-    return cls.__qualname__
+    if cls in _TO_PYSEQ:
+        return f"torch.nn.{cls.__name__}"
+    return f"pyseq.nn.{cls.__name__}" if cls in (*_TO_TORCH, *_ONLY_PYSEQ) else cls.__qualname__
 
 
 def _reason_against(module: torch.nn.Module, base: Class, target: Class) -> str | None:

@@ -257,6 +257,7 @@ def test_leaves_alone_what_it_cannot_represent() -> None:
     layers = torch.nn.ModuleList([nn.GRU(I, H, 2, residual=True), nn.LSTM(I, H, forget_bias=1.0)])
     layers[1].keep_every = 4
     layers.append(pyseq.quantize(nn.RNN(I, H)))
+    layers.append(nn.IndRNN(I, H))
     x = torch.randn(T, B, I)
     expected = layers[1](x)[0]
     lines.clear()
@@ -265,6 +266,7 @@ def test_leaves_alone_what_it_cannot_represent() -> None:
         "0: pyseq.nn.GRU left alone, torch has no residual",
         "1: pyseq.nn.LSTM -> torch.nn.LSTM",
         "2: pyseq.nn.RNN left alone, its weights are quantized",
+        "3: pyseq.nn.IndRNN left alone, torch has none",
     ]
     assert_close({"y": layers[1](x)[0]}, {"y": expected})
     assert not hasattr(layers[1], "keep_every")

@@ -141,6 +141,36 @@ def test_packed_rows_that_torch_s_lstm_takes_for_granted() -> None:
         nn.LSTM(I + 1, H)(PACKED)
 
 
+def test_where_the_table_says_that_errors_differ() -> None:
+    """docs/migration.md, what differs."""
+    with pytest.raises(ValueError, match="Unknown nonlinearity 'elu'"):
+        nn.RNNCell(I, H, nonlinearity="elu")
+    for made in (nn.GRU(I, H), nn.RNN(I, H)):
+        with pytest.raises(ValueError, match="must be one tensor h, got tuple of 2"):
+            made(X, state("LSTM", 1, B, H))
+    with pytest.raises(ValueError, match=r"RNN input dtype .* does not match weight dtype"):
+        nn.GRUCell(I, H)(ROW.double())
+    with pytest.raises(RuntimeError, match="h_0 must have the dtype of x, Float, got Double"):
+        nn.GRUCell(I, H)(ROW, torch.zeros(B, H, dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of weights without elements
+        empty = nn.GRUCell(I, 0)
+    with pytest.raises(RuntimeError, match="w_hh must be"):
+        empty(ROW)
+
+
+def test_results_may_be_changed_in_place_before_backward() -> None:
+    theirs, ours = twins("LSTM")
+    output = ours(X)[0]
+    output[0] = 0
+    output.relu_().sum().backward()
+    expected = theirs(X)[0].clone()
+    expected[0] = 0
+    expected.relu_().sum().backward()
+    assert_close({"d": ours.weight_ih_l0.grad}, {"d": theirs.weight_ih_l0.grad})
+    assert_close({"d": ours.bias_ih_l0.grad}, {"d": theirs.bias_ih_l0.grad})
+
+
 # The weights, by every name that they have
 
 
