@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,10 @@ def attributes(value: Any) -> dict[str, Any]:
 
 def find(value: Any, name: str) -> Iterator[Any]:
     """Every value called ``name`` inside dictionaries, sequences and records, outermost first."""
-    waiting, seen = [value], set[int]()
+    waiting, seen = deque([value]), set[int]()
     while waiting:
-        each = waiting.pop(0)
-        if id(each) in seen:
+        each = waiting.popleft()
+        if not isinstance(each, (Inert, dict, list, tuple)) or id(each) in seen:
             continue
         seen.add(id(each))
         if isinstance(each, Inert):
@@ -116,5 +116,5 @@ def find(value: Any, name: str) -> Iterator[Any]:
             if name in each:
                 yield each[name]
             waiting += each.values()
-        elif isinstance(each, (list, tuple)) and not all(isinstance(e, str) for e in each):
+        else:
             waiting += each
