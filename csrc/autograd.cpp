@@ -74,6 +74,69 @@ OptionalTensor if_used(const c10::IValue& used, const Tensor& gradient) {
   return used.toBool() ? given(gradient) : std::nullopt;
 }
 
+// What acts on a scan besides its weights, as a Function takes it: the tensors that there are, and
+// for each of the operator's arguments whether it is there.
+struct Extras {
+  variable_list tensors;
+  std::vector<bool> present;
+};
+
+Extras split_extras(std::initializer_list<const OptionalTensor*> list) {
+  Extras extras;
+  for (const OptionalTensor* extra : list) {
+    extras.present.push_back(extra->has_value());
+    if (extra->has_value()) extras.tensors.push_back(**extra);
+  }
+  if (extras.tensors.empty()) extras.present.clear();
+  return extras;
+}
+
+// The inverse.
+template <class Present>
+ScanExtraList join_extras(at::TensorList tensors, const Present& present) {
+  if (present.empty()) return std::nullopt;
+  c10::List<OptionalTensor> list;
+  size_t next = 0;
+  for (const bool is_there : present) {
+    list.push_back(is_there ? OptionalTensor(tensors[next++]) : std::nullopt);
+  }
+  return list;
+}
+
+// Arguments of a scan before its extras.
+constexpr size_t kBeforeExtras = 15;
+
+// Appends the gradients of the extras to those of the other arguments, in the order of the schema.
+// Those that have no derivative came back without elements.
+void append_gradients(variable_list& made, const ScanExtraList& extras,
+                      const std::vector<Tensor>& d_extras) {
+  for (size_t i = 0; i < d_extras.size(); ++i) {
+    const OptionalTensor extra = extras->get(i);
+    const bool has_gradient = extra.has_value() && d_extras[i].sizes() == extra->sizes();
+    made.push_back(if_given(has_gradient, d_extras[i]));
+  }
+  made.resize(kBeforeExtras + kScanExtras);
+}
+
+// The arguments of a scan, for its specification.
+torch::jit::Stack with_extras(torch::jit::Stack arguments, const ScanExtraList& extras) {
+  for (size_t i = 0; i < kScanExtras; ++i) {
+    arguments.emplace_back(extras.has_value() ? extras->get(i) : std::nullopt);
+  }
+  return arguments;
+}
+
+// Gradients in the order of the schema as a Function returns them, which takes the extras that
+// there are, and last what says so.
+variable_list for_function(const variable_list& made, const c10::List<bool>& present) {
+  variable_list result(made.begin(), made.begin() + kBeforeExtras);
+  for (size_t i = 0; i < present.size(); ++i) {
+    if (present[i]) result.push_back(made[kBeforeExtras + i]);
+  }
+  result.emplace_back();
+  return result;
+}
+
 // Takes the arguments of the operator, in its order: `differentiable` finds the gradients by it.
 struct Scan : Function<Scan> {
   static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& w_ih,
@@ -82,40 +145,64 @@ struct Scan : Function<Scan> {
                                const OptionalTensor& h_0, const OptionalTensor& c_0,
                                const OptionalTensor& lengths, const OptionalTensor& resets,
                                std::string cell, bool reverse, int64_t /*keep_every*/,
-                               bool return_states, const OptionalTensor& w_ch) {
+                               bool return_states, const OptionalTensor& w_ch,
+                               at::TensorList extras, std::vector<bool> present) {
     const bool needs_x = x.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&scan_forward>("pyseq::scan_forward");
-    const auto [y, h_n, c_n, gates, apart, states, cells, inner, c_steps] =
-        op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
-                return_states, w_ch);
-    // The last four only to say which gradients there are, and for a second differentiation.
-    context->save_for_backward({x, w_ih, w_hh, or_undefined(w_hr), or_undefined(lengths),
-                                or_undefined(resets), gates, apart, states, cells, inner,
-                                or_undefined(w_ch), or_undefined(b_ih), or_undefined(b_hh),
-                                or_undefined(h_0), or_undefined(c_0)});
+    const auto [y, h_n, c_n, gates, apart, states, cells, inner, c_steps, x_sums, r_sums, c_sums,
+                moments] = op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell,
+                                   reverse, return_states, w_ch, join_extras(extras, present));
+    // Biases and states only to say which gradients there are, and for a second differentiation.
+    variable_list saved{x,
+                        w_ih,
+                        w_hh,
+                        or_undefined(w_hr),
+                        or_undefined(lengths),
+                        or_undefined(resets),
+                        gates,
+                        apart,
+                        states,
+                        cells,
+                        inner,
+                        or_undefined(w_ch),
+                        or_undefined(b_ih),
+                        or_undefined(b_hh),
+                        or_undefined(h_0),
+                        or_undefined(c_0),
+                        x_sums,
+                        r_sums,
+                        c_sums,
+                        moments};
+    saved.insert(saved.end(), extras.begin(), extras.end());
+    context->save_for_backward(std::move(saved));
     auto& options = context->saved_data;
     options["cell"] = cell;
     options["reverse"] = reverse;
     options["needs_x"] = needs_x;
+    options["present"] = std::move(present);
     context->set_materialize_grads(false);
     mark_scan_results(context, cell, return_states, c_n, c_steps);
     return {y, h_n, c_n, c_steps};
   }
 
   static variable_list backward(AutogradContext* context, variable_list d) {
+    constexpr size_t kFixed = 20;  // saved tensors before the extras
     const variable_list saved = context->get_saved_variables();
     auto& options = context->saved_data;
     const OptionalTensor w_hr = given(saved[3]);
-    variable_list result(15);
+    const c10::List<bool> present = options["present"].toBoolList();
+    const ScanExtraList extras = join_extras(at::TensorList(saved).slice(kFixed), present);
+    variable_list result(kBeforeExtras);
     {
       const at::NoGradGuard constant;
       static const auto op = find_operator<&scan_backward>("pyseq::scan_backward");
-      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch] = op.call(
-          given(d[0]), given(d[1]), if_used(options["has_c"], d[2]), saved[0], saved[1], saved[2],
-          w_hr, given(saved[4]), given(saved[5]), saved[6], saved[7], saved[8], saved[9], saved[10],
-          options["cell"].toStringView(), options["reverse"].toBool(), options["needs_x"].toBool(),
-          if_used(options["has_c_steps"], d[3]), given(saved[11]));
+      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch, d_extras] =
+          op.call(given(d[0]), given(d[1]), if_used(options["has_c"], d[2]), saved[0], saved[1],
+                  saved[2], w_hr, given(saved[4]), given(saved[5]), saved[6], saved[7], saved[8],
+                  saved[9], saved[10], options["cell"].toStringView(), options["reverse"].toBool(),
+                  options["needs_x"].toBool(), if_used(options["has_c_steps"], d[3]),
+                  given(saved[11]), extras, saved[16], saved[17], saved[18], saved[19]);
       result[0] = if_given(options["needs_x"].toBool(), d_x);
       result[1] = d_w_ih;
       result[2] = d_w_hh;
@@ -125,17 +212,16 @@ struct Scan : Function<Scan> {
       result[6] = if_given(saved[14].defined(), d_h_0);
       result[7] = if_given(saved[15].defined(), d_c_0);
       result[14] = if_given(saved[11].defined(), d_w_ch);
+      append_gradients(result, extras, d_extras);
     }
-    return differentiable("scan", std::move(result), d, [&] {
-      return torch::jit::Stack{saved[0],         saved[1],
-                               saved[2],         given(saved[12]),
-                               given(saved[13]), w_hr,
-                               given(saved[14]), given(saved[15]),
-                               given(saved[4]),  given(saved[5]),
-                               options["cell"],  options["reverse"],
-                               int64_t{1},       options["has_c_steps"],
-                               given(saved[11])};
+    result = differentiable("scan", std::move(result), d, [&] {
+      return with_extras(
+          {saved[0], saved[1], saved[2], given(saved[12]), given(saved[13]), w_hr, given(saved[14]),
+           given(saved[15]), given(saved[4]), given(saved[5]), options["cell"], options["reverse"],
+           int64_t{1}, options["has_c_steps"], given(saved[11])},
+          extras);
     });
+    return for_function(result, present);
   }
 };
 
@@ -146,41 +232,58 @@ struct ScanKeeping : Function<ScanKeeping> {
                                const OptionalTensor& h_0, const OptionalTensor& c_0,
                                const OptionalTensor& lengths, const OptionalTensor& resets,
                                std::string cell, bool reverse, int64_t keep_every,
-                               bool return_states, const OptionalTensor& w_ch) {
+                               bool return_states, const OptionalTensor& w_ch,
+                               at::TensorList extras, std::vector<bool> present) {
     const bool needs_x = x.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&scan_kept_forward>("pyseq::scan_kept_forward");
     const auto [y, h_n, c_n, h_kept, c_kept, c_steps] =
         op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
-                keep_every, return_states, w_ch);
-    // The last two only to say which gradients there are, and for a second differentiation.
-    context->save_for_backward({x, w_ih, w_hh, or_undefined(b_ih), or_undefined(b_hh),
-                                or_undefined(w_hr), or_undefined(lengths), or_undefined(resets),
-                                h_kept, c_kept, or_undefined(w_ch), or_undefined(h_0),
-                                or_undefined(c_0)});
+                keep_every, return_states, w_ch, join_extras(extras, present));
+    // The states only to say which gradients there are, and for a second differentiation.
+    variable_list saved{x,
+                        w_ih,
+                        w_hh,
+                        or_undefined(b_ih),
+                        or_undefined(b_hh),
+                        or_undefined(w_hr),
+                        or_undefined(lengths),
+                        or_undefined(resets),
+                        h_kept,
+                        c_kept,
+                        or_undefined(w_ch),
+                        or_undefined(h_0),
+                        or_undefined(c_0)};
+    saved.insert(saved.end(), extras.begin(), extras.end());
+    context->save_for_backward(std::move(saved));
     auto& options = context->saved_data;
     options["cell"] = cell;
     options["reverse"] = reverse;
     options["keep_every"] = keep_every;
     options["needs_x"] = needs_x;
+    options["present"] = std::move(present);
     context->set_materialize_grads(false);
     mark_scan_results(context, cell, return_states, c_n, c_steps);
     return {y, h_n, c_n, c_steps};
   }
 
   static variable_list backward(AutogradContext* context, variable_list d) {
+    constexpr size_t kFixed = 13;  // saved tensors before the extras
     const variable_list saved = context->get_saved_variables();
     auto& options = context->saved_data;
-    variable_list result(15);
+    const c10::List<bool> present = options["present"].toBoolList();
+    const ScanExtraList extras = join_extras(at::TensorList(saved).slice(kFixed), present);
+    variable_list result(kBeforeExtras);
     {
       const at::NoGradGuard constant;
       static const auto op = find_operator<&scan_kept_backward>("pyseq::scan_kept_backward");
-      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch] = op.call(
-          given(d[0]), given(d[1]), if_used(options["has_c"], d[2]), saved[0], saved[1], saved[2],
-          given(saved[3]), given(saved[4]), given(saved[5]), given(saved[6]), given(saved[7]),
-          saved[8], saved[9], options["cell"].toStringView(), options["reverse"].toBool(),
-          options["keep_every"].toInt(), options["needs_x"].toBool(),
-          if_used(options["has_c_steps"], d[3]), given(saved[10]));
+      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch, d_extras] =
+          op.call(given(d[0]), given(d[1]), if_used(options["has_c"], d[2]), saved[0], saved[1],
+                  saved[2], given(saved[3]), given(saved[4]), given(saved[5]), given(saved[6]),
+                  given(saved[7]), saved[8], saved[9], options["cell"].toStringView(),
+                  options["reverse"].toBool(), options["keep_every"].toInt(),
+                  options["needs_x"].toBool(), if_used(options["has_c_steps"], d[3]),
+                  given(saved[10]), extras);
       result[0] = if_given(options["needs_x"].toBool(), d_x);
       result[1] = d_w_ih;
       result[2] = d_w_hh;
@@ -190,24 +293,16 @@ struct ScanKeeping : Function<ScanKeeping> {
       result[6] = if_given(saved[11].defined(), d_h_0);
       result[7] = if_given(saved[12].defined(), d_c_0);
       result[14] = if_given(saved[10].defined(), d_w_ch);
+      append_gradients(result, extras, d_extras);
     }
-    return differentiable("scan", std::move(result), d, [&] {
-      return torch::jit::Stack{saved[0],
-                               saved[1],
-                               saved[2],
-                               given(saved[3]),
-                               given(saved[4]),
-                               given(saved[5]),
-                               given(saved[11]),
-                               given(saved[12]),
-                               given(saved[6]),
-                               given(saved[7]),
-                               options["cell"],
-                               options["reverse"],
-                               options["keep_every"],
-                               options["has_c_steps"],
-                               given(saved[10])};
+    result = differentiable("scan", std::move(result), d, [&] {
+      return with_extras(
+          {saved[0], saved[1], saved[2], given(saved[3]), given(saved[4]), given(saved[5]),
+           given(saved[11]), given(saved[12]), given(saved[6]), given(saved[7]), options["cell"],
+           options["reverse"], options["keep_every"], options["has_c_steps"], given(saved[10])},
+          extras);
     });
+    return for_function(result, present);
   }
 };
 
@@ -436,26 +531,43 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
                 const OptionalTensor& b_hh, const OptionalTensor& w_hr, const OptionalTensor& h_0,
                 const OptionalTensor& c_0, const OptionalTensor& lengths,
                 const OptionalTensor& resets, std::string_view cell, bool reverse,
-                int64_t keep_every, bool return_states, const OptionalTensor& w_ch) {
+                int64_t keep_every, bool return_states, const OptionalTensor& w_ch,
+                const OptionalTensor& h_mask, const OptionalTensor& zoneout_h,
+                const OptionalTensor& zoneout_c, const OptionalTensor& reset_h,
+                const OptionalTensor& reset_c, const OptionalTensor& gain_ih,
+                const OptionalTensor& gain_hh, const OptionalTensor& gain_c,
+                const OptionalTensor& bias_c) {
   const OptionalTensor x_(x), w_ih_(w_ih), w_hh_(w_hh);
-  if (!needs_grad("scan", {&x_, &w_ih_, &w_hh_, &b_ih, &b_hh, &w_hr, &h_0, &c_0, &w_ch})) {
+  const Extras extra = split_extras(
+      {&h_mask, &zoneout_h, &zoneout_c, &reset_h, &reset_c, &gain_ih, &gain_hh, &gain_c, &bias_c});
+  if (!needs_grad("scan", {&x_, &w_ih_, &w_hh_, &b_ih, &b_hh, &w_hr, &h_0, &c_0, &w_ch},
+                  extra.tensors)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::scan>("pyseq::scan");
     return op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
-                   keep_every, return_states, w_ch);
+                   keep_every, return_states, w_ch, h_mask, zoneout_h, zoneout_c, reset_h, reset_c,
+                   gain_ih, gain_hh, gain_c, bias_c);
   }
   check_differentiable(w_hh);
+  for (const auto& [mask, mask_name] :
+       {std::pair{&h_mask, "h_mask"}, {&zoneout_h, "zoneout_h"}, {&zoneout_c, "zoneout_c"}}) {
+    TORCH_CHECK(!mask->has_value() || !(*mask)->requires_grad(), mask_name,
+                " has no gradient, got a tensor that requires one: detach() it");
+  }
   if (is_transformed()) {
     static const auto reference = find_operator<&pyseq::scan>("pyseq::scan_reference");
     return reference.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
-                          keep_every, return_states, w_ch);
+                          keep_every, return_states, w_ch, h_mask, zoneout_h, zoneout_c, reset_h,
+                          reset_c, gain_ih, gain_hh, gain_c, bias_c);
   }
   const std::string name(cell);
   const variable_list result =
       keep_every == 1 ? Scan::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets,
-                                    name, reverse, keep_every, return_states, w_ch)
+                                    name, reverse, keep_every, return_states, w_ch,
+                                    at::TensorList(extra.tensors), extra.present)
                       : ScanKeeping::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths,
-                                           resets, name, reverse, keep_every, return_states, w_ch);
+                                           resets, name, reverse, keep_every, return_states, w_ch,
+                                           at::TensorList(extra.tensors), extra.present);
   return {result[0], result[1], result[2], result[3]};
 }
 

@@ -12,7 +12,12 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
                 const OptionalTensor& b_hh, const OptionalTensor& w_hr, const OptionalTensor& h_0,
                 const OptionalTensor& c_0, const OptionalTensor& lengths,
                 const OptionalTensor& resets, std::string_view cell, bool reverse,
-                int64_t keep_every, bool return_states, const OptionalTensor& w_ch);
+                int64_t keep_every, bool return_states, const OptionalTensor& w_ch,
+                const OptionalTensor& h_mask, const OptionalTensor& zoneout_h,
+                const OptionalTensor& zoneout_c, const OptionalTensor& reset_h,
+                const OptionalTensor& reset_c, const OptionalTensor& gain_ih,
+                const OptionalTensor& gain_hh, const OptionalTensor& gain_c,
+                const OptionalTensor& bias_c);
 
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
                                   const OptionalTensor& weight_v, const OptionalTensor& lengths,

@@ -22,35 +22,41 @@ TORCH_LIBRARY(pyseq, m) {
   m.def(
       "scan(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
       "Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, bool reverse, "
-      "int keep_every=1, bool return_states=False, Tensor? w_ch=None) -> (Tensor y, Tensor h_n, "
+      "int keep_every=1, bool return_states=False, Tensor? w_ch=None, Tensor? h_mask=None, Tensor? "
+      "zoneout_h=None, "
+      "Tensor? zoneout_c=None, Tensor? reset_h=None, Tensor? reset_c=None, Tensor? gain_ih=None, "
+      "Tensor? gain_hh=None, Tensor? gain_c=None, Tensor? bias_c=None) -> (Tensor y, Tensor h_n, "
       "Tensor c_n, Tensor c_steps)");
   m.def(
       "scan_kept_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor? w_hr, Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, "
-      "bool reverse, int keep_every, bool return_states=False, Tensor? w_ch=None) -> "
+      "bool reverse, int keep_every, bool return_states=False, Tensor? w_ch=None, Tensor?[]? "
+      "extras=None) -> "
       "(Tensor y, Tensor h_n, Tensor c_n, Tensor h_kept, Tensor c_kept, Tensor c_steps)");
   m.def(
       "scan_kept_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor w_ih, "
       "Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? lengths, Tensor? resets, "
       "Tensor h_kept, Tensor c_kept, str cell, bool reverse, int keep_every, bool needs_x, "
-      "Tensor? d_c_steps=None, Tensor? w_ch=None) -> (Tensor d_x, Tensor d_w_ih, Tensor d_w_hh, "
-      "Tensor d_b_ih, Tensor "
-      "d_b_hh, Tensor d_w_hr, "
-      "Tensor d_h_0, Tensor d_c_0, Tensor d_w_ch)");
+      "Tensor? d_c_steps=None, Tensor? w_ch=None, Tensor?[]? extras=None) -> (Tensor d_x, Tensor "
+      "d_w_ih, "
+      "Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_w_hr, Tensor d_h_0, Tensor d_c_0, "
+      "Tensor d_w_ch, Tensor[] d_extras)");
   m.def(
       "scan_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor? w_hr, Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, "
-      "bool reverse, bool return_states=False, Tensor? w_ch=None) -> (Tensor y, Tensor h_n, "
-      "Tensor c_n, "
-      "Tensor gates, Tensor apart, Tensor states, Tensor cells, Tensor inner, Tensor c_steps)");
+      "bool reverse, bool return_states=False, Tensor? w_ch=None, Tensor?[]? extras=None) -> "
+      "(Tensor y, Tensor h_n, "
+      "Tensor c_n, Tensor gates, Tensor apart, Tensor states, Tensor cells, Tensor inner, "
+      "Tensor c_steps, Tensor x_sums, Tensor r_sums, Tensor c_sums, Tensor moments)");
   m.def(
       "scan_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor w_ih, "
       "Tensor w_hh, Tensor? w_hr, Tensor? lengths, Tensor? resets, Tensor gates, Tensor apart, "
       "Tensor states, Tensor cells, Tensor inner, str cell, bool reverse, bool needs_x, "
-      "Tensor? d_c_steps=None, Tensor? w_ch=None) -> (Tensor d_x, Tensor d_w_ih, Tensor d_w_hh, "
-      "Tensor d_b_ih, Tensor "
-      "d_b_hh, Tensor d_w_hr, "
-      "Tensor d_h_0, Tensor d_c_0, Tensor d_w_ch)");
+      "Tensor? d_c_steps=None, Tensor? w_ch=None, Tensor?[]? extras=None, "
+      "Tensor? x_sums=None, Tensor? r_sums=None, Tensor? c_sums=None, Tensor? moments=None) -> "
+      "(Tensor d_x, Tensor d_w_ih, "
+      "Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_w_hr, Tensor d_h_0, Tensor d_c_0, "
+      "Tensor d_w_ch, Tensor[] d_extras)");
   m.def(
       "attend(Tensor query, Tensor keys, Tensor memory, Tensor? weight_v, Tensor? lengths, "
       "str score, Tensor? positions=None, int window=0, int heads=1) -> "
@@ -183,7 +189,6 @@ template <>
 struct FromPython<at::TensorList> {
   using type = std::vector<at::Tensor>;
 };
-
 template <auto Kernel>
 struct Bound;
 
@@ -200,7 +205,17 @@ struct Bound<Kernel> {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of pyseq; its operators are under torch.ops.pyseq.";
   const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
-  m.def("scan", Bound<&pyseq::scan>::to("pyseq::scan"), without_gil, "torch.ops.pyseq.scan");
+  m.def("scan", Bound<&pyseq::scan>::to("pyseq::scan"), pybind11::arg("x"), pybind11::arg("w_ih"),
+        pybind11::arg("w_hh"), pybind11::arg("b_ih"), pybind11::arg("b_hh"), pybind11::arg("w_hr"),
+        pybind11::arg("h_0"), pybind11::arg("c_0"), pybind11::arg("lengths"),
+        pybind11::arg("resets"), pybind11::arg("cell"), pybind11::arg("reverse"),
+        pybind11::arg("keep_every") = 1, pybind11::arg("return_states") = false,
+        pybind11::arg("w_ch") = pybind11::none(), pybind11::arg("h_mask") = pybind11::none(),
+        pybind11::arg("zoneout_h") = pybind11::none(),
+        pybind11::arg("zoneout_c") = pybind11::none(), pybind11::arg("reset_h") = pybind11::none(),
+        pybind11::arg("reset_c") = pybind11::none(), pybind11::arg("gain_ih") = pybind11::none(),
+        pybind11::arg("gain_hh") = pybind11::none(), pybind11::arg("gain_c") = pybind11::none(),
+        pybind11::arg("bias_c") = pybind11::none(), without_gil, "torch.ops.pyseq.scan");
   m.def("attend", Bound<&pyseq::attend>::to("pyseq::attend"), pybind11::arg("query"),
         pybind11::arg("keys"), pybind11::arg("memory"), pybind11::arg("weight_v"),
         pybind11::arg("lengths"), pybind11::arg("score"), pybind11::arg("positions") = std::nullopt,

@@ -182,6 +182,7 @@ struct LstmCell {
   static constexpr bool kHeads = false;
   static constexpr int kStates = 1;
   static constexpr int kUnitWeights = Peepholes ? 3 : 0;
+  static constexpr int kOutput = 3;  // the gate between c and h
   static PYSEQ_INLINE constexpr int recurrent_slot(int gate) { return gate; }
 
   template <class M, class V>
@@ -196,7 +197,20 @@ struct LstmCell {
     c[0] = pre[1] * c[0] + pre[0] * pre[2];
     if constexpr (Peepholes) pre[3] += w[2] * c[0];
     pre[3] = M::sigmoid(pre[3]);
-    h = pre[3] * M::tanh(c[0]);
+    h = output<M>(pre[3], c[0]);
+  }
+
+  // h from the output gate and c, or from what stands in for c.
+  template <class M, class V>
+  static PYSEQ_INLINE V output(V o, V c) {
+    return o * M::tanh(c);
+  }
+  // The gradients of the output gate's sum and of c.
+  template <class M, class V>
+  static PYSEQ_INLINE void output_backward(V o, V c, V dh, V& d_o, V& d_c) {
+    const V tanh_c = M::tanh(c);
+    d_o = dh * tanh_c * o * (1 - o);
+    d_c = dh * o * (1 - tanh_c * tanh_c);
   }
 
   // c_t is computed again from c_{t-1}: a state buffer in which some steps were reset
@@ -206,9 +220,9 @@ struct LstmCell {
                                     V* dc, V (&d_pre)[kPre], V* d_w) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V c = f * c_prev[0] + i * g;
-    const V tanh_c = M::tanh(c);
-    d_pre[3] = dh * tanh_c * o * (1 - o);
-    V d = dc[0] + dh * o * (1 - tanh_c * tanh_c);
+    V d;
+    output_backward<M>(o, c, dh, d_pre[3], d);
+    d += dc[0];
     if constexpr (Peepholes) d += d_pre[3] * w[2];
     d_pre[0] = d * g * i * (1 - i);
     d_pre[1] = d * c_prev[0] * f * (1 - f);

@@ -152,12 +152,123 @@ ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   return {cell, steps, batch, input, hidden, state_size, projects, heads};
 }
 
-// The buffer of states with its first slot filled, cleared where the first step resets.
+ScanExtraList join_extras(std::initializer_list<const OptionalTensor*> extras) {
+  const bool none = std::none_of(extras.begin(), extras.end(),
+                                 [](const OptionalTensor* extra) { return extra->has_value(); });
+  if (none) return std::nullopt;
+  c10::List<OptionalTensor> list;
+  for (const OptionalTensor* extra : extras) list.push_back(*extra);
+  return list;
+}
+
+// The extras of a call, checked and contiguous.
+struct ScanExtras {
+  OptionalTensor h_mask, zoneout_h, zoneout_c, reset_h, reset_c, gain_ih, gain_hh, gain_c, bias_c;
+  size_t count;  // elements of the argument
+
+  bool normalises() const { return gain_ih.has_value(); }
+};
+
+ScanExtras check_extras(const ScanExtraList& list, const ScanShape& shape, const Tensor& x,
+                        std::string_view name) {
+  const auto& [cell, T_, B, I, H, P, projects, heads] = shape;
+  const size_t count = list.has_value() ? list->size() : 0;
+  TORCH_CHECK(count <= kScanExtras, "extras must be at most ", static_cast<int64_t>(kScanExtras),
+              " tensors, got ", count);
+  const auto take = [&](ScanExtra extra) {
+    return extra < count ? contiguous(list->get(extra)) : std::nullopt;
+  };
+  const ScanExtras extras{
+      take(kHMask),  take(kZoneoutH), take(kZoneoutC), take(kResetH), take(kResetC),
+      take(kGainIh), take(kGainHh),   take(kGainC),    take(kBiasC),  count};
+  check_tensor(extras.h_mask, "h_mask", "(B, P)", {B, P}, x, "x");
+  // Sizes of 1 serve all steps, or all rows.
+  const auto check_share = [&](const OptionalTensor& share, const char* share_name,
+                               const char* letters, int64_t size) {
+    if (!share.has_value()) return;
+    check_dim(*share, share_name, 3, letters);
+    const int64_t steps = share->size(0) == 1 ? 1 : T_, rows = share->size(1) == 1 ? 1 : B;
+    check_tensor(share, share_name, letters, {steps, rows, size}, x, "x");
+  };
+  check_share(extras.zoneout_h, "zoneout_h", "(T or 1, B or 1, P)", P);
+  check_share(extras.zoneout_c, "zoneout_c", "(T or 1, B or 1, H)", H);
+  const auto check_reset = [&](const OptionalTensor& reset, const char* reset_name,
+                               const char* letters, int64_t size) {
+    if (!reset.has_value()) return;
+    const bool one = reset->dim() == 1;
+    check_tensor(reset, reset_name, letters,
+                 one ? std::vector<int64_t>{size} : std::vector<int64_t>{B, size}, x, "x");
+  };
+  check_reset(extras.reset_h, "reset_h", "(B, P) or (P,)", P);
+  check_reset(extras.reset_c, "reset_c", "(B, H) or (H,)", cell.states * H);
+  TORCH_CHECK_VALUE(!extras.reset_c.has_value() || cell.has_cell,
+                    "reset_c goes with a cell that has a c, got ", name);
+  TORCH_CHECK_VALUE(!extras.zoneout_c.has_value() || cell.states == 1,
+                    "zoneout_c goes with cell lstm, got ", name);
+  TORCH_CHECK_VALUE(!extras.h_mask.has_value() || (cell.recurrent && !cell.gates_state),
+                    "h_mask goes with a cell that multiplies the whole state with a matrix, got ",
+                    name);
+  const bool plain =
+      cell.recurrent && cell.unit_weights == 0 && !cell.gates_state && !cell.has_heads;
+  TORCH_CHECK_VALUE(!extras.normalises() || plain,
+                    "layer normalisation goes with cells rnn_tanh, rnn_relu, gru and lstm without "
+                    "peepholes, got ",
+                    name, cell.unit_weights > 1 ? " with peepholes" : "");
+  check_tensor(extras.gain_ih, "gain_ih", "(G*H,)", {cell.gates * H}, x, "x");
+  check_tensor(extras.gain_hh, "gain_hh", "(G*H,)", {cell.gates * H}, x, "x");
+  check_tensor(extras.gain_c, "gain_c", "(H,)", {H}, x, "x");
+  check_tensor(extras.bias_c, "bias_c", "(H,)", {H}, x, "x");
+  const bool of_c = extras.normalises() && cell.has_cell;
+  TORCH_CHECK_VALUE(extras.gain_hh.has_value() == extras.normalises() &&
+                        extras.gain_c.has_value() == of_c && extras.bias_c.has_value() == of_c,
+                    "layer normalisation takes gain_ih and gain_hh, and for cell lstm gain_c and "
+                    "bias_c, got ",
+                    extras.gain_ih.has_value() ? "" : "no ", "gain_ih, ",
+                    extras.gain_hh.has_value() ? "" : "no ", "gain_hh, ",
+                    extras.gain_c.has_value() ? "" : "no ", "gain_c, ",
+                    extras.bias_c.has_value() ? "" : "no ", "bias_c for cell ", name);
+  return extras;
+}
+
+// What a scan with layer normalisation works on; r_sums, c_sums and moments are written.
+template <class T>
+cpu::ScanNorm<T> scan_norm(const ScanExtras& extras, const Tensor& x_sums, const Tensor& r_sums,
+                           const Tensor& c_sums, const Tensor& moments) {
+  if (!extras.normalises()) return {};
+  return {.gain_ih = data<T>(extras.gain_ih),
+          .gain_hh = data<T>(extras.gain_hh),
+          .gain_c = data<T>(extras.gain_c),
+          .bias_c = data<T>(extras.bias_c),
+          .x_sums = x_sums.const_data_ptr<T>(),
+          .r_sums = r_sums.data_ptr<T>(),
+          .c_sums = data_or_null<T>(c_sums, extras.gain_c.has_value()),
+          .moments = data_or_null<T>(moments, moments.defined())};
+}
+
+template <class T>
+cpu::Strided<T> strided(const OptionalTensor& tensor) {
+  if (!tensor.has_value()) return {};
+  const auto stride = [&](int64_t from_last) {
+    const int64_t dim = tensor->dim() - 1 - from_last;
+    return dim < 0 || tensor->size(dim) == 1 ? 0 : tensor->stride(dim);
+  };
+  return {tensor->const_data_ptr<T>(), stride(2), stride(1)};
+}
+
+// The buffer of states with its first slot filled: with `reset`, or zero, where the first step
+// resets.
 Tensor first_state(const OptionalTensor& initial, const Tensor& like, int64_t slots, int64_t slot,
-                   int64_t batch, int64_t size, const Tensor& cleared) {
+                   int64_t batch, int64_t size, const Tensor& cleared,
+                   const OptionalTensor& reset) {
   const Tensor states = fresh({slots, batch, size}, like);
   fill_slot(states, slot, initial);
-  if (initial.has_value() && cleared.defined()) states.select(0, slot).masked_fill_(cleared, 0);
+  if (!cleared.defined()) return states;
+  Tensor first = states.select(0, slot);
+  if (reset.has_value()) {
+    first.copy_(at::where(cleared, *reset, first));
+  } else if (initial.has_value()) {
+    first.masked_fill_(cleared, 0);
+  }
   return states;
 }
 
@@ -178,10 +289,12 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                    const OptionalTensor& w_hr_in, const OptionalTensor& h_0,
                    const OptionalTensor& c_0, const OptionalTensor& lengths_in,
                    const OptionalTensor& resets_in, std::string_view name, bool reverse, bool save,
-                   bool return_states, const OptionalTensor& w_ch) {
+                   bool return_states, const OptionalTensor& w_ch,
+                   const ScanExtraList& extra_list) {
   const ScanShape shape =
       check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr_in, h_0, c_0, resets_in, name, w_ch);
   const auto& [cell, T_, B, I, H, P, projects, heads] = shape;
+  const ScanExtras extras = check_extras(extra_list, shape, x, name);
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
   const Tensor w_hh_rows = by_head(w_hh, cell, heads).contiguous();
@@ -190,13 +303,23 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
 
   if (save) check_differentiable(w_hh);
   // Where the loop does not multiply all gates at once, the input is multiplied ahead.
-  const bool at_once = !is_quantized(w_hh) && !cell.gates_state && !cell.has_heads;
+  const bool normalises = extras.normalises();
+  const bool at_once = !is_quantized(w_hh) && !cell.gates_state && !cell.has_heads && !normalises;
   const bool reads_input = (B >= cpu::kRowsToReadInput || T_ == 1) && at_once;
-
   const Tensor x_rows = x.contiguous(), w_ih_rows = w_ih.contiguous();
-  const Tensor gates = !reads_input ? project_input(x, w_ih, bias.sum)
-                       : save       ? fresh({T_, B, cell.gates * H}, x)
-                                    : nothing(x);
+  const int64_t kept = save ? T_ : 1, rows = cell.gates * H;
+  const Tensor gates = normalises     ? fresh({kept, B, rows}, x)
+                       : !reads_input ? project_input(x, w_ih, bias.sum)
+                       : save         ? fresh({T_, B, rows}, x)
+                                      : nothing(x);
+  // What there is not is returned for backward only.
+  const auto or_nothing = [&](bool there, at::IntArrayRef sizes) {
+    return there ? fresh(sizes, x) : save ? nothing(x) : Tensor();
+  };
+  const Tensor x_sums = normalises ? project_input(x, w_ih, std::nullopt) : or_nothing(false, {});
+  const Tensor r_sums = or_nothing(normalises, {kept, B, rows});
+  const Tensor c_sums = or_nothing(normalises && cell.has_cell, {kept, B, H});
+  const Tensor moments = or_nothing(normalises && save, {T_, B, 3, 2});
   const int64_t slots = save ? T_ + 1 : 2, first = save && reverse ? T_ : 0;
   const int64_t last = save ? (reverse ? 0 : T_) : T_ % 2, first_step = reverse ? T_ - 1 : 0;
   Tensor cleared;
@@ -205,9 +328,14 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
     if (lengths.has_value()) cleared = cleared.logical_and(lengths->gt(first_step));
     cleared = cleared.unsqueeze(1);
   }
-  const Tensor states = first_state(h_0, x, slots, first, B, P, cleared);
+  const Tensor states = first_state(h_0, x, slots, first, B, P, cleared, extras.reset_h);
   const Tensor cells =
-      cell.has_cell ? first_state(c_0, x, slots, first, B, cell.states * H, cleared) : nothing(x);
+      cell.has_cell ? first_state(c_0, x, slots, first, B, cell.states * H, cleared, extras.reset_c)
+                    : nothing(x);
+  const Tensor masked = extras.h_mask.has_value() ? fresh({2, B, P}, x) : nothing(x);
+  if (extras.h_mask.has_value()) {
+    masked.select(0, 0).copy_(states.select(0, first) * *extras.h_mask);
+  }
   const Tensor apart = save && cell.has_apart ? fresh({T_, B, H}, x) : nothing(x);
   const bool has_inner = projects || cell.gates_state;
   const Tensor inner = has_inner ? fresh({save ? T_ : 1, B, H}, x) : nothing(x);
@@ -245,6 +373,13 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
         .c_steps = data_or_null<scalar_t>(c_steps, keeps_c),
         .unit_weights = data<scalar_t>(unit_weights),
         .heads = heads,
+        .h_mask = data<scalar_t>(extras.h_mask),
+        .masked = data_or_null<scalar_t>(masked, extras.h_mask.has_value()),
+        .zoneout_h = strided<scalar_t>(extras.zoneout_h),
+        .zoneout_c = strided<scalar_t>(extras.zoneout_c),
+        .reset_h = strided<scalar_t>(extras.reset_h),
+        .reset_c = strided<scalar_t>(extras.reset_c),
+        .norm = scan_norm<scalar_t>(extras, x_sums, r_sums, c_sums, moments),
     });
   });
   return {y,
@@ -255,7 +390,11 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
           states,
           cells,
           inner,
-          c_steps};
+          c_steps,
+          x_sums,
+          r_sums,
+          c_sums,
+          moments};
 }
 
 }  // namespace
@@ -264,7 +403,14 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
                 const OptionalTensor& b_hh, const OptionalTensor& w_hr, const OptionalTensor& h_0,
                 const OptionalTensor& c_0, const OptionalTensor& lengths,
                 const OptionalTensor& resets, std::string_view cell, bool reverse,
-                int64_t /*keep_every*/, bool return_states, const OptionalTensor& w_ch) {
+                int64_t /*keep_every*/, bool return_states, const OptionalTensor& w_ch,
+                const OptionalTensor& h_mask, const OptionalTensor& zoneout_h,
+                const OptionalTensor& zoneout_c, const OptionalTensor& reset_h,
+                const OptionalTensor& reset_c, const OptionalTensor& gain_ih,
+                const OptionalTensor& gain_hh, const OptionalTensor& gain_c,
+                const OptionalTensor& bias_c) {
+  const ScanExtraList extras = join_extras(
+      {&h_mask, &zoneout_h, &zoneout_c, &reset_h, &reset_c, &gain_ih, &gain_hh, &gain_c, &bias_c});
   // With few rows the input is multiplied ahead. Of a long sequence a stretch at a time, so that
   // what is written is read again from the cache.
   constexpr int64_t kAhead = 1 << 19, kLeast = 64;  // numbers; steps
@@ -274,12 +420,12 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
     if (x.size(0) > 2 * stretch) {
       const auto [y, h_n, c_n, h_kept, c_kept, c_steps] =
           scan_kept_forward(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell,
-                            reverse, stretch, return_states, w_ch);
+                            reverse, stretch, return_states, w_ch, extras);
       return {y, h_n, c_n, c_steps};
     }
   }
   const ScanSaved all = run_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell,
-                                 reverse, /*save=*/false, return_states, w_ch);
+                                 reverse, /*save=*/false, return_states, w_ch, extras);
   return {std::get<0>(all), std::get<1>(all), std::get<2>(all), std::get<8>(all)};
 }
 
@@ -288,9 +434,10 @@ ScanSaved scan_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
                        const OptionalTensor& c_0, const OptionalTensor& lengths,
                        const OptionalTensor& resets, std::string_view cell, bool reverse,
-                       bool return_states, const OptionalTensor& w_ch) {
+                       bool return_states, const OptionalTensor& w_ch,
+                       const ScanExtraList& extras) {
   return run_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
-                  /*save=*/true, return_states, w_ch);
+                  /*save=*/true, return_states, w_ch, extras);
 }
 
 ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
@@ -300,10 +447,13 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
                             const Tensor& gates_in, const Tensor& apart_in, const Tensor& states_in,
                             const Tensor& cells_in, const Tensor& inner_in, std::string_view name,
                             bool reverse, bool needs_x, const OptionalTensor& d_c_steps_in,
-                            const OptionalTensor& w_ch) {
+                            const OptionalTensor& w_ch, const ScanExtraList& extra_list,
+                            const OptionalTensor& x_sums_in, const OptionalTensor& r_sums_in,
+                            const OptionalTensor& c_sums_in, const OptionalTensor& moments_in) {
   const ScanShape shape = check_scan(x, w_ih, w_hh, std::nullopt, std::nullopt, w_hr_in, d_h_n,
                                      d_c_n, resets_in, name, w_ch);
   const auto& [cell, T_, B, I, H, P, projects, heads] = shape;
+  const ScanExtras extras = check_extras(extra_list, shape, x, name);
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
   const Tensor w_hh_rows = by_head(w_hh, cell, heads).contiguous();
@@ -336,6 +486,26 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
   const Tensor d_b_ih = fresh({rows}, x), d_b_hh = fresh({rows}, x);
   const bool has_own = cell.unit_weights > 0;
   const Tensor d_own = has_own ? at::zeros({B, cell.unit_weights * H}, x.options()) : nothing(x);
+  const auto each_row = [&](const OptionalTensor& reset, int64_t size) {
+    return reset.has_value() ? at::zeros({B, size}, x.options()) : nothing(x);
+  };
+  const Tensor d_reset_h = each_row(extras.reset_h, P),
+               d_reset_c = each_row(extras.reset_c, cell_size);
+  const auto saved = [&](const OptionalTensor& tensor, const char* tensor_name,
+                         const std::vector<int64_t>& sizes) {
+    if (!extras.normalises()) return nothing(x);
+    TORCH_CHECK(tensor.has_value(), tensor_name, " must be as forward gave it, got none");
+    return check_saved(*tensor, tensor_name, sizes, x);
+  };
+  const Tensor x_sums = saved(x_sums_in, "x_sums", {T_, B, rows});
+  const Tensor r_sums = saved(r_sums_in, "r_sums", {T_, B, rows});
+  const Tensor c_sums = saved(c_sums_in, "c_sums", cell.has_cell ? steps_hidden : none);
+  const Tensor moments = saved(moments_in, "moments", {T_, B, 3, 2});
+  const auto like = [&](const OptionalTensor& gain) {
+    return gain.has_value() ? fresh(gain->sizes(), x) : nothing(x);
+  };
+  const Tensor d_gain_ih = like(extras.gain_ih), d_gain_hh = like(extras.gain_hh),
+               d_gain_c = like(extras.gain_c), d_bias_c = like(extras.bias_c);
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan_backward", [&] {
     cpu::kernels<scalar_t>().scan_backward({
@@ -371,6 +541,16 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
         .unit_weights = data<scalar_t>(unit_weights),
         .d_unit_weights = data_or_null<scalar_t>(d_own, has_own),
         .heads = heads,
+        .h_mask = data<scalar_t>(extras.h_mask),
+        .zoneout_h = strided<scalar_t>(extras.zoneout_h),
+        .zoneout_c = strided<scalar_t>(extras.zoneout_c),
+        .d_reset_h = data_or_null<scalar_t>(d_reset_h, extras.reset_h.has_value()),
+        .d_reset_c = data_or_null<scalar_t>(d_reset_c, extras.reset_c.has_value()),
+        .norm = scan_norm<scalar_t>(extras, x_sums, r_sums, c_sums, moments),
+        .d_gain_ih = data_or_null<scalar_t>(d_gain_ih, extras.normalises()),
+        .d_gain_hh = data_or_null<scalar_t>(d_gain_hh, extras.normalises()),
+        .d_gain_c = data_or_null<scalar_t>(d_gain_c, extras.gain_c.has_value()),
+        .d_bias_c = data_or_null<scalar_t>(d_bias_c, extras.bias_c.has_value()),
     });
   });
   if (heads > 1) {
@@ -382,7 +562,20 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
     std::swap(d_w_hh, d_w_ch);
     d_b_hh.copy_(d_b_ih);
   }
-  return {d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h, d_c, d_w_ch};
+  const auto of_rows = [&](const OptionalTensor& reset, const Tensor& d_rows) {
+    return reset.has_value() && reset->dim() == 1 ? d_rows.sum(0) : d_rows;
+  };
+  std::vector<Tensor> d_extras{nothing(x),
+                               nothing(x),
+                               nothing(x),
+                               of_rows(extras.reset_h, d_reset_h),
+                               of_rows(extras.reset_c, d_reset_c),
+                               d_gain_ih,
+                               d_gain_hh,
+                               d_gain_c,
+                               d_bias_c};
+  d_extras.resize(extras.count);
+  return {d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h, d_c, d_w_ch, d_extras};
 }
 
 namespace {
@@ -398,6 +591,16 @@ struct Stretch {
   }
   OptionalTensor lengths(const OptionalTensor& all) const {
     return all.has_value() ? OptionalTensor((*all - begin).clamp(0, steps)) : std::nullopt;
+  }
+  ScanExtraList extras(const ScanExtraList& all) const {
+    if (!all.has_value()) return std::nullopt;
+    c10::List<OptionalTensor> own = all->copy();
+    for (const size_t extra : {kZoneoutH, kZoneoutC}) {
+      if (extra >= own.size()) break;
+      const OptionalTensor share = own.get(extra);
+      if (share.has_value() && share->size(0) > 1) own.set(extra, of(*share));
+    }
+    return own;
   }
 };
 
@@ -418,9 +621,11 @@ ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_
                            const OptionalTensor& w_hr, const OptionalTensor& h_0,
                            const OptionalTensor& c_0, const OptionalTensor& lengths_in,
                            const OptionalTensor& resets, std::string_view name, bool reverse,
-                           int64_t keep_every, bool return_states, const OptionalTensor& w_ch) {
-  const auto [cell, T_, B, I, H, P, projects, heads] =
-      check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, resets, name, w_ch);
+                           int64_t keep_every, bool return_states, const OptionalTensor& w_ch,
+                           const ScanExtraList& extras) {
+  const ScanShape shape = check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, resets, name, w_ch);
+  const auto& [cell, T_, B, I, H, P, projects, heads] = shape;
+  check_extras(extras, shape, x, name);
   TORCH_CHECK_VALUE(keep_every > 0, "keep_every must be at least 1, got ", keep_every);
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const std::vector<Stretch> list = stretches(T_, keep_every, reverse);
@@ -441,7 +646,7 @@ ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_
     const OptionalTensor c = cell.has_cell ? OptionalTensor(c_kept.select(0, i)) : std::nullopt;
     const ScanSaved run = run_scan(stretch.of(x), w_ih, w_hh, b_ih, b_hh, w_hr, h_kept.select(0, i),
                                    c, stretch.lengths(lengths), stretch.of(resets), name, reverse,
-                                   /*save=*/false, return_states, w_ch);
+                                   /*save=*/false, return_states, w_ch, stretch.extras(extras));
     stretch.of(y).copy_(std::get<0>(run));
     if (keeps_c) stretch.of(c_steps).copy_(std::get<8>(run));
     h_n = std::get<1>(run);
@@ -461,9 +666,12 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
                                  const OptionalTensor& lengths_in, const OptionalTensor& resets,
                                  const Tensor& h_kept, const Tensor& c_kept, std::string_view name,
                                  bool reverse, int64_t keep_every, bool needs_x,
-                                 const OptionalTensor& d_c_steps, const OptionalTensor& w_ch) {
-  const auto [cell, T_, B, I, H, P, projects, heads] =
+                                 const OptionalTensor& d_c_steps, const OptionalTensor& w_ch,
+                                 const ScanExtraList& extras) {
+  const ScanShape shape =
       check_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, d_h_n, d_c_n, resets, name, w_ch);
+  const auto& [cell, T_, B, I, H, P, projects, heads] = shape;
+  check_extras(extras, shape, x, name);
   TORCH_CHECK_VALUE(keep_every > 0, "keep_every must be at least 1, got ", keep_every);
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   check_tensor(d_y, "d_y", "(T, B, P)", {T_, B, P}, x, "x");
@@ -475,30 +683,41 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
   if (cell.has_cell) check_saved(c_kept, "c_kept", {count, B, cell_size}, x);
   const Tensor d_x = needs_x ? fresh({T_, B, I}, x) : nothing(x);
   std::array<Tensor, 6> weights;  // w_ih, w_hh, b_ih, b_hh, w_hr, w_ch
+  std::vector<Tensor> d_extras;
   OptionalTensor d_h = d_h_n, d_c = d_c_n;
   for (int64_t i = count - 1; i >= 0; --i) {
     const Stretch& stretch = list[i];
     const OptionalTensor c = cell.has_cell ? OptionalTensor(c_kept.select(0, i)) : std::nullopt;
     const OptionalTensor own_lengths = stretch.lengths(lengths), own_resets = stretch.of(resets);
     const Tensor own_x = stretch.of(x);
-    const auto [y, h_n, c_n, gates, apart, states, cells, inner, c_steps] =
-        run_scan(own_x, w_ih, w_hh, b_ih, b_hh, w_hr, h_kept.select(0, i), c, own_lengths,
-                 own_resets, name, reverse, /*save=*/true, /*return_states=*/false, w_ch);
-    const auto [d_own_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch] =
+    const ScanExtraList own_extras = stretch.extras(extras);
+    const auto [y, h_n, c_n, gates, apart, states, cells, inner, c_steps, x_sums, r_sums, c_sums,
+                moments] = run_scan(own_x, w_ih, w_hh, b_ih, b_hh, w_hr, h_kept.select(0, i), c,
+                                    own_lengths, own_resets, name, reverse, /*save=*/true,
+                                    /*return_states=*/false, w_ch, own_extras);
+    const auto [d_own_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch,
+                d_own_extras] =
         scan_backward(stretch.of(d_y), d_h, d_c, own_x, w_ih, w_hh, w_hr, own_lengths, own_resets,
                       gates, apart, states, cells, inner, name, reverse, needs_x,
-                      stretch.of(d_c_steps), w_ch);
+                      stretch.of(d_c_steps), w_ch, own_extras, x_sums, r_sums, c_sums, moments);
     if (needs_x) stretch.of(d_x).copy_(d_own_x);
     const std::array<Tensor, 6> own{d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_w_ch};
     for (size_t w = 0; w < own.size(); ++w) {
       i + 1 == count ? weights[w] = own[w] : weights[w].add_(own[w]);
+    }
+    if (d_extras.empty()) {
+      d_extras = d_own_extras;
+    } else {
+      for (size_t extra = 0; extra < d_extras.size(); ++extra) {
+        d_extras[extra].add_(d_own_extras[extra]);
+      }
     }
     d_h = d_h_0;
     d_c = cell.has_cell ? OptionalTensor(d_c_0) : std::nullopt;
   }
   return {d_x,        weights[0], weights[1], weights[2],
           weights[3], weights[4], *d_h,       cell.has_cell ? *d_c : nothing(x),
-          weights[5]};
+          weights[5], d_extras};
 }
 
 namespace {

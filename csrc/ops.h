@@ -3,6 +3,7 @@
 // schemas are in bindings.cpp; what the arguments mean is said once, in functional.py.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -18,27 +19,50 @@ using OptionalTensor = std::optional<Tensor>;
 // A result that a call cannot have (c_n of a GRU, say) is a tensor without elements:
 // operators may return neither nothing nor the same memory twice.
 
+// What acts on a scan besides its weights; functional.py says how. The arguments of `scan` after
+// return_states; where they come as one list they are in this order, and it may be left out.
+enum ScanExtra : size_t {
+  kHMask,
+  kZoneoutH,
+  kZoneoutC,
+  kResetH,
+  kResetC,
+  kGainIh,
+  kGainHh,
+  kGainC,
+  kBiasC,
+  kScanExtras
+};
+using ScanExtraList = std::optional<c10::List<OptionalTensor>>;
+
 // (y, h_n, c_n, c_steps): the last, c after every step, only with `return_states`.
 using ScanResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                const OptionalTensor& b_hh, const OptionalTensor& w_hr, const OptionalTensor& h_0,
-                const OptionalTensor& c_0, const OptionalTensor& lengths,
-                const OptionalTensor& resets, std::string_view cell, bool reverse,
-                int64_t keep_every, bool return_states, const OptionalTensor& w_ch);
+ScanResult scan(
+    const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+    const OptionalTensor& b_hh, const OptionalTensor& w_hr, const OptionalTensor& h_0,
+    const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
+    std::string_view cell, bool reverse, int64_t keep_every, bool return_states,
+    const OptionalTensor& w_ch = std::nullopt, const OptionalTensor& h_mask = std::nullopt,
+    const OptionalTensor& zoneout_h = std::nullopt, const OptionalTensor& zoneout_c = std::nullopt,
+    const OptionalTensor& reset_h = std::nullopt, const OptionalTensor& reset_c = std::nullopt,
+    const OptionalTensor& gain_ih = std::nullopt, const OptionalTensor& gain_hh = std::nullopt,
+    const OptionalTensor& gain_c = std::nullopt, const OptionalTensor& bias_c = std::nullopt);
 
-// (y, h_n, c_n), for backward (gates, apart, states, cells, inner), see kernels.h, and c_steps.
-using ScanSaved =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// (y, h_n, c_n), for backward (gates, apart, states, cells, inner), see kernels.h, c_steps, and of
+// a layer normalisation for backward (x_sums, r_sums, c_sums, moments).
+using ScanSaved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                             Tensor, Tensor, Tensor, Tensor>;
 ScanSaved scan_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                        const OptionalTensor& w_hr, const OptionalTensor& h_0,
                        const OptionalTensor& c_0, const OptionalTensor& lengths,
                        const OptionalTensor& resets, std::string_view cell, bool reverse,
-                       bool return_states, const OptionalTensor& w_ch);
+                       bool return_states, const OptionalTensor& w_ch, const ScanExtraList& extras);
 
-// (d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch)
-using ScanGradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// (d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch, d_extras), of the last a
+// tensor for each element of the argument, without elements where there is no gradient.
+using ScanGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                 Tensor, std::vector<Tensor>>;
 ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
                             const OptionalTensor& d_c_n, const Tensor& x, const Tensor& w_ih,
                             const Tensor& w_hh, const OptionalTensor& w_hr,
@@ -46,7 +70,9 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
                             const Tensor& gates, const Tensor& apart, const Tensor& states,
                             const Tensor& cells, const Tensor& inner, std::string_view cell,
                             bool reverse, bool needs_x, const OptionalTensor& d_c_steps,
-                            const OptionalTensor& w_ch);
+                            const OptionalTensor& w_ch, const ScanExtraList& extras,
+                            const OptionalTensor& x_sums, const OptionalTensor& r_sums,
+                            const OptionalTensor& c_sums, const OptionalTensor& moments);
 
 // The same for long sequences: of the steps only every `keep_every`-th state is kept, and
 // backward runs each stretch between two of them forward once more.
@@ -58,7 +84,8 @@ ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_
                            const OptionalTensor& w_hr, const OptionalTensor& h_0,
                            const OptionalTensor& c_0, const OptionalTensor& lengths,
                            const OptionalTensor& resets, std::string_view cell, bool reverse,
-                           int64_t keep_every, bool return_states, const OptionalTensor& w_ch);
+                           int64_t keep_every, bool return_states, const OptionalTensor& w_ch,
+                           const ScanExtraList& extras);
 
 ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
                                  const OptionalTensor& d_c_n, const Tensor& x, const Tensor& w_ih,
@@ -67,7 +94,8 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
                                  const OptionalTensor& lengths, const OptionalTensor& resets,
                                  const Tensor& h_kept, const Tensor& c_kept, std::string_view cell,
                                  bool reverse, int64_t keep_every, bool needs_x,
-                                 const OptionalTensor& d_c_steps, const OptionalTensor& w_ch);
+                                 const OptionalTensor& d_c_steps, const OptionalTensor& w_ch,
+                                 const ScanExtraList& extras);
 
 // (context, attn)
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,

@@ -16,10 +16,18 @@ def scan(
     resets: Tensor | None,
     cell: str,
     reverse: bool,
-    keep_every: int,
-    return_states: bool,
-    w_ch: Tensor | None,
-    /,
+    keep_every: int = 1,
+    return_states: bool = False,
+    w_ch: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    gain_ih: Tensor | None = None,
+    gain_hh: Tensor | None = None,
+    gain_c: Tensor | None = None,
+    bias_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``torch.ops.pyseq.scan``: y, h_n, c_n, c_steps."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 #: Numbers are dropped by comparing 16 random bits, so probabilities are multiples of 2^-16.
 _STEPS = 1 << 16
+_LOWEST = -(1 << 63)  # of an int64
 
 
 def check_probability(name: str, probability: float) -> None:
@@ -22,9 +23,14 @@ def check_probability(name: str, probability: float) -> None:
 def _hits(shape: tuple[int, ...], count: int, device: torch.device) -> Tensor:
     """Bool, each true with probability ``count / _STEPS``: four come out of one draw of 64 bits."""
     size = math.prod(shape)
-    draws = torch.empty((size + 3) // 4, dtype=torch.int64, device=device)
-    bits = draws.random_(-(1 << 63), None).view(torch.int16)[:size].view(shape)
-    return bits < count - _STEPS // 2
+    words = (size + 3) // 4
+    if torch.compiler.is_compiling():
+        # torch.compile knows no random_. These are the same bits: randint starts at its lowest
+        # number, and leaves out the highest, where random_ takes the bits as they are.
+        draws = torch.randint(_LOWEST, ~_LOWEST, (words,), device=device) ^ _LOWEST
+    else:
+        draws = torch.empty(words, dtype=torch.int64, device=device).random_(_LOWEST, None)
+    return draws.view(torch.int16)[:size].view(shape) < count - _STEPS // 2
 
 
 def bernoulli_mask(shape: tuple[int, ...], probability: float, like: Tensor) -> Tensor:

@@ -18,6 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from .types import SCAN_GATES, STATES
 
+#: What acts on a scan besides its weights, in the order of ``ScanExtra`` in csrc/ops.h.
+Extras = list[Tensor | None] | None
+#: The masks before have no gradient.
+_FIRST_WITH_GRADIENT = 3
+_GAIN_IH = 5
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -92,6 +98,15 @@ def _scan(
     keep_every: int = 1,
     return_states: bool = False,
     w_ch: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    gain_ih: Tensor | None = None,
+    gain_hh: Tensor | None = None,
+    gain_c: Tensor | None = None,
+    bias_c: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
     _, hidden, size = _sizes(cell, w_hh, w_hr)
@@ -119,10 +134,12 @@ def _scan_forward(
     reverse: bool,
     return_states: bool = False,
     w_ch: Tensor | None = None,
+    extras: Extras = None,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
     rows, hidden, size = _sizes(cell, w_hh, w_hr)
     has_inner = w_hr is not None or cell == "gru_reset_before"
+    normalises = extras is not None and len(extras) > _GAIN_IH and extras[_GAIN_IH] is not None
     return (
         *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse)[:3],
         x.new_empty(steps, batch, rows),
@@ -131,6 +148,10 @@ def _scan_forward(
         x.new_empty(_steps_size(cell, steps + 1, batch, hidden, True)),
         x.new_empty((steps, batch, hidden) if has_inner else 0),
         x.new_empty(_steps_size(cell, steps, batch, hidden, return_states)),
+        x.new_empty((steps, batch, rows) if normalises else 0),
+        x.new_empty((steps, batch, rows) if normalises else 0),
+        x.new_empty((steps, batch, hidden) if normalises and cell == "lstm" else 0),
+        x.new_empty((steps, batch, 3, 2) if normalises else 0),
     )
 
 
@@ -155,8 +176,13 @@ def _scan_backward(
     needs_x: bool,
     d_c_steps: Tensor | None = None,
     w_ch: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x, w_ch)
+    extras: Extras = None,
+    x_sums: Tensor | None = None,
+    r_sums: Tensor | None = None,
+    c_sums: Tensor | None = None,
+    moments: Tensor | None = None,
+) -> tuple[Tensor | list[Tensor], ...]:
+    return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x, w_ch, extras)
 
 
 def _scan_gradients(
@@ -167,7 +193,8 @@ def _scan_gradients(
     cell: str,
     needs_x: bool,
     w_ch: Tensor | None,
-) -> tuple[Tensor, ...]:
+    extras: Extras,
+) -> tuple[Tensor | list[Tensor], ...]:
     batch = x.shape[1]
     rows, hidden, size = _sizes(cell, w_hh, w_hr)
     return (
@@ -180,6 +207,10 @@ def _scan_gradients(
         x.new_empty(batch, size),
         x.new_empty(_cell_size(cell, batch, hidden)),
         x.new_empty(0 if w_ch is None else w_ch.shape),
+        [
+            x.new_empty(0 if extra is None or i < _FIRST_WITH_GRADIENT else extra.shape)
+            for i, extra in enumerate(extras or ())
+        ],
     )
 
 
@@ -200,6 +231,7 @@ def _scan_kept_forward(
     keep_every: int,
     return_states: bool = False,
     w_ch: Tensor | None = None,
+    extras: Extras = None,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
     _, hidden, size = _sizes(cell, w_hh, w_hr)
@@ -233,8 +265,9 @@ def _scan_kept_backward(
     needs_x: bool,
     d_c_steps: Tensor | None = None,
     w_ch: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x, w_ch)
+    extras: Extras = None,
+) -> tuple[Tensor | list[Tensor], ...]:
+    return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x, w_ch, extras)
 
 
 @_fake("pyseq::scan_both")

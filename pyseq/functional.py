@@ -33,6 +33,7 @@ from .types import (
     DecoderStart,
     DecoderState,
     GenerateOutput,
+    LayerNormWeights,
     LayerWeights,
     ScanOutput,
     ScanStates,
@@ -86,6 +87,11 @@ def _scan_operator(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     return torch.ops.pyseq.scan(x, *others)
 
 
+def _if_any(*extras: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The last arguments of an operator; reading them takes time, so none if none is given."""
+    return () if all(extra is None for extra in extras) else extras
+
+
 @overload
 def scan(
     x: Tensor,
@@ -103,6 +109,11 @@ def scan(
     keep_every: int = 1,
     return_states: Literal[False] = False,
     w_ch: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
+    reset_state: State | None = None,
+    layer_norm: LayerNormWeights | tuple[Tensor, ...] | None = None,
 ) -> ScanOutput: ...
 
 
@@ -123,6 +134,11 @@ def scan(
     keep_every: int = 1,
     return_states: Literal[True],
     w_ch: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
+    reset_state: State | None = None,
+    layer_norm: LayerNormWeights | tuple[Tensor, ...] | None = None,
 ) -> ScanStates: ...
 
 
@@ -143,6 +159,11 @@ def scan(
     keep_every: int = 1,
     return_states: bool,
     w_ch: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
+    reset_state: State | None = None,
+    layer_norm: LayerNormWeights | tuple[Tensor, ...] | None = None,
 ) -> ScanOutput | ScanStates: ...
 
 
@@ -162,6 +183,11 @@ def scan(
     keep_every: int = 1,
     return_states: bool = False,
     w_ch: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
+    reset_state: State | None = None,
+    layer_norm: LayerNormWeights | tuple[Tensor, ...] | None = None,
 ) -> ScanOutput | ScanStates:
     """Run one recurrent layer over a sequence, in one direction.
 
@@ -198,14 +224,27 @@ def scan(
             ``"indrnn_relu"``, ``"gru_reset_before"``, ``"slstm_sigmoid"`` or ``"slstm_exp"``.
         lengths: (B,) int64, valid steps of each row, 0 to T, in any order, on any device.
             Later steps leave the state as it is and give a zero output.
-        resets: (T, B) bool; where true, the row's state is set to zero before that step,
-            in values and in gradients.
+        resets: (T, B) bool; where true, the row's state is set to zero (or to
+            ``reset_state``) before that step, in values and in gradients.
         reverse: run from the last step (of each row, ``lengths[b] - 1``) to the first.
         keep_every: k above 1 keeps for backward, besides x, the state at every k-th step
             only, instead of gates and states of all; backward runs each stretch of k steps
             forward once more. For long sequences, whose memory binds.
         return_states: also return the state after every step.
         w_ch: (3*H,), LSTM only: the peepholes of i, f and o. Default: none.
+        h_mask: (B, P), the same at all steps: ``W_hh (h_mask * h_{t-1})`` in place of
+            ``W_hh h_{t-1}``. What the GRU carries over, ``z * h_{t-1}``, is not masked.
+        zoneout_h: (T or 1, B or 1, P), in [0, 1]: the share of the old h in the new one,
+            ``h_t = zoneout_h * h_{t-1} + (1 - zoneout_h) * h``, where h is what the cell (and
+            ``w_hr``) gave. Ones and zeros in training, their expectation in evaluation.
+        zoneout_c: (T or 1, B or 1, H), LSTM only: the same of c. The cell's h comes of its own c.
+        reset_state: what ``resets`` set the state to, of the form of ``state``, with or without
+            the B. Default: zero.
+        layer_norm: gains (G*H,) of ``W_ih x`` and of ``W_hh h``, and for LSTM gain (H,) and bias
+            (H,) of c; see :class:`pyseq.types.LayerNormWeights`. ``gain_ih * norm(W_ih x) + b_ih``
+            then stands for ``W_ih x + b_ih``, likewise ``W_hh h``, and LSTM's h is ``o *
+            tanh(gain_c * norm(c) + bias_c)``, where norm takes off a row's mean and divides by
+            its standard deviation (of the variance plus 1e-5), over all gates at once.
 
     Returns:
         ``output`` (T, B, P), and ``state`` after the last valid step, shaped as given. With
@@ -224,8 +263,10 @@ def scan(
         et al. 2000 (LSTM); Gers & Schmidhuber 2000, Recurrent nets that time and count
         (peepholes); Sak et al. 2014, arXiv 1402.1128, eq. 7 (projection); Li et al. 2018,
         arXiv 1803.04831, eq. 4 (IndRNN); Beck et al. 2024, arXiv 2405.04517, section 2.2 (sLSTM);
-        Chen et al. 2016, arXiv 1604.06174 (keeping some
-        states).
+        Chen et al. 2016, arXiv 1604.06174 (keeping some states); Gal & Ghahramani 2016, arXiv
+        1512.05287, eq. 7 (``h_mask``); Krueger et al. 2017, arXiv 1606.01305, section 3.2
+        (zoneout); Ba et al. 2016, arXiv 1607.06450, eq. 20 to 22 (layer normalisation; their GRU,
+        eq. 23 to 25, normalises the candidate apart from the other gates).
     """
     _check_option("cell", cell, SCAN_GATES)
     if keep_every < 1:
@@ -247,6 +288,13 @@ def scan(
         keep_every,
         return_states,
         w_ch,
+        *_if_any(
+            h_mask,
+            zoneout_h,
+            zoneout_c,
+            *_h_and_c(state_parts(cell, reset_state)),
+            *(() if layer_norm is None else LayerNormWeights(*layer_norm)),
+        ),
     )
     last = _state(cell, h_n, c_n)
     if not return_states:

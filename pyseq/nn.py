@@ -18,18 +18,20 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from . import functional
 from ._checks import autocasts, check_like, check_positive, check_shape, check_tensor
-from ._dropout import apply_dropout, check_probability
+from ._dropout import apply_dropout, bernoulli_mask, check_probability
 from ._packed import computing_dtype, is_quantized
 from .reference import without_padding
 from .types import (
     DEFAULT_WINDOW_SIZE,
     GATES,
+    SCAN_GATES,
     SCORES,
     WINDOWS,
     CellName,
     DecoderOutput,
     DecoderStart,
     DecoderState,
+    LayerNormWeights,
     LayerWeights,
     ScanStates,
     ScoreName,
@@ -101,13 +103,29 @@ def _check_input(name: str, tensor: Tensor, weight: Tensor, training: bool) -> N
         raise RuntimeError("a quantized module is for inference: call eval() on it, got train()")
 
 
+class _ScanExtras(NamedTuple):
+    """What acts on one layer and direction besides its weights, as functional.scan takes it."""
+
+    h_mask: Tensor | None = None
+    zoneout_h: Tensor | None = None
+    zoneout_c: Tensor | None = None
+    reset_state: State | None = None
+    layer_norm: LayerNormWeights | None = None
+
+
 class _Regularization(NamedTuple):
     """What a call does to stacked layers besides running them; see :class:`RNN`. Probabilities
-    are those of this call: 0 in evaluation."""
+    of dropout are those of this call: 0 in evaluation."""
 
+    training: bool = False
     residual: bool = False
     variational_dropout: float = 0.0
+    recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    reset_parts: tuple[Tensor, ...] = ()  # (L*D, .) each, or () to reset to zero
+    layer_norms: tuple[LayerNormWeights, ...] = ()  # of each layer and direction, or none
 
     def weights(self, own: _ScanWeights) -> _ScanWeights:
         """Those of one layer and direction, as this call sees them."""
@@ -115,6 +133,41 @@ class _Regularization(NamedTuple):
             return own
         w_ih, w_hh, *_ = own
         return w_ih, apply_dropout(w_hh, self.weight_dropout), own[2], own[3], own[4], own[5]
+
+    @property
+    def leaves_scans_alone(self) -> bool:
+        acts = (self.recurrent_dropout, self.zoneout_h, self.zoneout_c)
+        return not (any(acts) or self.reset_parts or self.layer_norms)
+
+    def extras(self, x: Tensor, own: _ScanWeights, cell: CellName, index: int) -> _ScanExtras:
+        """For the layer and direction of that index, whose input is ``x`` (T, B, I)."""
+        if self.leaves_scans_alone:
+            return _ScanExtras()
+        w_hh, w_hr = own[1], own[4]
+        steps, batch, _ = x.shape
+        hidden = w_hh.shape[0] // SCAN_GATES[cell]
+        width = hidden if w_hr is None else w_hr.shape[0]
+        # Under autocast x may be of a type in which 1 / (1 - p) is inexact.
+        like = w_hh if w_hh.is_floating_point() else x
+
+        def share(probability: float, size: int) -> Tensor | None:
+            if probability == 0:
+                return None
+            if self.training:
+                return bernoulli_mask((steps, batch, size), probability, like)
+            return like.new_full((1, 1, size), probability)
+
+        mask = None
+        if self.recurrent_dropout > 0:
+            mask = apply_dropout(like.new_ones(batch, width), self.recurrent_dropout)
+        parts = tuple(part[index] for part in self.reset_parts)
+        return _ScanExtras(
+            mask,
+            share(self.zoneout_h, width),
+            share(self.zoneout_c, hidden),
+            join_parts(parts) if parts else None,
+            self.layer_norms[index] if self.layer_norms else None,
+        )
 
 
 _PLAIN = _Regularization()
@@ -172,6 +225,8 @@ def _scan_layers(
             resets=resets,
             keep_every=keep_every,
             return_states=return_states,
+            regularization=regularization,
+            first=first,
         )
         if regularization.residual and below.shape[-1] == x.shape[-1]:
             # Padding above the first layer is zero already.
@@ -200,9 +255,13 @@ def _scan_layer(
     resets: Tensor | None,
     keep_every: int,
     return_states: bool,
+    regularization: _Regularization,
+    first: int,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """One layer of :func:`_scan_layers`, whose states are (D, B, P)."""
-    if len(weights) == 2 and not torch.is_grad_enabled() and not return_states:
+    """One layer of :func:`_scan_layers`, whose states are (D, B, P); ``first`` counts the layers
+    and directions before it."""
+    alone = regularization.leaves_scans_alone
+    if len(weights) == 2 and alone and not (return_states or torch.is_grad_enabled()):
         state = join_parts(parts) if parts else None
         output, last = functional.scan_both(
             x, weights[0], weights[1], state, cell=cell, lengths=lengths, resets=resets
@@ -212,6 +271,7 @@ def _scan_layer(
     states: list[tuple[Tensor, ...]] = []
     all_steps: list[tuple[Tensor, ...]] = []
     for direction, own in enumerate(weights):
+        extras = regularization.extras(x, own, cell, first + direction)
         result = functional.scan(
             x,
             *own[:5],
@@ -223,6 +283,11 @@ def _scan_layer(
             keep_every=keep_every,
             return_states=return_states,
             w_ch=own[5],
+            h_mask=extras.h_mask,
+            zoneout_h=extras.zoneout_h,
+            zoneout_c=extras.zoneout_c,
+            reset_state=extras.reset_state,
+            layer_norm=extras.layer_norm,
         )
         outputs.append(result.output)
         states.append(state_parts(cell, result.state))
@@ -277,7 +342,11 @@ class _Recurrent(torch.nn.RNNBase):
     # before there were such options have them too.
     residual: bool = False
     variational_dropout: float = 0.0
+    recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    layer_norm: bool = False
     learned_state: bool = False
     forget_bias: float | None = None
     peepholes: bool = False
@@ -291,13 +360,20 @@ class _Recurrent(torch.nn.RNNBase):
         residual: bool,
         variational_dropout: float,
         weight_dropout: float,
+        zoneout_h: float,
         learned_state: bool,
+        recurrent_dropout: float = 0.0,
+        layer_norm: bool = False,
+        zoneout_c: float = 0.0,
         forget_bias: float | None = None,
     ) -> None:
         """Check and keep the options of :class:`RNN` and :class:`LSTM`, and make what they need."""
         for name, probability in (
             ("variational_dropout", variational_dropout),
+            ("recurrent_dropout", recurrent_dropout),
             ("weight_dropout", weight_dropout),
+            ("zoneout_h", zoneout_h),
+            ("zoneout_c", zoneout_c),
         ):
             check_probability(name, probability)
             setattr(self, name, float(probability))
@@ -321,17 +397,46 @@ class _Recurrent(torch.nn.RNNBase):
             self.h_0 = torch.nn.Parameter(like.new_empty(count, width))
             if self.cell == "lstm":
                 self.c_0 = torch.nn.Parameter(like.new_empty(count, self.hidden_size))
+        self.layer_norm = layer_norm
+        if layer_norm:
+            for suffix in self._suffixes():
+                for name, size in self._norm_sizes().items():
+                    parameter = torch.nn.Parameter(self.weight_ih_l0.new_empty(size))
+                    self.register_parameter(f"{name}_{suffix}", parameter)
         self._reset_options()
+
+    def _norm_sizes(self) -> dict[str, int]:
+        """How the gains and biases of layer normalisation begin, and how many numbers they are."""
+        gates = GATES[self.cell] * self.hidden_size
+        sizes = {"gain_ih": gates, "gain_hh": gates}
+        if self.cell == "lstm":
+            sizes |= {"gain_c": self.hidden_size, "bias_c": self.hidden_size}
+        return sizes
+
+    def _layer_norms(self) -> tuple[LayerNormWeights, ...]:
+        """Those of each layer and direction as they are now, or none."""
+        if not self.layer_norm:
+            return ()
+        return tuple(
+            LayerNormWeights(*(getattr(self, f"{name}_{suffix}") for name in self._norm_sizes()))
+            for suffix in self._suffixes()
+        )
 
     def reset_parameters(self) -> None:
         """Draw all weights anew as torch.nn does; then set what the options say: learned
-        states to zero, the biases of forget gates to ``forget_bias``."""
+        states to zero, gains to one, the biases of forget gates to ``forget_bias``."""
         super().reset_parameters()
         self._reset_options()
 
     def _reset_options(self) -> None:
         for state in self._learned():
             init.zeros_(state)
+        for norm in self._layer_norms():
+            init.ones_(norm.gain_ih)
+            init.ones_(norm.gain_hh)
+            if norm.gain_c is not None and norm.bias_c is not None:
+                init.ones_(norm.gain_c)
+                init.zeros_(norm.bias_c)
         if self.forget_bias is None:
             return
         forget = slice(self.hidden_size, 2 * self.hidden_size)
@@ -351,7 +456,11 @@ class _Recurrent(torch.nn.RNNBase):
         for name in (
             "residual",
             "variational_dropout",
+            "recurrent_dropout",
             "weight_dropout",
+            "zoneout_h",
+            "zoneout_c",
+            "layer_norm",
             "learned_state",
             "peepholes",
         ):
@@ -479,14 +588,13 @@ class _Recurrent(torch.nn.RNNBase):
         return_states: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Time-major and batched: the output, the last state and those of every step in parts."""
+        learned = self._learned()
         try:
             plain = self._plain and not self.bidirectional and not return_states
             if plain and lengths is None and resets is None and not self._drops():
                 return self._scan_plain(x, parts)
             if not parts:
-                parts = tuple(
-                    part.unsqueeze(1).expand(-1, x.shape[1], -1) for part in self._learned()
-                )
+                parts = tuple(part.unsqueeze(1).expand(-1, x.shape[1], -1) for part in learned)
             return _scan_layers(
                 x,
                 self._weights(),
@@ -498,9 +606,15 @@ class _Recurrent(torch.nn.RNNBase):
                 dropout=self.dropout if self._drops() else 0.0,
                 keep_every=self.keep_every,
                 regularization=_Regularization(
+                    self.training,
                     self.residual,
                     self.variational_dropout if self.training else 0.0,
+                    self.recurrent_dropout if self.training else 0.0,
                     self.weight_dropout if self.training else 0.0,
+                    self.zoneout_h,
+                    self.zoneout_c,
+                    () if resets is None else learned,
+                    self._layer_norms(),
                 ),
                 return_states=return_states,
             )
@@ -549,9 +663,10 @@ class _Recurrent(torch.nn.RNNBase):
                 Outputs at later steps are zero, the reverse direction starts at
                 ``lengths[b] - 1``, the last state is that after the last valid step.
                 Not with a PackedSequence, which has lengths of its own.
-            resets: bool, True where the row's state is set to zero before that step (as
-                each direction meets it); (T, B), (B, T) with ``batch_first``, (T,) for one
-                sequence; rows in the order before packing for a PackedSequence.
+            resets: bool, True where the row's state is set to zero, or to the learned one,
+                before that step (as each direction meets it); (T, B), (B, T) with
+                ``batch_first``, (T,) for one sequence; rows in the order before packing for a
+                PackedSequence.
             return_states: also return the state of every layer and direction after every step.
 
         Returns:
@@ -682,10 +797,19 @@ class RNN(_Recurrent):
             input has another size than their output stay plain; above the first there are none.
         variational_dropout: probability of zeroing a feature of a layer's input, of every
             layer, in all steps of a row at once, in training. One mask per call and row.
+        recurrent_dropout: the same of h_{t-1} where ``weight_hh`` reads it, with a mask of its
+            own for each layer and direction. What a GRU carries over of h stays whole.
         weight_dropout: probability of zeroing a number of ``weight_hh`` (DropConnect), in
             training. One mask per call, the same in all steps and rows.
+        zoneout_h: probability that a unit of h keeps its old value in a step, in training; in
+            evaluation the old value's share in the new one.
+        layer_norm: normalise ``W_ih x`` and ``W_hh h``, each over all gates of a row, and in an
+            LSTM c on its way to h. Adds the gains ``gain_ih`` and ``gain_hh`` (G*H) and for LSTM
+            ``gain_c`` and ``bias_c`` (H) of each layer and direction, named as the weights are;
+            ``bias_ih`` and ``bias_hh`` are added after the normalisation.
         learned_state: make the initial state parameters ``h_0`` (L*D, P) and for LSTM ``c_0``
-            (L*D, H), zero at first, that stand in where a call gives no state.
+            (L*D, H), zero at first, that stand in where a call gives no state, and that
+            ``resets`` return to.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -693,7 +817,9 @@ class RNN(_Recurrent):
 
     Reference:
         Elman 1990, Finding Structure in Time; Gal & Ghahramani 2016, arXiv 1512.05287
-        (variational dropout); Merity et al. 2018, arXiv 1708.02182, section 2 (weight dropout).
+        (variational and recurrent dropout); Krueger et al. 2017, arXiv 1606.01305, section 3.2
+        (zoneout); Ba et al. 2016, arXiv 1607.06450, eq. 20 to 22 (layer normalisation); Merity
+        et al. 2018, arXiv 1708.02182, section 2 (weight dropout).
     """
 
     def __init__(
@@ -712,7 +838,10 @@ class RNN(_Recurrent):
         proj_size: None = None,
         residual: bool = False,
         variational_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
+        layer_norm: bool = False,
         learned_state: bool = False,
     ) -> None:
         _refuse_projection(proj_size)
@@ -734,7 +863,10 @@ class RNN(_Recurrent):
         self._set_options(
             residual=residual,
             variational_dropout=variational_dropout,
+            recurrent_dropout=recurrent_dropout,
             weight_dropout=weight_dropout,
+            zoneout_h=zoneout_h,
+            layer_norm=layer_norm,
             learned_state=learned_state,
         )
 
@@ -771,7 +903,10 @@ class GRU(_Recurrent):
         proj_size: None = None,
         residual: bool = False,
         variational_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
+        layer_norm: bool = False,
         learned_state: bool = False,
         reset_after: bool = True,
     ) -> None:
@@ -789,11 +924,19 @@ class GRU(_Recurrent):
             device,
             dtype,
         )
+        if not reset_after and (recurrent_dropout or layer_norm):
+            raise ValueError(
+                "recurrent_dropout and layer_norm go with reset_after=True, got "
+                f"recurrent_dropout {recurrent_dropout!r}, layer_norm {layer_norm!r} and False"
+            )
         self.reset_after = reset_after
         self._set_options(
             residual=residual,
             variational_dropout=variational_dropout,
+            recurrent_dropout=recurrent_dropout,
             weight_dropout=weight_dropout,
+            zoneout_h=zoneout_h,
+            layer_norm=layer_norm,
             learned_state=learned_state,
         )
 
@@ -809,10 +952,11 @@ class LSTM(_Recurrent):
 
     Args, Raises: as :class:`RNN`, without ``nonlinearity``, and
         proj_size: P, size of the projected hidden state, below H; 0 for none.
+        zoneout_c: as ``zoneout_h``, of c.
         forget_bias: what the forget gates start from. Their two biases add up, so ``bias_ih``
             starts at this number and ``bias_hh`` at zero. Default: drawn as all others.
         peepholes: whether each layer and direction has ``weight_ch_l0`` (3*H,), the peepholes of
-            i, f and o; drawn within 1/sqrt(H) like all others.
+            i, f and o; drawn within 1/sqrt(H) like all others. Not with ``layer_norm``.
 
     Reference:
         Hochreiter & Schmidhuber 1997; Gers et al. 2000 (forget gate); Gers & Schmidhuber 2000,
@@ -836,8 +980,12 @@ class LSTM(_Recurrent):
         *,
         residual: bool = False,
         variational_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
+        layer_norm: bool = False,
         learned_state: bool = False,
+        zoneout_c: float = 0.0,
         forget_bias: float | None = None,
         peepholes: bool = False,
     ) -> None:
@@ -854,6 +1002,8 @@ class LSTM(_Recurrent):
             device,
             dtype,
         )
+        if peepholes and layer_norm:
+            raise ValueError("layer_norm goes without peepholes, got both")
         self.peepholes = peepholes
         if peepholes:
             for names, suffix in zip(self._all_weights, self._suffixes(), strict=True):
@@ -862,8 +1012,12 @@ class LSTM(_Recurrent):
         self._set_options(
             residual=residual,
             variational_dropout=variational_dropout,
+            recurrent_dropout=recurrent_dropout,
             weight_dropout=weight_dropout,
+            zoneout_h=zoneout_h,
+            layer_norm=layer_norm,
             learned_state=learned_state,
+            zoneout_c=zoneout_c,
             forget_bias=forget_bias,
         )
 
@@ -874,7 +1028,8 @@ class IndRNN(_Recurrent):
     ``h_t = relu(W_ih x_t + b_ih + w_hh * h_{t-1} + b_hh)`` with a vector ``w_hh``, or tanh. A
     step costs H multiplications instead of H^2; units meet in the layer above.
 
-    Args, Raises: as :class:`RNN`, where ``nonlinearity`` is ``"relu"`` by default. ``weight_hh_l0``
+    Args, Raises: as :class:`RNN`, but for ``recurrent_dropout`` and ``layer_norm``, which are of
+        the recurrent product; ``nonlinearity`` is ``"relu"`` by default. ``weight_hh_l0``
         is (H,) and drawn uniformly from 0 to 1, so that from the start there are units that
         forget at once and units that hardly do; all others within 1/sqrt(H). With relu, a weight
         above 1 lets its unit grow without bound: the paper keeps weights below 2^(1/T).
@@ -899,6 +1054,7 @@ class IndRNN(_Recurrent):
         residual: bool = False,
         variational_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
         learned_state: bool = False,
     ) -> None:
         _check_nonlinearity(nonlinearity)
@@ -922,6 +1078,7 @@ class IndRNN(_Recurrent):
             residual=residual,
             variational_dropout=variational_dropout,
             weight_dropout=weight_dropout,
+            zoneout_h=zoneout_h,
             learned_state=learned_state,
         )
 
@@ -945,7 +1102,8 @@ class SLSTM(_Recurrent):
     kept relative to ``exp(m_t)`` with ``m_t = max(log f + m_{t-1}, log i)``.
     A unit sees of the state the units of its own head: ``weight_hh_l0`` is (4*H, H / heads).
 
-    Args, Raises: as :class:`RNN`, without ``nonlinearity`` and ``learned_state``, and
+    Args, Raises: as :class:`RNN`, without ``nonlinearity``, ``layer_norm`` and
+        ``learned_state``, and
         num_heads: heads of each layer, equal groups of its units; H must be a multiple.
         forget_gate: ``"sigmoid"`` or ``"exp"``.
         forget_bias: as in :class:`LSTM`.
@@ -973,7 +1131,9 @@ class SLSTM(_Recurrent):
         forget_gate: str = "sigmoid",
         residual: bool = False,
         variational_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
         forget_bias: float | None = None,
     ) -> None:
         if forget_gate not in ("sigmoid", "exp"):
@@ -1003,7 +1163,9 @@ class SLSTM(_Recurrent):
         self._set_options(
             residual=residual,
             variational_dropout=variational_dropout,
+            recurrent_dropout=recurrent_dropout,
             weight_dropout=weight_dropout,
+            zoneout_h=zoneout_h,
             learned_state=False,
             forget_bias=forget_bias,
         )

@@ -32,6 +32,7 @@ from .types import (
     FeedName,
     GenerateOutput,
     HistoryName,
+    LayerNormWeights,
     LayerWeights,
     OrderName,
     ScanOutput,
@@ -154,6 +155,19 @@ def recurrent_part(
     return r_gates if b_hh is None else r_gates + b_hh
 
 
+def _normed(rows: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Layer normalisation: each row with mean 0 and variance 1, scaled and shifted."""
+    return torch.nn.functional.layer_norm(rows, rows.shape[-1:], gain, bias, eps=1e-5)
+
+
+def _zone_out(share: Tensor | None, t: int, old: Tensor, new: Tensor) -> Tensor:
+    """``new`` with the share of ``old`` that zoneout keeps at step t."""
+    if share is None:
+        return new
+    own = share[t if share.shape[0] > 1 else 0]
+    return own * old + (1 - own) * new
+
+
 def scan(
     x: Tensor,
     w_ih: Tensor,
@@ -170,6 +184,11 @@ def scan(
     keep_every: int = 1,
     return_states: bool = False,
     w_ch: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
+    reset_state: State | None = None,
+    layer_norm: LayerNormWeights | tuple[Tensor, ...] | None = None,
 ) -> ScanOutput | ScanStates:
     """One recurrent layer in one direction; see :func:`pyseq.functional.scan`.
 
@@ -183,6 +202,7 @@ def scan(
     c: Tensor | None = None
     if cell in STATES:
         c = torch.cat(parts[1:], -1) if parts else x.new_zeros(batch, len(STATES[cell]) * hidden)
+    reset_parts = state_parts(cell, reset_state)
 
     outputs: list[Tensor] = [h] * steps
     cells: list[Tensor] = [h] * steps
@@ -192,13 +212,28 @@ def scan(
             valid = (t < lengths.to(x.device)).unsqueeze(1)
         if resets is not None:
             reset = resets[t].unsqueeze(1).to(x.device) & valid
-            h = torch.where(reset, torch.zeros_like(h), h)
-            c = None if c is None else torch.where(reset, torch.zeros_like(c), c)
-        x_gates = linear(x[t], w_ih, b_ih)
-        r_gates = recurrent_part(cell, x_gates, h, w_hh, b_hh)
-        new_h, new_c = cell_step(cell, x_gates, r_gates, h, c, w_ch)
+            h = torch.where(reset, reset_parts[0] if reset_parts else torch.zeros_like(h), h)
+            if c is not None:
+                reset_c = torch.cat(reset_parts[1:], -1) if reset_parts else torch.zeros_like(c)
+                c = torch.where(reset, reset_c, c)
+        seen = h if h_mask is None else h_mask * h
+        if layer_norm is None:
+            x_gates = linear(x[t], w_ih, b_ih)
+            r_gates = recurrent_part(cell, x_gates, seen, w_hh, b_hh)
+            new_h, new_c = cell_step(cell, x_gates, r_gates, h, c, w_ch)
+        else:
+            norm = LayerNormWeights(*layer_norm)
+            x_gates = _normed(linear(x[t], w_ih), norm.gain_ih, b_ih)
+            r_gates = _normed(linear(seen, w_hh), norm.gain_hh, b_hh)
+            new_h, new_c = cell_step(cell, x_gates, r_gates, h, c)
+            if new_c is not None:
+                output_gate = torch.sigmoid((x_gates + r_gates).chunk(4, -1)[3])
+                new_h = output_gate * torch.tanh(_normed(new_c, norm.gain_c, norm.bias_c))
         if w_hr is not None:
             new_h = linear(new_h, w_hr)
+        new_h = _zone_out(zoneout_h, t, h, new_h)
+        if c is not None and new_c is not None:
+            new_c = _zone_out(zoneout_c, t, c, new_c)
         h = torch.where(valid, new_h, h)
         c = None if c is None or new_c is None else torch.where(valid, new_c, c)
         outputs[t] = torch.where(valid, h, torch.zeros_like(h))

@@ -17,7 +17,16 @@ from torch.library import Library, register_vmap
 from torch.utils._pytree import tree_leaves
 
 from . import reference
-from .types import SCAN_GATES, STATES, CellName, LayerWeights, ScoreName, State, state_parts
+from .types import (
+    SCAN_GATES,
+    STATES,
+    CellName,
+    LayerNormWeights,
+    LayerWeights,
+    ScoreName,
+    State,
+    state_parts,
+)
 
 Results = Tensor | tuple[Tensor, ...]
 #: What stands for a result that a call cannot have, as in ``csrc/ops.h``.
@@ -56,7 +65,19 @@ def _scan(
     keep_every: int = 1,
     return_states: bool = False,
     w_ch: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    gain_ih: Tensor | None = None,
+    gain_hh: Tensor | None = None,
+    gain_c: Tensor | None = None,
+    bias_c: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    norm = None
+    if gain_ih is not None and gain_hh is not None:
+        norm = LayerNormWeights(gain_ih, gain_hh, gain_c, bias_c)
     batch, hidden = x.shape[1], w_hh.shape[0] // SCAN_GATES[cell]
     size = hidden if w_hr is None else w_hr.shape[0]
     zero_h, zero_c = x.new_zeros(batch, size), x.new_zeros(batch, hidden)
@@ -75,6 +96,11 @@ def _scan(
         keep_every=keep_every,
         return_states=return_states,
         w_ch=w_ch,
+        h_mask=h_mask,
+        zoneout_h=zoneout_h,
+        zoneout_c=zoneout_c,
+        reset_state=_state(cell, reset_h, reset_c, zero_h, zero_c),
+        layer_norm=norm,
     )
     c_steps = _parts(cell, states[0], x)[1] if states else x.new_empty(_NOTHING)
     return output, *_parts(cell, state, x), c_steps
@@ -227,6 +253,11 @@ _BATCH_AXES = {
 }
 
 
+#: Arguments of ``scan`` that are for the rows of one batch, or for all of them: no larger batch
+#: goes with them.
+_OF_ONE_BATCH = ("h_mask", "zoneout_h", "zoneout_c", "reset_h", "reset_c")
+
+
 def _fold(tensor: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
     """``tensor`` with its dimension ``dim``, or ``size`` copies, made part of the batch."""
     if dim is None:
@@ -261,7 +292,8 @@ def _batching_rule(name: str) -> Callable[..., tuple[Any, Any]]:
         }
         if name == "linear" and mapped == {"x"}:
             return operator(args[0].movedim(in_dims[0], 0), *args[1:]), 0
-        if not mapped <= axes.arguments.keys():
+        alone = any(argument in _OF_ONE_BATCH and value is not None for argument, value, _ in given)
+        if alone or not mapped <= axes.arguments.keys():
             samples = [
                 operator(*(_sample(value, dim, index) for _, value, dim in given))
                 for index in range(size)

@@ -139,6 +139,15 @@ class LayerWeights(NamedTuple):
     b_hh: Tensor | None = None  # (G*H,)
 
 
+class LayerNormWeights(NamedTuple):
+    """What scales a layer's normalised sums; a plain tuple in this order serves as well."""
+
+    gain_ih: Tensor  # (G*H,), of W_ih x
+    gain_hh: Tensor  # (G*H,), of W_hh h
+    gain_c: Tensor | None = None  # (H,), of c, LSTM only
+    bias_c: Tensor | None = None  # (H,), LSTM only
+
+
 class ScanOutput(NamedTuple):
     """What ``scan`` returns."""
 

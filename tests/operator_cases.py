@@ -28,7 +28,7 @@ DEVICES = ("cpu",)
 IGNORED = -1
 
 #: Inputs that carry no gradient.
-CONSTANTS = ("lengths", "resets", "dropout_masks", "target")
+CONSTANTS = ("lengths", "resets", "dropout_masks", "target", "h_mask", "zoneout_h", "zoneout_c")
 
 
 class Call(NamedTuple):
@@ -263,6 +263,10 @@ class ScanCase:
     return_states: bool = False
     peepholes: bool = False
     heads: int = 1  # sLSTM
+    mask: bool = False  # on h, where the recurrent weights read it
+    zoneout: str | None = None  # steps (a mask for each), one (number for all)
+    reset_state: str | None = None  # rows (one for each), one (for all)
+    layer_norm: bool = False
 
     @property
     def id(self) -> str:
@@ -282,6 +286,10 @@ class ScanCase:
             self.return_states and "states",
             self.peepholes and "peepholes",
             self.heads > 1 and f"heads{self.heads}",
+            self.mask and "mask",
+            self.zoneout and f"zoneout_{self.zoneout}",
+            self.reset_state and f"to_{self.reset_state}",
+            self.layer_norm and "norm",
         )
 
     def call(self) -> Call:
@@ -304,15 +312,12 @@ class ScanCase:
         if self.projection:
             tensors["w_hr"] = _weight(width, hidden, **kind)
         if self.state:
-            h = torch.randn(batch, width, **kind)
-            others = [torch.randn(batch, hidden, **kind) for _ in STATES.get(self.cell, "")]
-            if len(others) > 1:
-                others[1] = others[1].abs() + 0.5  # the normaliser, a sum of positive numbers
-            tensors["state"] = (h, *others) if others else h
+            tensors["state"] = self._state((batch,), width, **kind)
         if self.lengths:
             tensors["lengths"] = make_lengths(self.lengths, steps, batch)
         if self.resets:
             tensors["resets"] = make_resets(self.resets, steps, batch)
+        tensors |= self._extras(width, **kind)
         options = {
             "cell": self.cell,
             "reverse": self.reverse,
@@ -320,6 +325,35 @@ class ScanCase:
             "return_states": self.return_states,
         }
         return Call("scan", tensors, options)
+
+    def _state(self, rows: tuple[int, ...], width: int, **kind: Any) -> Any:
+        """A random state of these rows, whose h is of ``width`` numbers."""
+        hidden = self.sizes[3]
+        h = torch.randn(*rows, width, **kind)
+        others = [torch.randn(*rows, hidden, **kind) for _ in STATES.get(self.cell, "")]
+        if len(others) > 1:
+            others[1] = others[1].abs() + 0.5  # the normaliser, a sum of positive numbers
+        return (h, *others) if others else h
+
+    def _extras(self, width: int, **kind: Any) -> dict[str, Any]:
+        """What else acts on the states, whose h is of ``width`` numbers."""
+        steps, batch, _, hidden = self.sizes
+        tensors: dict[str, Any] = {}
+        if self.mask:
+            tensors["h_mask"] = torch.randint(0, 2, (batch, width)).to(**kind) * 2
+        parts = {"h": width, "c": hidden} if self.cell == "lstm" else {"h": width}
+        for part, size in parts.items():
+            if self.zoneout == "steps":
+                tensors[f"zoneout_{part}"] = torch.randint(0, 2, (steps, batch, size)).to(**kind)
+            elif self.zoneout == "one":
+                tensors[f"zoneout_{part}"] = torch.full((1, 1, size), 0.3, **kind)
+        if self.reset_state:
+            rows = (batch,) if self.reset_state == "rows" else ()
+            tensors["reset_state"] = self._state(rows, width, **kind)
+        if self.layer_norm:
+            sizes = [SCAN_GATES[self.cell] * hidden] * 2 + [hidden] * 2 * (self.cell == "lstm")
+            tensors["layer_norm"] = tuple(torch.randn(size, **kind) for size in sizes)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -662,6 +696,10 @@ def scan_cases() -> list[ScanCase]:
             "bias": ("both", "none", "ih"),
             "keep_every": (1, 2, 100),
             "return_states": (False, True),
+            "mask": (False, True),
+            "zoneout": (None, "steps", "one"),
+            "reset_state": (None, "rows", "one"),
+            "layer_norm": (False, True),
         }
     )
     cases = []
@@ -671,11 +709,17 @@ def scan_cases() -> list[ScanCase]:
         # A projection to fewer numbers, as is usual, and for some sizes to more.
         width = hidden + 2 if hidden % 16 == 0 else max(1, hidden // 2)
         cases.append(ScanCase(projection=width, dtype=dtype, device=device, **row))
-        cases += [ScanCase(dtype=dtype, device=device, **cell, **row) for cell in SCAN_CELLS]
+        # What goes with cells of a matrix only, and with torch.nn's.
+        plain = row | {"layer_norm": False}
+        for cell in SCAN_CELLS:
+            masked = cell["cell"] not in (*DIAGONAL, "gru_reset_before")
+            own = plain if masked else plain | {"mask": False}
+            cases.append(ScanCase(dtype=dtype, device=device, **cell, **own))
         # As many heads as the units can be shared among, up to four.
         heads = next(count for count in (4, 3, 2, 1) if hidden % count == 0)
         if heads > 1:
-            cases.append(ScanCase(cell="slstm_exp", heads=heads, dtype=dtype, device=device, **row))
+            heads_of: dict[str, Any] = {"cell": "slstm_exp", "heads": heads}
+            cases.append(ScanCase(dtype=dtype, device=device, **heads_of, **plain))
     return cases
 
 
@@ -766,9 +810,31 @@ def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     )
     scans += [
         ScanCase(
-            lengths="holes", resets="random", reverse=True, return_states=True, dtype=dtype, **cell
+            lengths="holes",
+            resets="random",
+            reverse=True,
+            return_states=True,
+            zoneout="one",
+            reset_state="one",
+            dtype=dtype,
+            **cell,
         )
         for cell in SCAN_CELLS
+    ]
+    everything: dict[str, Any] = {"lengths": "holes", "resets": "random", "mask": True}
+    scans += [
+        ScanCase(
+            cell=cell,
+            zoneout=zoneout,
+            reset_state=state,
+            layer_norm=norm,
+            dtype=dtype,
+            **everything,
+        )
+        for cell, zoneout, state in zip(
+            CELLS, ("steps", "one") * 2, ("one", "rows", "one", "rows"), strict=True
+        )
+        for norm in (False, True)
     ]
     base = ScanCase(projection=3, lengths="ragged", return_states=True, dtype=dtype)
     attends = [

@@ -58,6 +58,26 @@ SEQUENCES: tuple[ScanCase | AttendCase | DecodeCase, ...] = (
     ScanCase(projection=4, lengths="holes", resets="random"),
     ScanCase(cell="gru", lengths="ragged", reverse=True),
     ScanCase(lengths="ragged", resets="random", keep_every=2),
+    ScanCase(
+        projection=4,
+        lengths="holes",
+        resets="random",
+        mask=True,
+        zoneout="steps",
+        reset_state="one",
+    ),
+    ScanCase(
+        cell="gru",
+        lengths="ragged",
+        resets="random",
+        reverse=True,
+        keep_every=2,
+        mask=True,
+        zoneout="one",
+        reset_state="rows",
+    ),
+    ScanCase(lengths="holes", resets="random", mask=True, zoneout="one", layer_norm=True),
+    ScanCase(cell="gru", lengths="ragged", reverse=True, keep_every=2, layer_norm=True),
     AttendCase(score="general", lengths="holes", need_weights=True),
     AttendCase(score="concat", lengths="ragged", need_weights=True),
     AttendCase(score="location", lengths="holes", heads=2, need_weights=True),
@@ -74,6 +94,9 @@ FULL: tuple[Case, ...] = (
 LARGE: tuple[ScanCase | AttendCase | DecodeCase, ...] = (
     ScanCase(cell="lstm", sizes=(9, 37, 20, 130), lengths="ragged"),
     ScanCase(cell="gru", sizes=(9, 2, 20, 200), lengths="ragged", reverse=True),
+    ScanCase(sizes=(9, 37, 20, 130), mask=True, zoneout="steps"),
+    ScanCase(sizes=(9, 37, 20, 130), lengths="ragged", layer_norm=True),
+    ScanCase(cell="gru", sizes=(9, 2, 20, 200), reverse=True, layer_norm=True),
     AttendCase(score="dot", sizes=(40, 50, 9, 70, 90, 70), lengths="ragged", need_weights=True),
     AttendCase(score="concat", sizes=(40, 50, 9, 70, 90, 30), lengths="ragged"),
     AttendCase(score="concat", sizes=(40, 50, 9, 35, 45, 15), heads=2, window=9, positions=True),
@@ -279,6 +302,46 @@ def test_every_tenth_state_is_a_tenth_of_the_memory_at_most(cell: Any) -> None:
     case = ScanCase(cell=cell, sizes=(100, 4, 8, 16))
     every, tenth = saved_bytes(case.call()), saved_bytes(replace(case, keep_every=10).call())
     assert 0 < tenth <= every / 10
+
+
+@pytest.mark.parametrize("name", ["h_mask", "zoneout_h", "zoneout_c"])
+def test_masks_that_want_a_gradient_are_refused(name: str) -> None:
+    call = ScanCase(mask=True, zoneout="steps").call()
+    call.inputs[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=f"{name} has no gradient, .* detach"):
+        functional.scan(**call.inputs)
+    with torch.no_grad():
+        functional.scan(**call.inputs)
+
+
+def test_zoneout_of_c_goes_with_a_c() -> None:
+    call = ScanCase(cell="gru").call()
+    with pytest.raises(ValueError, match="zoneout_c goes with cell lstm, got gru"):
+        functional.scan(**call.inputs, **call.options, zoneout_c=torch.ones(1, 1, 7))
+
+
+def test_layer_norm_of_half_is_refused() -> None:
+    call = ScanCase().call()
+    message = "gain_ih and gain_hh, .* got gain_ih, gain_hh, no gain_c, no bias_c for cell lstm"
+    with pytest.raises(ValueError, match=message):
+        functional.scan(**call.inputs, layer_norm=(torch.ones(28), torch.ones(28)))
+    call = ScanCase(cell="gru", layer_norm=True).call()
+    call.inputs["layer_norm"] += (torch.ones(7), torch.ones(7))
+    with pytest.raises(ValueError, match="gain_c, bias_c for cell gru"):
+        functional.scan(**call.inputs, **call.options)
+
+
+def test_zoneout_of_one_keeps_the_state_and_of_none_does_nothing() -> None:
+    call = ScanCase().call()
+    h, c = call.inputs["state"]
+    kept = functional.scan(
+        **call.inputs, zoneout_h=torch.ones(1, 1, 7), zoneout_c=torch.ones(1, 1, 7)
+    )
+    assert torch.equal(kept.output, h.expand(5, 3, 7))
+    assert torch.equal(kept.state[1], c)
+    plain = outputs_of(functional, call)
+    zeros = {"zoneout_h": torch.zeros(1, 1, 7), "zoneout_c": torch.zeros(5, 3, 7)}
+    assert_same_bits(outputs_of(functional, call._replace(inputs=call.inputs | zeros)), plain)
 
 
 @pytest.mark.parametrize("keep_every", [0, -1])
@@ -664,6 +727,34 @@ BAD_CALLS: dict[str, tuple[Callable[[], Call], str]] = {
     "attend-query-size": (
         lambda: attend_call(query=ones(4, 3, 5)),
         r"(query|keys) must .*got .*\(\d, 3, [56]\)",
+    ),
+    "scan-h_mask": (
+        lambda: scan_call(h_mask=ones(1, 7)),
+        r"h_mask must be \(B, P\) = \(3, 6\), got \(1, 7\)",
+    ),
+    "scan-zoneout_h": (
+        lambda: scan_call(zoneout_h=ones(2, 1, 7)),
+        r"zoneout_h must be \(T or 1, B or 1, P\) = \(5, 1, 6\), got \(2, 1, 7\)",
+    ),
+    "scan-zoneout_c-dim": (
+        lambda: scan_call(zoneout_c=ones(7)),
+        r"zoneout_c must be \(T or 1, B or 1, H\), got \(7,\)",
+    ),
+    "scan-reset_state": (
+        lambda: scan_call(reset_state=(ones(6), ones(6))),
+        r"reset_c must be \(B, H\) or \(H,\) = \(7,\), got \(6,\)",
+    ),
+    "scan-reset_state-rows": (
+        lambda: scan_call(reset_state=(ones(2, 6), ones(7))),
+        r"reset_h must be \(B, P\) or \(P,\) = \(3, 6\), got \(2, 6\)",
+    ),
+    "scan-h_mask-dtype": (
+        lambda: scan_call(h_mask=ones(3, 6, dtype=torch.float64)),
+        r"h_mask must have the dtype of x.*[fF]loat.*got .*([dD]ouble|float64)",
+    ),
+    "scan-gain_ih": (
+        lambda: scan_call(layer_norm=(ones(7), ones(28), ones(7), ones(7))),
+        r"gain_ih must be \(G\*H,\) = \(28,\), got \(7,\)",
     ),
     "attend-keys-batch": (
         lambda: attend_call(keys=ones(5, 2, 6)),
@@ -1147,7 +1238,7 @@ def test_saved_tensors_may_come_back_in_another_layout(case: Case) -> None:
 
 def test_backward_operator_checks_what_forward_saved() -> None:
     x, w = torch.randn(3, 2, 4), torch.randn(16, 4)
-    _, _, _, *saved, _ = torch.ops.pyseq.scan_forward(*[x, w, w], *[None] * 7, "lstm", False)
+    saved = list(torch.ops.pyseq.scan_forward(*[x, w, w], *[None] * 7, "lstm", False)[3:8])
     saved[0] = saved[0][:2]
     with pytest.raises(RuntimeError, match=r"gates must be .*\(3, 2, 16\), got \(2, 2, 16\)"):
         torch.ops.pyseq.scan_backward(

@@ -14,7 +14,7 @@ from tolerances import assert_close, assert_same_bits
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from pyseq import nn
+from pyseq import nn, reference
 from pyseq._dropout import apply_dropout, bernoulli_mask
 
 I, H, T, B = 4, 6, 5, 3  # noqa: E741  (the letters of the docstrings)
@@ -32,9 +32,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "residual": {"residual": True},
     "variational_dropout": {"variational_dropout": 0.4},
     "weight_dropout": {"weight_dropout": 0.4},
+    "recurrent_dropout": {"recurrent_dropout": 0.4},
+    "zoneout_h": {"zoneout_h": 0.4},
+    "layer_norm": {"layer_norm": True},
 }
 #: Those of them that draw masks.
-RANDOM = tuple(name for name in OPTIONS if name != "residual")
+RANDOM = tuple(name for name in OPTIONS if name not in ("residual", "layer_norm"))
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +107,10 @@ def test_dropout_is_off_in_evaluation(kind: str, option: str) -> None:
     module = make(kind, num_layers=2, bidirectional=True, **OPTIONS[option]).eval()
     plain = make(kind, num_layers=2, bidirectional=True)
     x = make_x()
+    same = torch.equal(module(x)[0], plain(x)[0])
+    if option == "zoneout_h":  # which has its expectation there
+        assert not same
+        return
     assert_same_bits(run(module, x), run(plain, x))
 
 
@@ -122,9 +129,8 @@ def test_copies_do_the_same(kind: str, option: str) -> None:
 def test_a_module_pickled_before_there_were_options_still_runs() -> None:
     old, x = make("lstm"), make_x()
     expected = run(old, x)
-    for name in ("residual", "variational_dropout", "weight_dropout", "learned_state"):
+    for name in (*OPTIONS, "zoneout_c", "learned_state", "forget_bias"):
         del old.__dict__[name]
-    del old.__dict__["forget_bias"]
     assert_same_bits(run(pickle.loads(pickle.dumps(old)), x), expected)
 
 
@@ -210,6 +216,142 @@ def test_weight_dropout_drops_numbers_of_the_recurrent_weights(kind: str) -> Non
     actual, expected = run(module, x), run(plain, x)
     expected["d_weight_hh_l0"] = expected["d_weight_hh_l0"] * mask
     assert_close(actual, expected)
+
+
+def scanned(module: Any, x: Tensor, **options: Any) -> tuple[Tensor, list[Tensor]]:
+    """What the reference gives for a module of one layer and direction."""
+    if module.layer_norm:
+        options["layer_norm"] = module._layer_norms()[0]
+    weights = [
+        getattr(module, f"{kind}_l0", None)
+        for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+    ]
+    output, state = reference.scan(x, *weights, cell=module.cell, **options)
+    return output, flat(state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recurrent_dropout_has_one_mask_for_all_steps(kind: str) -> None:
+    module, x = make(kind, recurrent_dropout=0.5), make_x()
+    torch.manual_seed(3)
+    mask = apply_dropout(torch.ones(B, module.proj_size or H, dtype=torch.float64), 0.5)
+    expected = scanned(module, x, h_mask=mask)[0]
+    assert_close({"y": run(module, x)["output"]}, {"y": expected})
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_zoneout_draws_for_every_step_and_takes_the_expectation(kind: str, training: bool) -> None:
+    options = {"zoneout_h": 0.3} | ({"zoneout_c": 0.6} if "lstm" in kind else {})
+    module, x = make(kind, **options).train(training), make_x()
+    torch.manual_seed(3)
+    shares = {}
+    for name, probability in options.items():
+        size = (module.proj_size or H) if name == "zoneout_h" else H
+        if training:
+            shares[name] = bernoulli_mask((T, B, size), probability, x)
+        else:
+            shares[name] = torch.full((1, 1, size), probability, dtype=torch.float64)
+    expected, state = scanned(module, x, **shares)
+    actual = run(module, x)
+    assert_close({"y": actual["output"]}, {"y": expected})
+    for i, part in enumerate(state):
+        assert_close({"s": actual[f"state{i}"]}, {"s": part.unsqueeze(0)})
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "two-way"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_options_work_together(kind: str, bidirectional: bool) -> None:
+    options = {
+        "variational_dropout": 0.2,
+        "recurrent_dropout": 0.2,
+        "weight_dropout": 0.2,
+        "zoneout_h": 0.2,
+        "residual": True,
+        "layer_norm": True,
+        "learned_state": True,
+        "dropout": 0.2,
+    }
+    if "lstm" in kind:
+        options |= {"zoneout_c": 0.2, "forget_bias": 1.0}
+    module = make(kind, num_layers=2, bidirectional=bidirectional, batch_first=True, **options)
+    x = make_x().detach().transpose(0, 1).requires_grad_()
+    call = {"lengths": torch.tensor([5, 2, 0]), "resets": torch.rand(B, T) < 0.3}
+    first, again = run(module, x, **call), run(module, x, **call)
+    assert_same_bits(first, again)
+    assert all(value.isfinite().all() for value in first.values())
+    assert all((first[f"d_{name}"] != 0).any() for name, _ in module.named_parameters())
+    assert (first["output"][1, 2:] == 0).all()
+    module.keep_every = 2
+    assert_close(run(module, x, **call), first)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        assert_close({"y": module(x, **call)[0]}, {"y": first["output"].detach()})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_norm_is_the_references(kind: str) -> None:
+    module, x = make(kind, layer_norm=True), make_x()
+    new = {"gain_ih_l0", "gain_hh_l0"} | ({"gain_c_l0", "bias_c_l0"} if "lstm" in kind else set())
+    assert set(module.state_dict()) - set(make(kind).state_dict()) == new
+    for name in new:
+        parameter = getattr(module, name)
+        assert (parameter == (0 if name.startswith("bias") else 1)).all()
+        torch.nn.init.normal_(parameter)
+    lengths, resets = torch.tensor([5, 2, 0]), torch.rand(T, B) < 0.3
+    actual = run(module, x, lengths=lengths, resets=resets)
+    output, state = scanned(module, x, lengths=lengths, resets=resets)
+    named = {"output": output} | {f"state{i}": part.unsqueeze(0) for i, part in enumerate(state)}
+    inputs = {"x": x} | dict(module.named_parameters())
+    total = torch.stack([value.square().sum() for value in named.values()]).sum()
+    grads = torch.autograd.grad(total, list(inputs.values()))
+    named |= {f"d_{name}": grad for name, grad in zip(inputs, grads, strict=True)}
+    assert_close(actual, named)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_norm_takes_no_notice_of_the_scale_of_the_weights(kind: str) -> None:
+    module, x = make(kind, layer_norm=True), make_x()
+    expected = module(x)[0]
+    with torch.no_grad():
+        module.weight_ih_l0.mul_(1000)
+        module.weight_hh_l0.mul_(1000)
+    # The epsilon under the root shows before, not after.
+    torch.testing.assert_close(module(x)[0], expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "two-way"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resets_return_to_the_learned_state(kind: str, bidirectional: bool, grad: bool) -> None:
+    module = make(kind, num_layers=2, bidirectional=bidirectional, learned_state=True)
+    for part in module.parameters():
+        torch.nn.init.normal_(part, std=0.5)
+    x = make_x()
+    resets = torch.ones(T, B, dtype=torch.bool)
+    with torch.set_grad_enabled(grad):
+        output = module(x, resets=resets)[0]
+        alone = torch.cat([module(step.unsqueeze(0))[0] for step in x])
+    assert_close({"y": output}, {"y": alone})
+    if grad:
+        got, want = (torch.autograd.grad(y.square().sum(), module.h_0) for y in (output, alone))
+        assert_close({"h_0": got[0]}, {"h_0": want[0]})
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm_proj"])
+def test_compile_keeps_one_graph(kind: str) -> None:
+    module, x = make(kind, recurrent_dropout=0.3, zoneout_h=0.2, learned_state=True), make_x()
+    resets = torch.rand(T, B) < 0.3
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(3)
+    compiled(x, resets=resets)
+    assert_close(
+        run(compiled, x, resets=resets),
+        {
+            name.replace("d_", "d__orig_mod.") if name not in ("d_x",) else name: value
+            for name, value in run(module, x, resets=resets).items()
+        },
+    )
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "two-way"])

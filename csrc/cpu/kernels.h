@@ -51,6 +51,32 @@ struct alignas(64) QuantizedWeights {
 // the order of a sum depends on it.
 constexpr int64_t kRowsToReadInput = 8;
 
+// Numbers for each step and row, of which a stride of 0 makes the same for all; or none.
+template <class T>
+struct Strided {
+  const T* data;
+  int64_t step, row;
+
+  explicit operator bool() const { return data != nullptr; }
+  const T* at(int64_t t, int64_t b) const { return data + t * step + b * row; }
+};
+
+// Layer normalisation of a scan: of W_ih x, of W_hh h (each over all gates of a row) and, with
+// gain_c, of c where h is made of it. For backward everything is kept, else one step.
+template <class T>
+struct ScanNorm {
+  const T* gain_ih;  // (G*H), or null: nothing is normalised
+  const T* gain_hh;  // (G*H)
+  const T* gain_c;   // (H), LSTM
+  const T* bias_c;   // (H), LSTM
+  const T* x_sums;   // (T, B, G*H): W_ih x
+  T* r_sums;         // (T or 1, B, G*H): W_hh h
+  T* c_sums;         // (T or 1, B, H), LSTM: c as the cell gave it
+  T* moments;        // (T, B, 3, 2): mean and scale of the rows of these three; for backward only
+
+  explicit operator bool() const { return gain_ih != nullptr; }
+};
+
 template <class T>
 struct ScanForward {
   CellKind cell;
@@ -59,7 +85,7 @@ struct ScanForward {
   int threads;
   const T* x;     // (T, B, I)
   const T* w_ih;  // (G*H, I), or null: the product lies in `gates`, biases added
-  const T* bias;  // (G*H) or null; only with w_ih
+  const T* bias;  // (G*H) or null; only with w_ih or norm
   const T* w_hh;  // (G*H, P), or null: no matrix multiplies the state
   const T* w_hr;  // (P, H) or null
   // In place of the last two, float32 and without `save` or w_ih only.
@@ -80,6 +106,13 @@ struct ScanForward {
   T* c_steps;
   const T* unit_weights;  // (U*H) or null
   int64_t heads;          // D = H / heads units each; with several, w_hh is (heads, G*D, D)
+  const T* h_mask;        // (B, P) or null: what w_hh sees of h is multiplied with it
+  T* masked;              // with it: (2, B, P), slots that take turns; the first is filled
+  Strided<T> zoneout_h;   // rows of P: the share of the old h in the new one
+  Strided<T> zoneout_c;   // rows of H: likewise
+  Strided<T> reset_h;     // rows of P: what a reset sets h to; none: zero
+  Strided<T> reset_c;     // rows of K*H
+  ScanNorm<T> norm;       // with it no w_ih; `gates` is (T or 1, B, G*H) and not null
 };
 
 template <class T>
@@ -112,6 +145,16 @@ struct ScanBackward {
   const T* unit_weights;
   T* d_unit_weights;  // (B, U*H) or null: one summand per row, zero at first
   int64_t heads;
+  const T* h_mask;  // as in ScanForward
+  Strided<T> zoneout_h;
+  Strided<T> zoneout_c;
+  T* d_reset_h;  // (B, P) or null: added to
+  T* d_reset_c;  // (B, K*H) or null: added to
+  ScanNorm<T> norm;
+  T* d_gain_ih;  // these with `norm`
+  T* d_gain_hh;
+  T* d_gain_c;
+  T* d_bias_c;
 };
 
 // Attention of N heads is that of N rows for each row of the batch: B counts them all, sizes are
