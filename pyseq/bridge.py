@@ -162,7 +162,7 @@ class Bridge(torch.nn.Module):
             rows = rows.tanh()
         elif self.kind == "relu":
             rows = rows.relu()
-        layers = rows.unflatten(1, (self.decoder_layers, self.decoder_size))
+        layers = rows.reshape(batch, self.decoder_layers, self.decoder_size)
         return layers.transpose(0, 1).contiguous()
 
     def extra_repr(self) -> str:

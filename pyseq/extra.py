@@ -133,7 +133,8 @@ class ExtraInformation(torch.nn.Module):
     def _of_extra(self, z: Tensor) -> Tensor:
         """What z adds before the tanh, if there is one: (..., Z) to (..., H)."""
         if self.output is not None:
-            return self.output(z if self.hidden is None else self.hidden(z).tanh())
+            own: Tensor = self.output(z if self.hidden is None else self.hidden(z).tanh())
+            return own
         return linear(z, self.weight[:, : self.extra_size], self.bias)
 
     def extra_repr(self) -> str:

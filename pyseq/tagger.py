@@ -246,11 +246,12 @@ class Classifier(_Labelling):
         """What the output layer reads (B, H)."""
         memory, state = self.encoder(source, lengths)
         if self.pooling == "last":
-            h = state_parts(cell_name(self._config["cell"]), state)[0]
+            h = state_parts(self.encoder.cell, state)[0]
             return apply_dropout(h[-1], self.encoder.dropout, self.training)
         lengths = lengths.to(memory.device)
         if self.pooling == "mean":  # padding is zero
-            return memory.sum(0) / lengths.clamp(min=1).unsqueeze(1)
+            mean: Tensor = memory.sum(0) / lengths.clamp(min=1).unsqueeze(1)
+            return mean
         valid = valid_steps(lengths, source).t().unsqueeze(2)
         highest = memory.masked_fill(~valid, float("-inf")).amax(0)
         return torch.where((lengths > 0).unsqueeze(1), highest, 0.0)
