@@ -533,6 +533,12 @@ def _add_evaluate(commands: Any) -> None:
         action="store_true",
         help="leave out lines that are not pairs instead of stopping",
     )
+    command.add_argument(
+        "--by-position",
+        action="store_true",
+        help="also print the share of wrong tokens at each place of the answers, where the model "
+        "reads the answer and where it reads its own tokens",
+    )
     _add_search(command)
     _add_threads(command)
 
@@ -954,23 +960,33 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _require_one_source(arguments)
     if _gives_labels(arguments.model):
         _refuse_search(arguments)
+        if arguments.by_position:
+            raise PyseqError(f"{arguments.model}: this model gives labels: leave out --by-position")
         _evaluate_labels(arguments)
         return
     metrics.require_packages(text_scores=True)
     translator = _load(arguments)
     search = _search(arguments, translator)
+    if arguments.by_position and arguments.others:
+        raise PyseqError("--by-position goes with one model: leave out --with")
     if arguments.task == "g2p":
+        entries = g2p.load().test
+        pairs = g2p.pairs(entries)
         answers = {
             entry.word: [" ".join(phonemes) for phonemes in entry.pronunciations]
-            for entry in g2p.load().test
+            for entry in entries
         }
     else:
+        found = _read(arguments.pairs, skip_bad_lines=arguments.skip_bad_lines)
+        pairs = tokenise(
+            found, source=translator.source_tokenizer, target=translator.target_tokenizer
+        )
         answers = {}
         columns = sum(size is not None for size in translator.extra_sizes)
-        for pair in _read(arguments.pairs, skip_bad_lines=arguments.skip_bad_lines):
+        for pair in found:
             line = "\t".join((pair.source, *pair.columns[:columns]))
             answers.setdefault(line, []).append(pair.target)
-    results = [found[0] for found in search(list(answers))]
+    results = [best[0] for best in search(list(answers))]
     references = list(answers.values())
     tokenizer = translator.target_tokenizer
     rates = metrics.error_rates(
@@ -987,6 +1003,27 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"WER    {rates.line:.2%}  (lines that equal no answer)")
     print(f"BLEU   {scores.bleu:.2f}  ({scores.bleu_signature})")
     print(f"chrF   {scores.chrf:.2f}  ({scores.chrf_signature})")
+    if arguments.by_position:
+        _print_positions(arguments, translator, pairs)
+
+
+def _print_positions(
+    arguments: argparse.Namespace, translator: Translator, pairs: list[Pair]
+) -> None:
+    """Where the errors are, next step by next step and running free."""
+    examples = translator.encode(pairs, name=arguments.pairs or "cmudict (test words)")
+    shares = [
+        training.errors_by_position(
+            translator.model,
+            examples,
+            batch_size=arguments.batch_size,
+            free_running=free_running,
+        )
+        for free_running in (False, True)
+    ]
+    print("\nposition  wrong after the answer  wrong after its own tokens")
+    for place, (forced, free) in enumerate(zip(*shares, strict=True), start=1):
+        print(f"{place:>8}  {forced:>22.2%}  {free:>26.2%}")
 
 
 def _evaluate_labels(arguments: argparse.Namespace) -> None:

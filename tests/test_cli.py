@@ -168,6 +168,17 @@ def test_predict_with_rules(
     assert two == ["x y", "y y"]
 
 
+def test_evaluate_by_position(model: Path, pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", str(model), str(pairs), "--by-position"]
+    assert cli.main(arguments) == 0
+    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert [line.split() for line in table[1:]] == [
+        [place, "0.00%", "0.00%"] for place in ("1", "2", "3")
+    ]
+    assert cli.main([*arguments, "--with", str(model)]) == 1
+    assert "--by-position goes with one model" in capsys.readouterr().err
+
+
 def test_evaluate_with_an_ensemble(
     model: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
