@@ -50,9 +50,11 @@ __all__ = [
     "AttentionDecoder",
     "GRUCell",
     "IndRNN",
+    "IndRNNCell",
     "LSTMCell",
     "Positions",
     "RNNCell",
+    "SLSTMCell",
     "Score",
     "cell_name",
 ]
@@ -313,10 +315,11 @@ def _weights_now(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
         return [getattr(module, name) for name in names]
 
 
-def _add_weight(module: _Recurrent, name: str, *shape: int) -> None:
+def _add_weight(module: _Recurrent | _Cell, name: str, *shape: int) -> None:
     """Give ``module`` a parameter drawn within 1/sqrt(H), in the place of one that is there."""
     bound = 1 / math.sqrt(module.hidden_size)
-    weight = torch.nn.Parameter(module.weight_ih_l0.new_empty(shape))
+    like = module.weight_ih if isinstance(module, _Cell) else module.weight_ih_l0
+    weight = torch.nn.Parameter(like.new_empty(shape))
     init.uniform_(weight, -bound, bound)
     module.register_parameter(name, weight)
 
@@ -1093,6 +1096,16 @@ class IndRNN(_Recurrent):
             init.uniform_(getattr(self, f"weight_hh_{suffix}"))
 
 
+def _check_slstm(hidden_size: int, num_heads: int, forget_gate: str) -> None:
+    if forget_gate not in ("sigmoid", "exp"):
+        raise ValueError(f"forget_gate must be one of sigmoid, exp, got {forget_gate!r}")
+    check_positive(hidden_size=hidden_size, num_heads=num_heads)
+    if hidden_size % num_heads != 0:
+        raise ValueError(
+            f"hidden_size must be a multiple of num_heads, {num_heads}, got {hidden_size}"
+        )
+
+
 class SLSTM(_Recurrent):
     """LSTM layers with an exponential input gate, a normaliser and heads: sLSTM.
 
@@ -1136,9 +1149,7 @@ class SLSTM(_Recurrent):
         zoneout_h: float = 0.0,
         forget_bias: float | None = None,
     ) -> None:
-        if forget_gate not in ("sigmoid", "exp"):
-            raise ValueError(f"forget_gate must be one of sigmoid, exp, got {forget_gate!r}")
-        check_positive(num_heads=num_heads)
+        _check_slstm(hidden_size, num_heads, forget_gate)
         super().__init__(
             "LSTM",
             input_size,
@@ -1152,10 +1163,6 @@ class SLSTM(_Recurrent):
             device,
             dtype,
         )
-        if hidden_size % num_heads != 0:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_heads, {num_heads}, got {hidden_size}"
-            )
         self.num_heads = num_heads
         self.forget_gate = forget_gate
         for suffix in self._suffixes():
@@ -1189,19 +1196,21 @@ class _Cell(torch.nn.RNNCellBase):
         """The names of all matrices."""
         return ["weight_ih", "weight_hh"]
 
-    def _step(self, cell: CellName, input: Tensor, hx: State | None) -> State:
+    def _step(
+        self, cell: CellName, input: Tensor, hx: State | None, w_ch: Tensor | None = None
+    ) -> State:
         if input.dim() != 2:
             parts = state_parts(cell, hx)
             self._check_dim(input, parts)
             rows = tuple(part.unsqueeze(0) for part in parts)
-            last = self._step(cell, input.unsqueeze(0), join_parts(rows) if rows else None)
+            last = self._step(cell, input.unsqueeze(0), join_parts(rows) if rows else None, w_ch)
             return join_parts(tuple(part.squeeze(0) for part in state_parts(cell, last)))
         w_ih, w_hh, b_ih, b_hh = _weights_now(self, _CELL_WEIGHTS)
         if input.dtype != w_ih.dtype:
             _check_input("input", input, w_ih, self.training)
         try:
             return functional.scan(
-                input.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, state=hx, cell=cell
+                input.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, state=hx, cell=cell, w_ch=w_ch
             ).state
         except RuntimeError:
             self._explain(input, state_parts(cell, hx))
@@ -1282,8 +1291,11 @@ class RNNCell(_Cell):
 class GRUCell(_Cell):
     """One step of :class:`GRU`; a drop-in for torch.nn.GRUCell.
 
-    Args: as :class:`RNNCell`, without ``nonlinearity``.
+    Args: as :class:`RNNCell`, without ``nonlinearity``, and
+        reset_after: as for :class:`GRU`.
     """
+
+    reset_after: bool = True
 
     def __init__(
         self,
@@ -1292,12 +1304,15 @@ class GRUCell(_Cell):
         bias: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        self.reset_after = reset_after
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
-        h = self._step("gru", input, hx)
+        h = self._step("gru" if self.reset_after else "gru_reset_before", input, hx)
         assert isinstance(h, Tensor)
         return h
 
@@ -1305,7 +1320,75 @@ class GRUCell(_Cell):
 class LSTMCell(_Cell):
     """One step of :class:`LSTM`; a drop-in for torch.nn.LSTMCell.
 
-    Args: as :class:`RNNCell`, without ``nonlinearity``.
+    Args: as :class:`RNNCell`, without ``nonlinearity``, and
+        peepholes: whether the cell has ``weight_ch`` (3*H,); see :class:`LSTM`.
+    """
+
+    peepholes: bool = False
+    weight_ch: Tensor
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        peepholes: bool = False,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        self.peepholes = peepholes
+        if peepholes:
+            _add_weight(self, "weight_ch", 3 * hidden_size)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """New (h, c), each (B, H) or (H,), from input (B, I) or (I,) and (h, c)."""
+        h, c = self._step("lstm", input, hx, self.weight_ch if self.peepholes else None)
+        return h, c
+
+
+class IndRNNCell(_Cell):
+    """One step of :class:`IndRNN`.
+
+    Args: as :class:`RNNCell`, where ``nonlinearity`` is ``"relu"`` by default; ``weight_hh`` is
+        (H,).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "relu",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_nonlinearity(nonlinearity)
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+        _add_weight(self, "weight_hh", hidden_size)
+        init.uniform_(self.weight_hh)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as :class:`IndRNN` does."""
+        super().reset_parameters()
+        init.uniform_(self.weight_hh)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
+        h = self._step("indrnn_relu" if self.nonlinearity == "relu" else "indrnn_tanh", input, hx)
+        assert isinstance(h, Tensor)
+        return h
+
+
+class SLSTMCell(_Cell):
+    """One step of :class:`SLSTM`.
+
+    Args: as :class:`RNNCell`, without ``nonlinearity``, and ``num_heads`` and ``forget_gate`` of
+        :class:`SLSTM`; ``weight_hh`` is (4*H, H / heads).
     """
 
     def __init__(
@@ -1315,15 +1398,23 @@ class LSTMCell(_Cell):
         bias: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        num_heads: int = 1,
+        forget_gate: str = "sigmoid",
     ) -> None:
+        _check_slstm(hidden_size, num_heads, forget_gate)
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        self.num_heads = num_heads
+        self.forget_gate = forget_gate
+        _add_weight(self, "weight_hh", 4 * hidden_size, hidden_size // num_heads)
 
     def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """New (h, c), each (B, H) or (H,), from input (B, I) or (I,) and (h, c)."""
-        h, c = self._step("lstm", input, hx)
-        return h, c
+        self, input: Tensor, hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """New (h, c, n, m), each (B, H) or (H,), from input (B, I) or (I,) and such a state."""
+        cell: CellName = "slstm_exp" if self.forget_gate == "exp" else "slstm_sigmoid"
+        h, c, n, m = self._step(cell, input, hx)
+        return h, c, n, m
 
 
 class Score(torch.nn.Module):

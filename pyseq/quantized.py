@@ -46,7 +46,8 @@ def quantize(module: M, weights: QuantizedName = "int8") -> M:
 
     Raises:
         ValueError: ``weights`` is unknown; there is no such layer in ``module``; a layer is
-            quantized already or parametrised; a weight is not finite.
+            quantized already or parametrised, or a GRU with ``reset_after=False``; a weight is not
+            finite.
         RuntimeError: a weight is not float32 on the CPU.
 
     Reference:
@@ -75,6 +76,11 @@ def quantize(module: M, weights: QuantizedName = "int8") -> M:
 def _quantize_scan(
     layer: RNN | GRU | LSTM | RNNCell | GRUCell | LSTMCell, kind: QuantizedName, where: str
 ) -> None:
+    if not getattr(layer, "reset_after", True):
+        raise ValueError(
+            "a GRU to be quantized must have reset_after=True, got False in "
+            f"{where or 'the module'}"
+        )
     for name in layer.weight_names():
         projection = name.startswith("weight_hr")
         rows = getattr(layer, name).shape[0]

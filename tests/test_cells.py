@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import ScanCase, leaves
+from operator_cases import SCAN_CELLS, ScanCase, leaves, run
 from tolerances import assert_close, assert_same_bits
 from torch import Tensor
 
+import pyseq
 from pyseq import functional, nn, reference
 
 I, H, T, B = 3, 6, 7, 4  # noqa: E741  (the letters of the docstrings)
@@ -313,3 +314,80 @@ def test_parameters_of_the_new_layers() -> None:
     torch.manual_seed(1)
     plain = nn.LSTM(I, H, dtype=torch.float64)
     assert torch.equal(plain.weight_hh_l0, layer("peepholes").weight_hh_l0)
+
+
+#: Cells, with the layer that each is a step of.
+STEPS: dict[str, tuple[Callable[..., torch.nn.Module], dict[str, Any]]] = {
+    "peepholes": (nn.LSTMCell, {"peepholes": True}),
+    "indrnn": (nn.IndRNNCell, {}),
+    "indrnn_tanh": (nn.IndRNNCell, {"nonlinearity": "tanh"}),
+    "gru_reset_before": (nn.GRUCell, {"reset_after": False}),
+    "slstm": (nn.SLSTMCell, {}),
+    "slstm_heads": (nn.SLSTMCell, {"num_heads": 3, "forget_gate": "exp"}),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_cells_are_steps_of_their_layers(name: str) -> None:
+    make, options = STEPS[name]
+    cell = make(I, H, dtype=torch.float64, **options)
+    layers = layer(name)
+    layers.load_state_dict({f"{key}_l0": value for key, value in cell.state_dict().items()})
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    state, outputs = None, []
+    for step in x:
+        state = cell(step, state)
+        outputs.append(state if isinstance(state, Tensor) else state[0])
+    output, last = layers(x)
+    assert_close({"y": torch.stack(outputs)}, {"y": output})
+    parts = flat([last])
+    assert_close(
+        dict(zip(parts, flat([state]).values(), strict=True)), {n: p[0] for n, p in parts.items()}
+    )
+    row = cell(x[0, 0])
+    one = flat([row])
+    assert all(part.shape == (H,) for part in one.values())
+    cell.reset_parameters()
+    assert cell.weight_hh.abs().max() <= (1 if "indrnn" in name else H**-0.5)
+    assert (cell.weight_hh >= 0).all() == ("indrnn" in name)
+
+
+@pytest.mark.parametrize("make", [nn.SLSTM, nn.SLSTMCell])
+def test_slstm_checks_its_options(make: Callable[..., torch.nn.Module]) -> None:
+    with pytest.raises(ValueError, match="hidden_size must be a multiple of num_heads, 4, got 6"):
+        make(I, 6, num_heads=4)
+    with pytest.raises(ValueError, match="num_heads must be a positive integer, got 0"):
+        make(I, 6, num_heads=0)
+    with pytest.raises(ValueError, match="forget_gate must be one of sigmoid, exp, got 'relu'"):
+        make(I, 6, forget_gate="relu")
+
+
+def test_quantized_layers_keep_peepholes_and_refuse_the_reset_before() -> None:
+    layers = nn.LSTM(32, 64, peepholes=True)
+    x = torch.randn(T, B, 32)
+    with torch.no_grad():
+        expected = layers(x)[0]
+        actual = pyseq.quantize(layers, "bfloat16")(x)[0]
+    assert (actual - expected).abs().max() < 0.02
+    with pytest.raises(ValueError, match="a GRU to be quantized must have reset_after=True"):
+        pyseq.quantize(nn.GRU(32, 64, reset_after=False))
+
+
+def test_torch_has_no_layers_for_these_cells() -> None:
+    model = torch.nn.ModuleList([nn.GRU(I, H, reset_after=False), nn.LSTM(I, H, peepholes=True)])
+    pyseq.revert(model)
+    assert [type(each) for each in model] == [nn.GRU, nn.LSTM]
+
+
+@pytest.mark.parametrize("sizes", [(9, 37, 20, 132), (60, 2, 20, 132)], ids=str)
+@pytest.mark.parametrize("options", [*SCAN_CELLS, {"cell": "slstm_exp", "heads": 4}], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(
+    options: dict[str, Any], sizes: Any, set_threads: Callable[[int], None]
+) -> None:
+    case = ScanCase(sizes=sizes, lengths="ragged", **options)
+    set_threads(1)
+    alone = run(functional, case.call())
+    set_threads(3)
+    shared = run(functional, case.call())
+    assert_same_bits(shared.outputs, alone.outputs)
+    assert_same_bits(shared.gradients, alone.gradients)
