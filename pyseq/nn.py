@@ -324,6 +324,14 @@ def _add_weight(module: _Recurrent | _Cell, name: str, *shape: int) -> None:
     module.register_parameter(name, weight)
 
 
+def _refuse_script(module: torch.nn.Module) -> NoReturn:
+    """What torch.jit.script asks for by the name ``__prepare_scriptable__``."""
+    raise TypeError(
+        f"torch.jit.script must be given layers of torch.nn, got pyseq's {type(module).__name__}; "
+        "script pyseq.revert(copy.deepcopy(model)), or trace the model"
+    )
+
+
 class _Recurrent(torch.nn.RNNBase):
     """What the recurrent layers share.
 
@@ -482,6 +490,8 @@ class _Recurrent(torch.nn.RNNBase):
         """All weights as they are now, in the order of torch.nn; a tuple, as changing it would
         change nothing else."""
         return tuple(getattr(self, name, None) for names in self._all_weights for name in names)
+
+    __prepare_scriptable__ = _refuse_script
 
     def _init_flat_weights(self) -> None:
         self._flat_weight_refs = []
@@ -1191,6 +1201,8 @@ _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 class _Cell(torch.nn.RNNCellBase):
     """What the cells share: one step is a scan with T = 1."""
+
+    __prepare_scriptable__ = _refuse_script
 
     def weight_names(self) -> list[str]:
         """The names of all matrices."""

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from pyseq import nn
+from pyseq import nn, revert
 
 I, H, T, B = 3, 5, 6, 4  # noqa: E741  (the letters of the docstrings)
 LAYERS, CELLS = ("RNN", "GRU", "LSTM"), ("RNNCell", "GRUCell", "LSTMCell")
@@ -455,6 +455,16 @@ def test_trace(name: str) -> None:
     traced = torch.jit.trace(module, (x,), check_trace=False)
     other = torch.cat((x, x))
     assert_close({"y": traced(other)[0]}, {"y": module(other)[0]})
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+def test_script_is_refused_and_revert_named(name: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(I, I), getattr(nn, name)(I, H))
+    with pytest.raises(TypeError, match=rf"got pyseq's {name}; script pyseq\.revert"):
+        torch.jit.script(model)
+    reverted = revert(copy.deepcopy(model), log=None)
+    scripted, x = torch.jit.script(reverted), ROW if name == "GRUCell" else X
+    assert_close({"y": scripted(x)[0]}, {"y": model(x)[0]})
 
 
 def test_packed_rows_through_a_model_that_packs() -> None:
