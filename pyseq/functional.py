@@ -87,11 +87,6 @@ def _scan_operator(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     return torch.ops.pyseq.scan(x, *others)
 
 
-def _if_any(*extras: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The last arguments of an operator; reading them takes time, so none if none is given."""
-    return () if all(extra is None for extra in extras) else extras
-
-
 @overload
 def scan(
     x: Tensor,
@@ -272,6 +267,16 @@ def scan(
     if keep_every < 1:
         raise ValueError(f"keep_every must be at least 1, got {keep_every!r}")
     h_0, c_0 = (None, None) if state is None else _h_and_c(state_parts(cell, state))
+    extras: tuple[Tensor | None, ...] = ()
+    # Reading them takes time, so none is passed if none is given.
+    if not (h_mask is zoneout_h is zoneout_c is reset_state is layer_norm is None):
+        extras = (
+            h_mask,
+            zoneout_h,
+            zoneout_c,
+            *_h_and_c(state_parts(cell, reset_state)),
+            *(() if layer_norm is None else LayerNormWeights(*layer_norm)),
+        )
     output, h_n, c_n, c_steps = _scan_operator(
         x,
         w_ih,
@@ -288,13 +293,7 @@ def scan(
         keep_every,
         return_states,
         w_ch,
-        *_if_any(
-            h_mask,
-            zoneout_h,
-            zoneout_c,
-            *_h_and_c(state_parts(cell, reset_state)),
-            *(() if layer_norm is None else LayerNormWeights(*layer_norm)),
-        ),
+        *extras,
     )
     last = _state(cell, h_n, c_n)
     if not return_states:
