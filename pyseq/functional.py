@@ -52,8 +52,10 @@ def _check_option(name: str, value: object, allowed: Collection[str]) -> None:
 
 def _h_and_c(parts: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
     """The parts of a state as ``(h, c)``, None for what is not there; those beyond c beside c."""
-    if len(parts) <= 2:
-        return parts[0] if parts else None, parts[1] if len(parts) > 1 else None
+    if len(parts) == 2:
+        return parts[0], parts[1]
+    if len(parts) < 2:
+        return parts[0] if parts else None, None
     h, c, *others = parts
     for part in others:
         check_shape("a part of the state", part, "(..., B, H) like c", tuple(c.shape))
@@ -62,10 +64,10 @@ def _h_and_c(parts: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
 
 def _state(cell: CellName, h: Tensor, c: Tensor) -> State:
     """The inverse, for what an operator returned."""
-    count = len(STATES.get(cell, ""))
-    if count <= 1:
-        return (h, c) if count else h
-    return h, *c.chunk(count, -1)
+    if cell not in STATES:
+        return h
+    count = len(STATES[cell])
+    return (h, c) if count == 1 else (h, *c.chunk(count, -1))
 
 
 def _beside(name: str, indices: Tensor | None, x: Tensor) -> Tensor | None:
