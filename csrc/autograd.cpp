@@ -84,10 +84,10 @@ struct Extras {
 Extras split_extras(std::initializer_list<const OptionalTensor*> list) {
   Extras extras;
   for (const OptionalTensor* extra : list) {
-    extras.present.push_back(extra->has_value());
     if (extra->has_value()) extras.tensors.push_back(**extra);
   }
-  if (extras.tensors.empty()) extras.present.clear();
+  if (extras.tensors.empty()) return extras;
+  for (const OptionalTensor* extra : list) extras.present.push_back(extra->has_value());
   return extras;
 }
 

@@ -164,7 +164,7 @@ ScanExtraList join_extras(std::initializer_list<const OptionalTensor*> extras) {
 // The extras of a call, checked and contiguous.
 struct ScanExtras {
   OptionalTensor h_mask, zoneout_h, zoneout_c, reset_h, reset_c, gain_ih, gain_hh, gain_c, bias_c;
-  size_t count;  // elements of the argument
+  size_t count = 0;  // elements of the argument
 
   bool normalises() const { return gain_ih.has_value(); }
 };
@@ -172,7 +172,8 @@ struct ScanExtras {
 ScanExtras check_extras(const ScanExtraList& list, const ScanShape& shape, const Tensor& x,
                         std::string_view name) {
   const auto& [cell, T_, B, I, H, P, projects, heads] = shape;
-  const size_t count = list.has_value() ? list->size() : 0;
+  if (!list.has_value()) return {};
+  const size_t count = list->size();
   TORCH_CHECK(count <= kScanExtras, "extras must be at most ", static_cast<int64_t>(kScanExtras),
               " tensors, got ", count);
   const auto take = [&](ScanExtra extra) {
@@ -332,7 +333,7 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const Tensor cells =
       cell.has_cell ? first_state(c_0, x, slots, first, B, cell.states * H, cleared, extras.reset_c)
                     : nothing(x);
-  const Tensor masked = extras.h_mask.has_value() ? fresh({2, B, P}, x) : nothing(x);
+  const Tensor masked = extras.h_mask.has_value() ? fresh({2, B, P}, x) : Tensor();
   if (extras.h_mask.has_value()) {
     masked.select(0, 0).copy_(states.select(0, first) * *extras.h_mask);
   }
