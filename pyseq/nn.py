@@ -262,8 +262,9 @@ def _scan_layer(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """One layer of :func:`_scan_layers`, whose states are (D, B, P); ``first`` counts the layers
     and directions before it."""
-    alone = regularization.leaves_scans_alone
-    if len(weights) == 2 and alone and not (return_states or torch.is_grad_enabled()):
+    together = len(weights) == 2 and regularization.leaves_scans_alone and not return_states
+    # A trace knows no list with None in it.
+    if together and not torch.is_grad_enabled() and not torch.jit.is_tracing():
         state = join_parts(parts) if parts else None
         output, last = functional.scan_both(
             x, weights[0], weights[1], state, cell=cell, lengths=lengths, resets=resets
@@ -1464,6 +1465,8 @@ class Score(torch.nn.Module):
     weight_memory: Tensor | None
     weight_v: Tensor | None
 
+    __prepare_scriptable__ = _refuse_script
+
     def __init__(
         self,
         score: str,
@@ -1636,6 +1639,8 @@ class Attention(torch.nn.Module):
         Luong et al. 2015, arXiv 1508.04025, eq. 7 to 10.
     """
 
+    __prepare_scriptable__ = _refuse_script
+
     def __init__(
         self,
         query_size: int,
@@ -1758,6 +1763,8 @@ class AttentionDecoder(torch.nn.Module):
     """
 
     weight_ih_l0: Tensor
+
+    __prepare_scriptable__ = _refuse_script
 
     def __init__(
         self,

@@ -236,7 +236,7 @@ class Encoder(torch.nn.Module):
         _check_source(source, self.embedding)
         x = self.embedding(self._without_padding(source, lengths).transpose(0, 1))
         x = apply_dropout(x, self.dropout, self.training)
-        check_extra("source_extra", self.extra, extra, rows=x.shape[1], steps=len(x))
+        check_extra("source_extra", self.extra, extra, rows=x.shape[1], steps=x.shape[0])
         if extra is not None and extra.dim() == 3:
             extra = extra.masked_fill(~valid_steps(lengths, source).t().unsqueeze(2), 0.0)
         if self.extra is not None and extra is not None and self.extra_at_input:
@@ -496,7 +496,7 @@ class Decoder(torch.nn.Module):
             masks = self._draw_masks(target_in)
         context, extra, _ = conditions or Conditions()
         x = _masked(self.embedding(target_in.t()), masks.embedding)
-        check_extra("target_extra", self.extra, extra, rows=x.shape[1], steps=len(x))
+        check_extra("target_extra", self.extra, extra, rows=x.shape[1], steps=x.shape[0])
         if self.extra is not None and extra is not None and self.extra_at_input:
             x = self.extra(x, extra)
         if self.context_size is not None:
@@ -505,7 +505,7 @@ class Decoder(torch.nn.Module):
                     f"the context must be (B, C) with C = {self.context_size}, got None"
                 )
             check_shape("context", context, "(B, C)", (x.shape[1], self.context_size))
-            x = torch.cat([x, context.expand(len(x), -1, -1)], 2)
+            x = torch.cat([x, context.expand(x.shape[0], -1, -1)], 2)
         decoded = self.rnn(
             x,
             memory,

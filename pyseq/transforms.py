@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators under a second differentiation and under torch.func.
+"""The operators under a second differentiation, under torch.func and in exported programs.
 
 Fused kernels have one derivative and no batching rule. Where more is asked for, the
 specification in plain torch takes their place: right, and slow. It is registered here as an
@@ -14,13 +14,17 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 from torch.library import Library, register_vmap
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import _register_namedtuple, tree_leaves
 
 from . import reference
 from .types import (
     SCAN_GATES,
     STATES,
+    AttendOutput,
+    AttentionState,
     CellName,
+    DecoderOutput,
+    DecoderState,
     LayerNormWeights,
     LayerWeights,
     ScoreName,
@@ -324,6 +328,10 @@ def _batching_rule(name: str) -> Callable[..., tuple[Any, Any]]:
 
     return rule
 
+
+# The results of modules, by whose names a saved program knows them.
+for _type in (AttendOutput, AttentionState, DecoderOutput, DecoderState):
+    _register_namedtuple(_type, serialized_type_name=f"pyseq.types.{_type.__name__}")
 
 for _name, _reference in REFERENCES.items():
     _schema = str(getattr(torch.ops.pyseq, _name).default._schema)
