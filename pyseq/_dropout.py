@@ -22,10 +22,6 @@ def check_probability(name: str, probability: float) -> None:
 
 def _hits(shape: tuple[int, ...], count: int, device: torch.device) -> Tensor:
     """Bool, each true with probability ``count / _STEPS``: four come out of one draw of 64 bits."""
-    if torch.compiler.is_compiling():
-        # The compiler knows no random_ over all numbers of a type, and draws anew anyhow.
-        half = _STEPS // 2
-        return torch.randint(-half, half, shape, dtype=torch.int16, device=device) < count - half
     size = math.prod(shape)
     words = (size + 3) // 4
     if torch.compiler.is_compiling():
