@@ -352,19 +352,28 @@ struct Attend : Function<Attend> {
 };
 
 struct Decode : Function<Decode> {
+  // Takes what the operator takes, so that the gradients are in the schema's order, as
+  // `differentiable` wants them.
   static variable_list forward(AutogradContext* context, const Tensor& x, at::TensorList layers,
                                const Tensor& keys, const Tensor& memory, const Tensor& combine,
                                const OptionalTensor& weight_query, const OptionalTensor& weight_v,
                                const OptionalTensor& h_0, const OptionalTensor& c_0,
                                const OptionalTensor& feed, const OptionalTensor& lengths,
                                const OptionalTensor& dropout_masks, std::string cell,
-                               std::string score, bool input_feeding) {
+                               std::string score, bool input_feeding, bool /*need_weights*/,
+                               const OptionalTensor& weight_history,
+                               const OptionalTensor& weight_position,
+                               const OptionalTensor& weight_position_v, const OptionalTensor& step,
+                               const OptionalTensor& past, int64_t heads, int64_t window,
+                               std::string history, std::string order, std::string fed) {
     const bool needs_x = x.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&decode_forward>("pyseq::decode_forward");
-    const auto [output, attn, h_n, c_n, gates_first, gates_above, apart, states, cells, query,
-                attended] = op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0,
-                                    c_0, feed, lengths, dropout_masks, cell, score, input_feeding);
+    const auto [output, attn, h_n, c_n, feed_n, past_n, gates_first, gates_above, apart, states,
+                cells, query, attended, positions, centers, pasts] =
+        op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed, lengths,
+                dropout_masks, cell, score, input_feeding, weight_history, weight_position,
+                weight_position_v, step, past, heads, window, history, order, fed);
     variable_list saved{x,
                         keys,
                         memory,
@@ -384,7 +393,15 @@ struct Decode : Function<Decode> {
                         query,
                         attended,
                         or_undefined(h_0),
-                        or_undefined(c_0)};
+                        or_undefined(c_0),
+                        or_undefined(weight_history),
+                        or_undefined(weight_position),
+                        or_undefined(weight_position_v),
+                        or_undefined(step),
+                        or_undefined(past),
+                        positions,
+                        centers,
+                        pasts};
     saved.insert(saved.end(), layers.begin(), layers.end());
     context->save_for_backward(std::move(saved));
     auto& options = context->saved_data;
@@ -392,31 +409,49 @@ struct Decode : Function<Decode> {
     options["score"] = score;
     options["input_feeding"] = input_feeding;
     options["needs_x"] = needs_x;
+    options["heads"] = heads;
+    options["window"] = window;
+    options["history"] = history;
+    options["order"] = order;
+    options["fed"] = fed;
     context->set_materialize_grads(false);
-    if (cell != "lstm") context->mark_non_differentiable({c_n});
-    return {output, attn, h_n, c_n};
+    variable_list constant;
+    if (cell != "lstm") constant.push_back(c_n);
+    if (fed != "context") constant.push_back(feed_n);
+    if (history == "none") constant.push_back(past_n);
+    context->mark_non_differentiable(constant);
+    return {output, attn, h_n, c_n, feed_n, past_n};
   }
 
   static variable_list backward(AutogradContext* context, variable_list d) {
-    constexpr size_t kFixed = 20;  // saved tensors before those of the layers
+    constexpr size_t kFixed = 28;  // saved tensors before those of the layers
     const variable_list saved = context->get_saved_variables();
     const variable_list layers(saved.begin() + kFixed, saved.end());
     auto& options = context->saved_data;
     const bool is_lstm = options["cell"].toStringView() == "lstm";
+    const bool feeds_context = options["fed"].toStringView() == "context";
+    const bool remembers = options["history"].toStringView() != "none";
     const OptionalTensor weight_query = given(saved[4]), weight_v = given(saved[5]),
-                         feed = given(saved[6]);
+                         feed = given(saved[6]), weight_history = given(saved[20]),
+                         weight_position = given(saved[21]), weight_position_v = given(saved[22]),
+                         step = given(saved[23]), past = given(saved[24]);
     variable_list result;
     {
       const at::NoGradGuard constant;
       static const auto op = find_operator<&decode_backward>("pyseq::decode_backward");
       const auto [d_x, d_layers, d_keys, d_memory, d_combine, d_weight_query, d_weight_v, d_h_0,
-                  d_c_0, d_feed] =
+                  d_c_0, d_feed, d_weight_history, d_weight_position, d_weight_position_v, d_past] =
           op.call(given(d[0]), given(d[1]), given(d[2]), is_lstm ? given(d[3]) : std::nullopt,
                   saved[0], layers, saved[1], saved[2], saved[3], weight_query, weight_v, feed,
                   given(saved[7]), given(saved[8]), saved[9], saved[10], saved[11], saved[12],
                   saved[13], saved[14], saved[15], saved[16], saved[17],
                   options["cell"].toStringView(), options["score"].toStringView(),
-                  options["input_feeding"].toBool(), options["needs_x"].toBool());
+                  options["input_feeding"].toBool(), options["needs_x"].toBool(), weight_history,
+                  weight_position, weight_position_v, step, past, options["heads"].toInt(),
+                  options["window"].toInt(), options["history"].toStringView(),
+                  options["order"].toStringView(), options["fed"].toStringView(),
+                  feeds_context ? given(d[4]) : std::nullopt,
+                  remembers ? given(d[5]) : std::nullopt, saved[25], saved[26], saved[27]);
       result.push_back(if_given(options["needs_x"].toBool(), d_x));
       result.insert(result.end(), d_layers.begin(), d_layers.end());
       for (const Tensor& gradient :
@@ -425,8 +460,14 @@ struct Decode : Function<Decode> {
             if_given(saved[19].defined(), d_c_0), if_given(feed.has_value(), d_feed)}) {
         result.push_back(gradient);
       }
+      result.resize(result.size() + 6);  // lengths, dropout_masks and four options
+      result.push_back(if_given(weight_history.has_value(), d_weight_history));
+      result.push_back(if_given(weight_position.has_value(), d_weight_position));
+      result.push_back(if_given(weight_position_v.has_value(), d_weight_position_v));
+      result.push_back(Tensor());  // step
+      result.push_back(if_given(past.has_value(), d_past));
+      result.resize(result.size() + 5);  // the other options
     }
-    result.resize(result.size() + 5);  // lengths, dropout_masks and the three options
     return differentiable("decode", std::move(result), d, [&] {
       return torch::jit::Stack{saved[0],
                                layers,
@@ -443,7 +484,17 @@ struct Decode : Function<Decode> {
                                options["cell"],
                                options["score"],
                                options["input_feeding"],
-                               /*need_weights=*/true};
+                               /*need_weights=*/true,
+                               weight_history,
+                               weight_position,
+                               weight_position_v,
+                               step,
+                               past,
+                               options["heads"],
+                               options["window"],
+                               options["history"],
+                               options["order"],
+                               options["fed"]};
     });
   }
 };
@@ -590,30 +641,41 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const
   return {result[0], result[1]};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
-    const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
-    const Tensor& combine, const OptionalTensor& weight_query, const OptionalTensor& weight_v,
-    const OptionalTensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
-    const OptionalTensor& lengths, const OptionalTensor& dropout_masks, std::string_view cell,
-    std::string_view score, bool input_feeding, bool need_weights) {
+Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
+               const Tensor& combine, const OptionalTensor& weight_query,
+               const OptionalTensor& weight_v, const OptionalTensor& h_0, const OptionalTensor& c_0,
+               const OptionalTensor& feed, const OptionalTensor& lengths,
+               const OptionalTensor& dropout_masks, std::string_view cell, std::string_view score,
+               bool input_feeding, bool need_weights, const OptionalTensor& weight_history,
+               const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
+               const OptionalTensor& step, const OptionalTensor& past, int64_t heads,
+               int64_t window, std::string_view history, std::string_view order,
+               std::string_view fed) {
   const OptionalTensor x_(x), keys_(keys), memory_(memory), combine_(combine);
   if (!needs_grad("decode",
-                  {&x_, &keys_, &memory_, &combine_, &weight_query, &weight_v, &h_0, &c_0, &feed},
+                  {&x_, &keys_, &memory_, &combine_, &weight_query, &weight_v, &h_0, &c_0, &feed,
+                   &weight_history, &weight_position, &weight_position_v, &past},
                   layers)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::decode>("pyseq::decode");
     return op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
-                   lengths, dropout_masks, cell, score, input_feeding, need_weights);
+                   lengths, dropout_masks, cell, score, input_feeding, need_weights, weight_history,
+                   weight_position, weight_position_v, step, past, heads, window, history, order,
+                   fed);
   }
   if (is_transformed()) {
     static const auto reference = find_operator<&pyseq::decode>("pyseq::decode_reference");
     return reference.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
-                          lengths, dropout_masks, cell, score, input_feeding, need_weights);
+                          lengths, dropout_masks, cell, score, input_feeding, need_weights,
+                          weight_history, weight_position, weight_position_v, step, past, heads,
+                          window, history, order, fed);
   }
   const variable_list result =
       Decode::apply(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
-                    lengths, dropout_masks, std::string(cell), std::string(score), input_feeding);
-  return {result[0], result[1], result[2], result[3]};
+                    lengths, dropout_masks, std::string(cell), std::string(score), input_feeding,
+                    need_weights, weight_history, weight_position, weight_position_v, step, past,
+                    heads, window, std::string(history), std::string(order), std::string(fed));
+  return {result[0], result[1], result[2], result[3], result[4], result[5]};
 }
 
 Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& target,

@@ -24,12 +24,16 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const
                                   std::string_view score, const OptionalTensor& positions,
                                   int64_t window, int64_t heads);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
-    const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
-    const Tensor& combine, const OptionalTensor& weight_query, const OptionalTensor& weight_v,
-    const OptionalTensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
-    const OptionalTensor& lengths, const OptionalTensor& dropout_masks, std::string_view cell,
-    std::string_view score, bool input_feeding, bool need_weights);
+Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
+               const Tensor& combine, const OptionalTensor& weight_query,
+               const OptionalTensor& weight_v, const OptionalTensor& h_0, const OptionalTensor& c_0,
+               const OptionalTensor& feed, const OptionalTensor& lengths,
+               const OptionalTensor& dropout_masks, std::string_view cell, std::string_view score,
+               bool input_feeding, bool need_weights, const OptionalTensor& weight_history,
+               const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
+               const OptionalTensor& step, const OptionalTensor& past, int64_t heads,
+               int64_t window, std::string_view history, std::string_view order,
+               std::string_view fed);
 
 Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                             const OptionalTensor& bias, int64_t ignore_index,

@@ -70,23 +70,36 @@ TORCH_LIBRARY(pyseq, m) {
       "decode(Tensor x, Tensor[] layers, Tensor keys, Tensor memory, Tensor combine, "
       "Tensor? weight_query, Tensor? weight_v, Tensor? h_0, Tensor? c_0, Tensor? feed, "
       "Tensor? lengths, Tensor? dropout_masks, str cell, str score, bool input_feeding, "
-      "bool need_weights) -> (Tensor output, Tensor attn, Tensor h_n, Tensor c_n)");
+      "bool need_weights, "
+      "Tensor? weight_history=None, Tensor? weight_position=None, Tensor? weight_position_v=None, "
+      "Tensor? step=None, Tensor? past=None, int heads=1, int window=0, str history=\"none\", "
+      "str order=\"luong\", str fed=\"output\") -> (Tensor output, Tensor attn, Tensor h_n, "
+      "Tensor c_n, Tensor feed_n, Tensor past_n)");
   m.def(
       "decode_forward(Tensor x, Tensor[] layers, Tensor keys, Tensor memory, Tensor combine, "
       "Tensor? weight_query, Tensor? weight_v, Tensor? h_0, Tensor? c_0, Tensor? feed, "
-      "Tensor? lengths, Tensor? dropout_masks, str cell, str score, bool input_feeding) -> "
-      "(Tensor output, Tensor attn, Tensor h_n, Tensor c_n, Tensor gates_first, "
-      "Tensor gates_above, Tensor apart, Tensor states, Tensor cells, Tensor query, "
-      "Tensor context)");
+      "Tensor? lengths, Tensor? dropout_masks, str cell, str score, bool input_feeding, "
+      "Tensor? weight_history=None, Tensor? weight_position=None, Tensor? weight_position_v=None, "
+      "Tensor? step=None, Tensor? past=None, int heads=1, int window=0, str history=\"none\", "
+      "str order=\"luong\", str fed=\"output\") -> (Tensor output, Tensor attn, Tensor h_n, "
+      "Tensor c_n, Tensor feed_n, Tensor past_n, Tensor gates_first, Tensor gates_above, "
+      "Tensor apart, Tensor states, Tensor cells, Tensor query, Tensor context, "
+      "Tensor positions, Tensor centers, Tensor pasts)");
   m.def(
       "decode_backward(Tensor? d_output, Tensor? d_attn, Tensor? d_h_n, Tensor? d_c_n, "
       "Tensor x, Tensor[] layers, Tensor keys, Tensor memory, Tensor combine, "
       "Tensor? weight_query, Tensor? weight_v, Tensor? feed, Tensor? lengths, "
       "Tensor? dropout_masks, Tensor output, Tensor attn, Tensor gates_first, "
       "Tensor gates_above, Tensor apart, Tensor states, Tensor cells, Tensor query, "
-      "Tensor context, str cell, str score, bool input_feeding, bool needs_x) -> "
+      "Tensor context, str cell, str score, bool input_feeding, bool needs_x, "
+      "Tensor? weight_history=None, Tensor? weight_position=None, Tensor? weight_position_v=None, "
+      "Tensor? step=None, Tensor? past=None, int heads=1, int window=0, str history=\"none\", "
+      "str order=\"luong\", str fed=\"output\", Tensor? d_feed_n=None, Tensor? d_past_n=None, "
+      "Tensor? positions=None, Tensor? centers=None, Tensor? pasts=None) -> "
       "(Tensor d_x, Tensor[] d_layers, Tensor d_keys, Tensor d_memory, Tensor d_combine, "
-      "Tensor d_weight_query, Tensor d_weight_v, Tensor d_h_0, Tensor d_c_0, Tensor d_feed)");
+      "Tensor d_weight_query, Tensor d_weight_v, Tensor d_h_0, Tensor d_c_0, Tensor d_feed, "
+      "Tensor d_weight_history, Tensor d_weight_position, Tensor d_weight_position_v, "
+      "Tensor d_past)");
   m.def(
       "scan_both(Tensor x, Tensor?[] weights, Tensor? h_0, Tensor? c_0, Tensor? lengths, "
       "Tensor? resets, str cell) -> (Tensor y, Tensor h_n, Tensor c_n)");
@@ -221,7 +234,14 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("lengths"), pybind11::arg("score"), pybind11::arg("positions") = std::nullopt,
         pybind11::arg("window") = 0, pybind11::arg("heads") = 1, without_gil,
         "torch.ops.pyseq.attend");
-  m.def("decode", Bound<&pyseq::decode>::to("pyseq::decode"), without_gil,
+  using pybind11::arg;
+  m.def("decode", Bound<&pyseq::decode>::to("pyseq::decode"), arg("x"), arg("layers"), arg("keys"),
+        arg("memory"), arg("combine"), arg("weight_query"), arg("weight_v"), arg("h_0"), arg("c_0"),
+        arg("feed"), arg("lengths"), arg("dropout_masks"), arg("cell"), arg("score"),
+        arg("input_feeding"), arg("need_weights"), arg("weight_history") = std::nullopt,
+        arg("weight_position") = std::nullopt, arg("weight_position_v") = std::nullopt,
+        arg("step") = std::nullopt, arg("past") = std::nullopt, arg("heads") = 1, arg("window") = 0,
+        arg("history") = "none", arg("order") = "luong", arg("fed") = "output", without_gil,
         "torch.ops.pyseq.decode");
   m.def("linear_cross_entropy",
         Bound<&pyseq::linear_cross_entropy>::to("pyseq::linear_cross_entropy"), without_gil,

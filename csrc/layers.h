@@ -187,10 +187,11 @@ inline void check_same_kind(const Tensor& weight, const char* name, const Tensor
 
 constexpr size_t kPerLayer = 4;  // w_ih, w_hh, b_ih, b_hh
 
-// The weights of stacked cells for `input` features, and with `fed` for the last output beside
+// The weights of stacked cells for `input` features, and `fed` numbers of the last step beside
 // them. Returns the number of layers.
-inline int64_t check_layers(at::TensorList layers, const CellShape& cell, int64_t input, bool fed,
-                            int64_t hidden, const Tensor& like, const char* like_name) {
+inline int64_t check_layers(at::TensorList layers, const CellShape& cell, int64_t input,
+                            int64_t fed, int64_t hidden, const Tensor& like,
+                            const char* like_name) {
   TORCH_CHECK(!layers.empty() && layers.size() % kPerLayer == 0,
               "layers must hold w_ih, w_hh, b_ih, b_hh of each layer, got ", layers.size(),
               " tensors");
@@ -203,9 +204,12 @@ inline int64_t check_layers(at::TensorList layers, const CellShape& cell, int64_
       return std::string(weight) + " of layer " + std::to_string(l);
     };
     const Tensor* weights = &layers[l * kPerLayer];
-    const char* letters = l > 0 ? "(G*H, H)" : (fed ? "(G*H, I + H)" : "(G*H, I)");
+    const char* letters = l > 0           ? "(G*H, H)"
+                          : fed == 0      ? "(G*H, I)"
+                          : fed == hidden ? "(G*H, I + H)"
+                                          : "(G*H, I + M)";
     std::vector<int64_t> runs{l > 0 ? hidden : input};
-    if (l == 0 && fed) runs.push_back(hidden);
+    if (l == 0 && fed > 0) runs.push_back(fed);
     check_weight(weights[0], name("w_ih").c_str(), letters, rows, cell.gates, runs, like,
                  like_name);
     check_weight(weights[1], name("w_hh").c_str(), "(G*H, H)", rows, cell.gates, {hidden}, like,

@@ -110,30 +110,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
     const OptionalTensor& lengths, const Tensor& attn, std::string_view score,
     const OptionalTensor& positions, int64_t window, int64_t heads);
 
-// (output, attn, h_n, c_n)
-std::tuple<Tensor, Tensor, Tensor, Tensor> decode(
+// (output, attn, h_n, c_n, feed_n, past_n): the last but one where the context is fed, the last
+// where past weights enter the score.
+using Decoded = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
+               const Tensor& combine, const OptionalTensor& weight_query,
+               const OptionalTensor& weight_v, const OptionalTensor& h_0, const OptionalTensor& c_0,
+               const OptionalTensor& feed, const OptionalTensor& lengths,
+               const OptionalTensor& dropout_masks, std::string_view cell, std::string_view score,
+               bool input_feeding, bool need_weights, const OptionalTensor& weight_history,
+               const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
+               const OptionalTensor& step, const OptionalTensor& past, int64_t heads,
+               int64_t window, std::string_view history, std::string_view order,
+               std::string_view fed);
+
+// The same and, for backward, (gates of the first layer, of the others, apart, states, cells,
+// query, context, positions, centers, pasts)
+using DecodeSaved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                               Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+DecodeSaved decode_forward(
     const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
     const Tensor& combine, const OptionalTensor& weight_query, const OptionalTensor& weight_v,
     const OptionalTensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
     const OptionalTensor& lengths, const OptionalTensor& dropout_masks, std::string_view cell,
-    std::string_view score, bool input_feeding, bool need_weights);
-
-// (output, attn, h_n, c_n) and, for backward, (gates of the first layer, of the others,
-// apart, states, cells, query, context)
-using DecodeSaved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                               Tensor, Tensor, Tensor>;
-DecodeSaved decode_forward(const Tensor& x, at::TensorList layers, const Tensor& keys,
-                           const Tensor& memory, const Tensor& combine,
-                           const OptionalTensor& weight_query, const OptionalTensor& weight_v,
-                           const OptionalTensor& h_0, const OptionalTensor& c_0,
-                           const OptionalTensor& feed, const OptionalTensor& lengths,
-                           const OptionalTensor& dropout_masks, std::string_view cell,
-                           std::string_view score, bool input_feeding);
+    std::string_view score, bool input_feeding, const OptionalTensor& weight_history,
+    const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
+    const OptionalTensor& step, const OptionalTensor& past, int64_t heads, int64_t window,
+    std::string_view history, std::string_view order, std::string_view fed);
 
 // (d_x, d_layers, d_keys, d_memory, d_combine, d_weight_query, d_weight_v, d_h_0, d_c_0,
-// d_feed)
+// d_feed, d_weight_history, d_weight_position, d_weight_position_v, d_past)
 using DecodeGradients = std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor,
-                                   Tensor, Tensor, Tensor, Tensor>;
+                                   Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 DecodeGradients decode_backward(
     const OptionalTensor& d_output, const OptionalTensor& d_attn, const OptionalTensor& d_h_n,
     const OptionalTensor& d_c_n, const Tensor& x, at::TensorList layers, const Tensor& keys,
@@ -142,7 +150,12 @@ DecodeGradients decode_backward(
     const OptionalTensor& dropout_masks, const Tensor& output, const Tensor& attn,
     const Tensor& gates_first, const Tensor& gates_above, const Tensor& apart, const Tensor& states,
     const Tensor& cells, const Tensor& query, const Tensor& context, std::string_view cell,
-    std::string_view score, bool input_feeding, bool needs_x);
+    std::string_view score, bool input_feeding, bool needs_x, const OptionalTensor& weight_history,
+    const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
+    const OptionalTensor& step, const OptionalTensor& past, int64_t heads, int64_t window,
+    std::string_view history, std::string_view order, std::string_view fed,
+    const OptionalTensor& d_feed_n, const OptionalTensor& d_past_n, const OptionalTensor& positions,
+    const OptionalTensor& centers, const OptionalTensor& pasts);
 
 // The activations of the CPU tier in use, for the tests of their accuracy.
 // x W^T + bias for x (..., I).

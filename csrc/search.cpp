@@ -43,8 +43,8 @@ GenerateShape check_generate(const Tensor& embedding, at::TensorList layers,
               "embedding must be (V, E) with V at least ", kSpecialTokens, ", got ",
               shape_text(embedding.sizes()));
   TORCH_CHECK(hidden > 0, "h_0 must be (L, B, H) with H at least 1, got ", shape_text(h_0.sizes()));
-  const int64_t count =
-      check_layers(layers, cell, embedding.size(1), input_feeding, hidden, embedding, like);
+  const int64_t count = check_layers(layers, cell, embedding.size(1), input_feeding ? hidden : 0,
+                                     hidden, embedding, like);
   check_tensor(h_0, "h_0", "(L, B, H)", {count, batch, hidden}, embedding, like);
   check_tensor(c_0, "c_0", "(L, B, H)", {count, batch, hidden}, embedding, like);
   check_tensor(feed, "feed", "(B, H)", {batch, hidden}, embedding, like);

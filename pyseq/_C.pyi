@@ -38,7 +38,9 @@ def attend(
     weight_v: Tensor | None,
     lengths: Tensor | None,
     score: str,
-    /,
+    positions: Tensor | None = None,
+    window: int = 0,
+    heads: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """``torch.ops.pyseq.attend``: context, weights."""
 
@@ -59,9 +61,18 @@ def decode(
     score: str,
     input_feeding: bool,
     need_weights: bool,
-    /,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``torch.ops.pyseq.decode``: output, weights, h_n, c_n."""
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    step: Tensor | None = None,
+    past: Tensor | None = None,
+    heads: int = 1,
+    window: int = 0,
+    history: str = "none",
+    order: str = "luong",
+    fed: str = "output",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``torch.ops.pyseq.decode``: output, weights, h_n, c_n, feed_n, past_n."""
 
 def linear_cross_entropy(
     hidden: Tensor,

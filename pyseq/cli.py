@@ -55,7 +55,7 @@ from .text import (
 from .text import tokenise_pairs as tokenise
 from .training import Data, Interrupted, LabelerOptions, ModelOptions, Trainer, TrainingOptions
 from .translator import Translation, Translator
-from .types import GATES, SCORES, STOP
+from .types import FEEDS, GATES, HISTORIES, ORDERS, SCORES, STOP, WINDOWS
 
 # How BLEU splits predictions and references, by how the model splits its target.
 _BLEU_TOKENIZE = {"char": "char", "space": "none", "word": "13a"}
@@ -327,6 +327,26 @@ def _add_train(commands: Any) -> None:
     _add_option(group, ModelOptions, "num_layers", _positive, "layers of encoder and decoder")
     _add_option(group, ModelOptions, "cell", str, "recurrent cell", choices=tuple(GATES))
     _add_option(group, ModelOptions, "score", str, "attention score", choices=(*SCORES, "none"))
+    for name, kind, text, choices in (
+        ("order", str, "attention after the cells, or before them", ORDERS),
+        ("feed", str, "what is fed to the next step (default: output)", FEEDS),
+        ("heads", _positive, "heads of attention", None),
+        ("window", str, "attention over a window only", WINDOWS),
+        ("window_size", _positive, "positions on either side of its centre (default: 10)", None),
+        ("history", str, "past weights that enter --score concat", HISTORIES),
+        ("history_size", _positive, "how many neighbours of a position's (default: 31)", None),
+        ("attention_size", _positive, "units of --score concat (default: --hidden-size)", None),
+        ("max_positions", _positive, "positions that --score location can see", None),
+        ("coverage_loss", float, "weight of the coverage loss (default: 0)", None),
+    ):
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            choices=choices,
+            default=argparse.SUPPRESS,
+            metavar=None if choices else "N",
+            help=text,
+        )
     _add_option(group, ModelOptions, "copy", str, "copy symbols of the source", choices=COPIES)
     _add_switch(group, "bidirectional", "read the source forwards only")
     _add_switch(group, "input_feeding", "do not feed the attentional vector into the next step")

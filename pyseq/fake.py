@@ -353,14 +353,27 @@ def _decode(
     score: str,
     input_feeding: bool,
     need_weights: bool,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    step: Tensor | None = None,
+    past: Tensor | None = None,
+    heads: int = 1,
+    window: int = 0,
+    history: str = "none",
+    order: str = "luong",
+    fed: str = "output",
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
+    source, _, size = memory.shape
     hidden, count = combine.shape[0], len(layers) // 4
     return (
         x.new_empty(steps, batch, hidden),
-        x.new_empty((steps, batch, memory.shape[0]) if need_weights else 0),
+        x.new_empty(_attn_size(steps, batch, heads, source) if need_weights else 0),
         x.new_empty(count, batch, hidden),
         x.new_empty((count, batch, hidden) if cell == "lstm" else 0),
+        x.new_empty((batch, size) if fed == "context" else 0),
+        x.new_empty(0 if history == "none" else (batch, heads, source)),
     )
 
 
@@ -381,22 +394,38 @@ def _decode_forward(
     cell: str,
     score: str,
     input_feeding: bool,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    step: Tensor | None = None,
+    past: Tensor | None = None,
+    heads: int = 1,
+    window: int = 0,
+    history: str = "none",
+    order: str = "luong",
+    fed: str = "output",
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
+    source, _, size = memory.shape
     hidden, count, rows = combine.shape[0], len(layers) // 4, layers[1].shape[0]
     states = (count, steps + 1, batch, hidden)
     return (
         x.new_empty(steps, batch, hidden),
-        x.new_empty(steps, batch, memory.shape[0]),
+        x.new_empty(_attn_size(steps, batch, heads, source)),
         x.new_empty(count, batch, hidden),
         x.new_empty((count, batch, hidden) if cell == "lstm" else 0),
+        x.new_empty((batch, size) if fed == "context" else 0),
+        x.new_empty(0 if history == "none" else (batch, heads, source)),
         x.new_empty(steps, batch, rows),
         x.new_empty(count - 1, steps, batch, rows),
         x.new_empty((count, steps, batch, hidden) if cell == "gru" else 0),
         x.new_empty(states),
         x.new_empty(states if cell == "lstm" else 0),
         x.new_empty(0 if weight_query is None else (steps, batch, keys.shape[2])),
-        x.new_empty(steps, batch, memory.shape[2]),
+        x.new_empty(steps, batch, size),
+        x.new_empty(0 if weight_position is None else (steps, batch, weight_position.shape[0])),
+        x.new_empty(0 if weight_position is None else (steps, batch)),
+        x.new_empty(0 if history == "none" else (steps + 1, batch, heads, source)),
     )
 
 
@@ -429,19 +458,38 @@ def _decode_backward(
     score: str,
     input_feeding: bool,
     needs_x: bool,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    step: Tensor | None = None,
+    past: Tensor | None = None,
+    heads: int = 1,
+    window: int = 0,
+    history: str = "none",
+    order: str = "luong",
+    fed: str = "output",
+    d_feed_n: Tensor | None = None,
+    d_past_n: Tensor | None = None,
+    positions: Tensor | None = None,
+    centers: Tensor | None = None,
+    pasts: Tensor | None = None,
 ) -> tuple[Tensor | list[Tensor], ...]:
     count, _, batch, hidden = states.shape
     return (
         x.new_empty(x.shape if needs_x else 0),
         [weight.new_empty(weight.shape) for weight in layers],
-        _rows_first(keys),
-        _rows_first(memory),
+        _rows_first(keys, heads),
+        _rows_first(memory, heads),
         combine.new_empty(combine.shape),
         x.new_empty(0 if weight_query is None else weight_query.shape),
         x.new_empty(0 if weight_v is None else weight_v.shape),
         x.new_empty(count, batch, hidden),
         x.new_empty((count, batch, hidden) if cell == "lstm" else 0),
-        x.new_empty(batch, hidden),
+        x.new_empty(batch, memory.shape[2] if fed == "context" else hidden),
+        x.new_empty(0 if weight_history is None else weight_history.shape),
+        x.new_empty(0 if weight_position is None else weight_position.shape),
+        x.new_empty(0 if weight_position_v is None else weight_position_v.shape),
+        x.new_empty(0 if history == "none" else (batch, heads, memory.shape[0])),
     )
 
 

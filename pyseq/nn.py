@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -22,8 +23,12 @@ from ._dropout import apply_dropout, bernoulli_mask, check_probability
 from ._packed import computing_dtype, is_quantized
 from .reference import without_padding
 from .types import (
+    DEFAULT_HISTORY_SIZE,
     DEFAULT_WINDOW_SIZE,
+    FEEDS,
     GATES,
+    HISTORIES,
+    ORDERS,
     SCAN_GATES,
     SCORES,
     WINDOWS,
@@ -31,8 +36,11 @@ from .types import (
     DecoderOutput,
     DecoderStart,
     DecoderState,
+    FeedName,
+    HistoryName,
     LayerNormWeights,
     LayerWeights,
+    OrderName,
     ScanStates,
     ScoreName,
     State,
@@ -48,6 +56,7 @@ __all__ = [
     "SLSTM",
     "Attention",
     "AttentionDecoder",
+    "AttentionOptions",
     "GRUCell",
     "IndRNN",
     "IndRNNCell",
@@ -1444,11 +1453,14 @@ class Score(torch.nn.Module):
         attention_size: A, concat only. Default: Q.
         heads: N, which divides M and the size of the keys: A for concat, otherwise Q.
         max_positions: R, location only, which needs it: positions that can have a weight.
+        history_size: K, odd, concat only: how many neighbours' past weights enter the score of a
+            position. Default: none.
         device, dtype: of the parameters.
 
     Attributes:
         weight: general (Q, M), location (R, Q), else None.
         weight_query, weight_memory, weight_v: (A, Q), (A, M) and (A,), concat only.
+        weight_history: (A, K), with ``history_size`` only.
         fused: the score that is left for the operators on projected keys.
 
     Raises:
@@ -1464,6 +1476,7 @@ class Score(torch.nn.Module):
     weight_query: Tensor | None
     weight_memory: Tensor | None
     weight_v: Tensor | None
+    weight_history: Tensor | None
 
     __prepare_scriptable__ = _refuse_script
 
@@ -1476,6 +1489,7 @@ class Score(torch.nn.Module):
         *,
         heads: int = 1,
         max_positions: int | None = None,
+        history_size: int | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -1500,6 +1514,13 @@ class Score(torch.nn.Module):
                 "max_positions must be given for score 'location' and no other, "
                 f"got {max_positions!r} for {score!r}"
             )
+        if history_size is not None:
+            check_positive(history_size=history_size)
+            if score != "concat" or history_size % 2 == 0:
+                raise ValueError(
+                    "history_size must be odd and goes with score 'concat', "
+                    f"got {history_size} and {score!r}"
+                )
         self.name = score
         self.heads = heads
         self.fused: ScoreName = "concat" if score == "concat" else "dot"
@@ -1515,7 +1536,9 @@ class Score(torch.nn.Module):
                 "weight_memory": (attention_size, memory_size),
                 "weight_v": (attention_size,),
             }
-        for name in ("weight", "weight_query", "weight_memory", "weight_v"):
+            if history_size is not None:
+                shapes["weight_history"] = (attention_size, history_size)
+        for name in ("weight", "weight_query", "weight_memory", "weight_v", "weight_history"):
             parameter = None
             if name in shapes:
                 parameter = torch.nn.Parameter(
@@ -1724,13 +1747,29 @@ class Attention(torch.nn.Module):
         return f"{text}, window={self.window!r}, window_size={self.window_size}"
 
 
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How a decoder attends, beside its score; see :class:`AttentionDecoder`."""
+
+    attention_size: int | None = None
+    max_positions: int | None = None
+    order: str = "luong"
+    feed: str | None = None
+    heads: int = 1
+    window: str | None = None
+    window_size: int | None = None
+    history: str | None = None
+    history_size: int | None = None
+
+
 class AttentionDecoder(torch.nn.Module):
-    """Luong's attention decoder, all steps in one operator.
+    """An attention decoder, all steps in one operator.
 
     At each step the stacked cells read ``[x_t; out_{t-1}]`` (input feeding) or ``x_t``, the
     top state ``h_t`` attends over ``memory`` for the context ``c_t``, and
     ``out_t = tanh(W_c [c_t; h_t])``. With ``score=None`` there is no attention and no
-    feeding: stacked cells, whose output is ``h_t``.
+    feeding: stacked cells, whose output is ``h_t``. In Bahdanau's order the state before the
+    step attends, and the cells read ``[x_t; c_t]``. See :func:`pyseq.functional.decode`.
 
     Args:
         input_size: I, features of a step, such as an embedding.
@@ -1746,20 +1785,37 @@ class AttentionDecoder(torch.nn.Module):
         batch_first: tensors are (B, T, .) and (B, S, .); states are not concerned.
         attention_size: A, units of the score ``"concat"``. Default: H.
         max_positions: positions that can have a weight, score ``"location"`` only.
+        order: ``"luong"`` or ``"bahdanau"``.
+        feed: what is fed, ``"output"`` (out_{t-1}) or ``"context"`` (c_{t-1}; in Bahdanau's order
+            c_t, which is its default and has to be fed). Default: output.
+        heads: N, which divides M and the size of the keys: A for concat, otherwise H.
+        window: ``"local-m"``, ``"local-p"``, or None for all of the memory; see
+            :class:`Attention`.
+        window_size: D, at least 1 position. Default: 10, with a window.
+        history: ``"previous"`` or ``"cumulative"``: past weights that enter the score concat,
+            those of the last step or the sum of all. The latter with ``history_size=1`` is
+            coverage; both with more are location-sensitive.
+        history_size: K, odd: how many neighbours' past weights the score of a position sees.
+            Default: 31, with a history.
         device, dtype: of the parameters.
 
     Attributes:
         weight_ih_l{k}, weight_hh_l{k}, bias_ih_l{k}, bias_hh_l{k}: as in torch.nn, but
-            ``weight_ih_l0`` is (G*H, I + H), columns [x; fed], with input feeding.
+            ``weight_ih_l0`` is (G*H, I + F), columns [x; fed], with input feeding, where F is H,
+            or M for the context.
         score: the :class:`Score`, or None.
+        positions: the :class:`Positions` of local-p, or None.
+        fed_size: F.
         combine: ``W_c`` (H, M + H), columns [context; h], or None.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
 
     Reference:
-        Luong et al. 2015, arXiv 1508.04025, eq. 5 to 8 and section 3.3 (input feeding);
-        without attention, the decoder of Sutskever et al. 2014, arXiv 1409.3215.
+        Luong et al. 2015, arXiv 1508.04025, eq. 5 to 10 and section 3.3 (input feeding);
+        Bahdanau et al. 2015, arXiv 1409.0473 (order); Chorowski et al. 2015, arXiv 1506.07503
+        (location-sensitive); See et al. 2017, arXiv 1704.04368 (coverage); without attention,
+        the decoder of Sutskever et al. 2014, arXiv 1409.3215.
     """
 
     weight_ih_l0: Tensor
@@ -1780,6 +1836,13 @@ class AttentionDecoder(torch.nn.Module):
         batch_first: bool = False,
         attention_size: int | None = None,
         max_positions: int | None = None,
+        order: str = "luong",
+        feed: str | None = None,
+        heads: int = 1,
+        window: str | None = None,
+        window_size: int | None = None,
+        history: str | None = None,
+        history_size: int | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -1794,11 +1857,32 @@ class AttentionDecoder(torch.nn.Module):
             raise ValueError(f"dropout must be a probability in [0, 1], got {dropout!r}")
         if score is None:
             for name, scores, value in (
-                ("attention_size", "concat", attention_size),
-                ("max_positions", "location", max_positions),
+                ("attention_size", "score 'concat'", attention_size),
+                ("max_positions", "score 'location'", max_positions),
+                ("feed", "a score", feed),
+                ("window", "a score", window),
+                ("history", "score 'concat'", history),
+                ("heads", "a score", None if heads == 1 else heads),
+                ("order", "a score", None if order == "luong" else order),
             ):
                 if value is not None:
-                    raise ValueError(f"{name} goes with score {scores!r}, got None")
+                    raise ValueError(f"{name} goes with {scores}, got None")
+        for name, value, allowed in (
+            ("order", order, ORDERS),
+            ("feed", feed, (None, *FEEDS)),
+            ("history", history, (None, *HISTORIES)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        if order == "bahdanau" and (feed == "output" or not input_feeding):
+            raise ValueError(
+                "order 'bahdanau' feeds the context of the same step, got "
+                + (f"feed {feed!r}" if input_feeding else "input_feeding False")
+            )
+        if feed is not None and not input_feeding:
+            raise ValueError(f"feed goes with input_feeding, got {feed!r} without")
+        if history_size is not None and history is None:
+            raise ValueError(f"history_size goes with a history, got {history_size!r} without one")
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.memory_size = memory_size
@@ -1807,17 +1891,26 @@ class AttentionDecoder(torch.nn.Module):
         self.input_feeding = input_feeding and score is not None
         self.dropout = float(dropout)
         self.batch_first = batch_first
+        self.order = cast(OrderName, order)
+        self.feed = cast(FeedName, feed or ("context" if order == "bahdanau" else "output"))
+        self.fed_size = memory_size if self.feed == "context" else hidden_size
+        self.window = window
+        self.window_size = _check_window(window, window_size)
+        self.history = cast(HistoryName | None, history)
+        if history is not None and history_size is None:
+            history_size = DEFAULT_HISTORY_SIZE
 
         rows = GATES[self.cell] * hidden_size
         for layer in range(num_layers):
             columns = hidden_size
             if layer == 0:
-                columns = input_size + (hidden_size if self.input_feeding else 0)
+                columns = input_size + (self.fed_size if self.input_feeding else 0)
             shapes = ((rows, columns), (rows, hidden_size), (rows,), (rows,))
             for name, shape in zip(self._layer_names(layer), shapes, strict=True):
                 weight = torch.empty(shape, device=device, dtype=dtype)
                 self.register_parameter(name, torch.nn.Parameter(weight))
         self.score: Score | None = None
+        self.positions: Positions | None = None
         self.combine: torch.nn.Linear | None = None
         if score is not None:
             self.score = Score(
@@ -1825,10 +1918,14 @@ class AttentionDecoder(torch.nn.Module):
                 hidden_size,
                 memory_size,
                 attention_size,
+                heads=heads,
                 max_positions=max_positions,
+                history_size=history_size,
                 device=device,
                 dtype=dtype,
             )
+            if window == "local-p":
+                self.positions = Positions(hidden_size, device=device, dtype=dtype)
             self.combine = torch.nn.Linear(
                 memory_size + hidden_size, hidden_size, bias=False, device=device, dtype=dtype
             )
@@ -1849,6 +1946,8 @@ class AttentionDecoder(torch.nn.Module):
         if self.score is not None and self.combine is not None:
             self.score.reset_parameters()
             self.combine.reset_parameters()
+        if self.positions is not None:
+            self.positions.reset_parameters()
         self._reset_layers()
 
     def layer_weights(self) -> list[LayerWeights]:
@@ -1874,17 +1973,27 @@ class AttentionDecoder(torch.nn.Module):
             return self.score.project(memory.transpose(0, 1), lengths).transpose(0, 1)
         return self.score.project(memory, lengths)
 
-    def _check_state(
-        self, state: DecoderStart | None, batch: int
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """The parts of the hidden state and the fed vector, ``()`` and None for zero."""
+    def is_plain(self) -> bool:
+        """Whether attention is global, in one head, after the cells, without a memory of its
+        weights, and the output is what is fed, if anything."""
+        return (
+            self.window is None
+            and self.history is None
+            and self.order == "luong"
+            and self.feed == "output"
+            and (self.score is None or self.score.heads == 1)
+        )
+
+    def _check_state(self, state: DecoderStart | None, batch: int) -> tuple[Tensor, ...]:
+        """The parts of the hidden state, ``()`` for zero."""
         parts, feed = decoder_parts(self.cell, state)
         expected = (self.num_layers, batch, self.hidden_size)
         for name, part in zip(("h", "c"), parts, strict=False):
             check_shape(f"{name} of state.hidden", part, "(L, B, H)", expected)
         if feed is not None:
-            check_shape("state.feed", feed, "(B, H)", expected[1:])
-        return parts, feed
+            letters = "(B, H)" if self.feed == "output" else "(B, M)"
+            check_shape("state.feed", feed, letters, (batch, self.fed_size))
+        return parts
 
     def forward(
         self,
@@ -1904,16 +2013,16 @@ class AttentionDecoder(torch.nn.Module):
             memory: (S, B, M). Not read, and may be left out, with ``score=None``.
             lengths: (B,) int64, valid positions of each row of the memory, on any device.
                 Default: S.
-            state: ``(hidden, feed)``: h (L, B, H), or for LSTM (h, c), and the last output
-                (B, H), either of them None for zero. Default: all zero.
+            state: what the last call returned, or ``(hidden, feed)``: h (L, B, H), or for LSTM
+                (h, c), and what is fed (B, F), either of them None for zero. Default: all zero.
             need_weights: also return the attention weights.
             keys: what :meth:`project` gave for this memory. Default: computed here.
             dropout_masks: (L-1, T, B, H), what :meth:`draw_dropout_masks` gave, where several
                 calls are to drop the same. Default: drawn here, in training.
 
         Returns:
-            The output (T, B, H), the weights (T, B, S) or None, and the state from which
-            the next call goes on; its ``feed`` is the last output.
+            The output (T, B, H), the weights (T, B, S), of several heads (T, B, N, S), or None,
+            and the state from which the next call goes on.
 
         Raises:
             ValueError: the state has the wrong form, or x another dtype than the weights.
@@ -1924,7 +2033,7 @@ class AttentionDecoder(torch.nn.Module):
             x = x.transpose(0, 1)
         check_shape("x", x, "(T, B, I)", (-1, -1, self.input_size))
         _check_input("x", x, self.weight_ih_l0, self.training)
-        parts, feed = self._check_state(state, x.shape[1])
+        parts = self._check_state(state, x.shape[1])
         if self.score is None:
             result = self._forward_plain(x, parts, dropout_masks)
         else:
@@ -1935,7 +2044,7 @@ class AttentionDecoder(torch.nn.Module):
                 keys = None if keys is None else keys.transpose(0, 1)
             check_shape("memory", memory, "(S, B, M)", (-1, x.shape[1], self.memory_size))
             result = self._forward_attentive(
-                x, memory, keys, lengths, parts, feed, need_weights, dropout_masks
+                x, memory, keys, lengths, state, need_weights, dropout_masks
             )
         if not self.batch_first:
             return result
@@ -1975,8 +2084,7 @@ class AttentionDecoder(torch.nn.Module):
         memory: Tensor,
         keys: Tensor | None,
         lengths: Tensor | None,
-        parts: tuple[Tensor, ...],
-        feed: Tensor | None,
+        state: DecoderStart | None,
         need_weights: bool,
         dropout_masks: Tensor | None,
     ) -> DecoderOutput:
@@ -1994,9 +2102,17 @@ class AttentionDecoder(torch.nn.Module):
             score=self.score.fused,
             weight_query=self.score.weight_query,
             weight_v=self.score.weight_v,
-            state=(join_parts(parts) if parts else None, feed),
+            weight_history=self.score.weight_history,
+            weight_position=None if self.positions is None else self.positions.weight,
+            weight_position_v=None if self.positions is None else self.positions.weight_v,
+            state=state,
             lengths=self.score.limit(memory, lengths),
+            order=self.order,
             input_feeding=self.input_feeding,
+            feed=self.feed,
+            heads=self.score.heads,
+            window=self.window_size,
+            history=self.history,
             dropout_masks=dropout_masks,
             need_weights=need_weights,
         )
@@ -2004,6 +2120,15 @@ class AttentionDecoder(torch.nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}, {self.memory_size}, {self.num_layers}"
         text += f", cell={self.cell!r}, input_feeding={self.input_feeding}"
+        for name, value, default in (
+            ("order", self.order, "luong"),
+            ("feed", self.feed, "output"),
+            ("window", self.window, None),
+            ("window_size", self.window_size, None),
+            ("history", self.history, None),
+        ):
+            if value != default:
+                text += f", {name}={value!r}"
         if self.dropout:
             text += f", dropout={self.dropout}"
         return text + (", batch_first=True" if self.batch_first else "")

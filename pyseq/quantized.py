@@ -91,7 +91,7 @@ def _quantize_decoder(decoder: AttentionDecoder, kind: QuantizedName, where: str
     gates, hidden = GATES[decoder.cell], decoder.hidden_size
     for number in range(decoder.num_layers):
         fed = number == 0 and decoder.input_feeding
-        columns = (decoder.input_size, hidden) if fed else None
+        columns = (decoder.input_size, decoder.fed_size) if fed else None
         _replace(decoder, f"weight_ih_l{number}", kind, where, gates=gates, columns=columns)
         _replace(decoder, f"weight_hh_l{number}", kind, where, gates=gates)
     if decoder.score is not None and decoder.combine is not None:

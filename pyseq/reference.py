@@ -306,7 +306,7 @@ def attend(
     need_weights: bool = False,
 ) -> AttendOutput:
     """Attention of every query over ``memory``; see :func:`pyseq.functional.attend`."""
-    steps, (source, batch, _) = query.shape[0], memory.shape
+    steps, source = query.shape[0], memory.shape[0]
     if score == "concat" and weight_query is not None:
         query = linear(query, weight_query)
     centers = positions
@@ -316,7 +316,7 @@ def attend(
         query,
         _score_keys(score, keys, memory, lengths, weight, heads),
         without_padding(memory, lengths),
-        _seen(source, batch, _with_weight(score, lengths, weight, memory), centers, window),
+        _seen(memory, _with_weight(score, lengths, weight, memory), centers, window),
         weight_v=weight_v,
         heads=heads,
         gaussian=None if positions is None else _gaussian(source, positions, window),
@@ -362,19 +362,17 @@ def _with_weight(
 
 
 def _seen(
-    source: int, batch: int, lengths: Tensor | None, centers: Tensor | None, window: int | None
+    memory: Tensor, lengths: Tensor | None, centers: Tensor | None, window: int | None
 ) -> Tensor:
-    """Which positions each query sees: (T or 1, B, S)."""
-    device = None if lengths is None else lengths.device
-    seen = torch.ones(1, batch, source, dtype=torch.bool, device=device)
-    positions = torch.arange(source, device=device)
+    """Which positions of ``memory`` (S, B, M) each query sees: (T or 1, B, S)."""
+    source, batch, _ = memory.shape
+    positions = torch.arange(source, device=memory.device)
+    seen = torch.ones(1, batch, source, dtype=torch.bool, device=memory.device)
     if lengths is not None:
-        seen = seen & (positions < lengths.unsqueeze(1))
+        seen = seen & (positions < lengths.to(memory.device).unsqueeze(1))
     if centers is not None and window is not None:
         # Not within: NaN is near everything, so that it is seen in the result.
-        seen = seen.to(centers.device) & ~(
-            (positions.to(centers.device) - centers.unsqueeze(2)).abs() > window
-        )
+        seen = seen & ~((positions - centers.unsqueeze(2)).abs() > window)
     return seen
 
 
@@ -419,7 +417,7 @@ def _attention(
         # (T, B, N, S, A) is what the fused operator never builds.
         energies = torch.tanh(split(query).unsqueeze(3) + split(keys).permute(1, 2, 0, 3))
         scores = torch.einsum("tbnsa,na->tbns", energies, split(weight_v))
-    seen = seen.to(scores.device).unsqueeze(2)
+    seen = seen.unsqueeze(2)
     # A finite mask keeps rows without any position free of NaN; the product with `seen` then
     # makes the weights of what is not seen, and of such rows, exactly zero.
     weights = torch.softmax(scores.masked_fill(~seen, torch.finfo(scores.dtype).min), -1) * seen
@@ -516,7 +514,7 @@ def decode(
             )
             gaussian = _gaussian(source, centers, window)
         now = keys if weight_history is None else keys + _history_keys(past, weight_history)
-        seen = _seen(source, batch, lengths, centers, window)
+        seen = _seen(memory, lengths, centers, window)
         context, weights = _attention(
             query.unsqueeze(0),
             now,

@@ -7,7 +7,9 @@ batch-first; everything between the embeddings and the logits is time-major.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from ._dropout import apply_dropout
 from .bridge import Bridge
 from .copying import Copying
 from .extra import Conditions, ExtraInformation, ExtraOptions, check_extra
-from .nn import GRU, LSTM, RNN, AttentionDecoder, Score, cell_name
+from .nn import GRU, LSTM, RNN, AttentionDecoder, AttentionOptions, Score, cell_name
 from .scheduled import Sampling
 from .search import (
     EncodedSource,
@@ -276,6 +278,9 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
+_GLOBAL = AttentionOptions()
+
+
 class Decoder(torch.nn.Module):
     """Embedding, :class:`pyseq.nn.AttentionDecoder` and the linear layer to the logits.
 
@@ -293,6 +298,9 @@ class Decoder(torch.nn.Module):
             the embedding. Default: it reads none.
         extra: how extra information enters, if it does: into what the output layer reads, or
             with the place ``"input"`` into the embeddings.
+        attention: how the decoder attends, beside the score.
+        coverage_loss: what the coverage loss is multiplied with in :meth:`loss`, in training;
+            above 0 it needs a score.
         copy: ``"pointer"`` or ``"joint"``, to copy tokens of the source too, which needs a
             score; see :class:`pyseq.copying.Copying`. What is predicted then are
             log-probabilities, and tokens beyond the vocabulary are read as ``<unk>``.
@@ -317,8 +325,15 @@ class Decoder(torch.nn.Module):
         context_size: int | None = None,
         extra: ExtraOptions | None = None,
         copy: str | None = None,
+        attention: AttentionOptions = _GLOBAL,
+        coverage_loss: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= coverage_loss < math.inf or (coverage_loss > 0 and score is None):
+            raise ValueError(
+                f"coverage_loss must be at least 0, and 0 without a score, got {coverage_loss!r}"
+            )
+        self.coverage_loss = coverage_loss
         check_positive(vocab_size=vocab_size, embedding_size=embedding_size)
         if context_size is not None:
             check_positive(context_size=context_size)
@@ -341,6 +356,7 @@ class Decoder(torch.nn.Module):
             score=score,
             input_feeding=input_feeding,
             dropout=dropout,
+            **asdict(attention),
         )
         self.output = torch.nn.Linear(hidden_size, vocab_size)
         self.copying: Copying | None = None
@@ -457,23 +473,38 @@ class Decoder(torch.nn.Module):
                 unread=target_out == PAD,
                 conditions=conditions,
             )
-        hidden, _, x = self._hidden(
-            target_in, memory, lengths=lengths, state=state, masks=masks, conditions=conditions
+        covers = self.training and self.coverage_loss > 0
+        hidden, decoded, x = self._hidden(
+            target_in,
+            memory,
+            lengths=lengths,
+            state=state,
+            need_weights=covers,
+            masks=masks,
+            conditions=conditions,
         )
         if self.copying is not None:
-            return self.copying.loss(
+            loss = self.copying.loss(
                 *self._copying_inputs(hidden, x, memory, conditions),
                 target_out,
                 label_smoothing=label_smoothing,
             )
-        return functional.linear_cross_entropy(
-            hidden.flatten(0, 1),
-            self.output.weight,
-            target_out.t().flatten(),
-            self.output.bias,
-            ignore_index=PAD,
-            label_smoothing=label_smoothing,
-        )
+        else:
+            loss = functional.linear_cross_entropy(
+                hidden.flatten(0, 1),
+                self.output.weight,
+                target_out.t().flatten(),
+                self.output.bias,
+                ignore_index=PAD,
+                label_smoothing=label_smoothing,
+            )
+        if covers and decoded.weights is not None:
+            repeated = functional.coverage_loss(decoded.weights)
+            repeated = repeated.flatten(2).mean(2) if repeated.dim() == 3 else repeated
+            kept = target_out.t() != PAD
+            # As many as the tokens that the cross entropy is a mean of: NaN for none, like that.
+            loss = loss + self.coverage_loss * (repeated * kept).sum() / kept.sum()
+        return loss
 
     def _hidden(
         self,
@@ -687,6 +718,9 @@ class Decoder(torch.nn.Module):
         """See :func:`pyseq.functional.scheduled_inputs`; for a decoder that :meth:`is_fused`."""
         score, combine = self.rnn.score, self.rnn.combine
         attends = memory is not None and score is not None
+        limit = None
+        if memory is not None and score is not None:
+            limit = score.limit(memory, lengths)
         return functional.scheduled_inputs(
             tokens,
             coins,
@@ -703,7 +737,7 @@ class Decoder(torch.nn.Module):
             score=None if score is None else score.fused,
             weight_query=None if score is None else score.weight_query,
             weight_v=None if score is None else score.weight_v,
-            lengths=lengths if attends else None,
+            lengths=limit,
             input_feeding=self.rnn.input_feeding,
             embedding_masks=masks.embedding,
             dropout_masks=masks.layers,
@@ -713,11 +747,13 @@ class Decoder(torch.nn.Module):
     def is_fused(self) -> bool:
         """Whether a step of ``forward`` in eval mode is what :meth:`generate` computes.
 
-        Not on another device or in another dtype than the operator's; and not if a module
+        Not with other attention than Luong's over all of the memory, see
+        :meth:`pyseq.nn.AttentionDecoder.is_plain`; not on another device or in another dtype
+        than the operator's; and not if a module
         has hooks, is parametrised or was replaced by one of another class, nor if it takes a
         context or extra information or copies.
         """
-        if not (self.context_size is self.extra is self.copying is None):
+        if not (self.context_size is self.extra is self.copying is None and self.rnn.is_plain()):
             return False
         embedding, rnn = self.embedding, self.rnn
         parts = (
@@ -760,8 +796,9 @@ class Seq2Seq(torch.nn.Module):
         num_layers: layers of encoder and decoder.
         cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` (or ``"rnn"``) or ``"rnn_relu"``.
         bidirectional: whether the encoder reads in both directions.
-        score: ``"dot"``, ``"general"``, ``"concat"``, or None for no attention.
-        input_feeding: whether the decoder reads its last output; needs a score.
+        score: ``"dot"``, ``"scaled_dot"``, ``"general"``, ``"concat"``, ``"location"``, or None
+            for no attention.
+        input_feeding: whether the decoder reads its last output, or context; needs a score.
         dropout: probability of zeroing a feature of the embeddings, between layers, of the
             memory and of the decoder's output, in training.
         source_embedding_size, target_embedding_size: that of one side. Default:
@@ -792,6 +829,11 @@ class Seq2Seq(torch.nn.Module):
             combination ``tanh(W_c [c; h])`` and the keys have biases: its columns of their
             weights. Not with the score ``"dot"``.
         bridge_c_from_h: whether the bridge makes the decoder's first c of the encoder's h.
+        attention_size, max_positions, order, feed, heads, window, window_size, history,
+            history_size: how the decoder attends; see :class:`pyseq.nn.AttentionDecoder`.
+        coverage_loss: lambda of ``lambda sum_s min(a_ts, sum_{u<t} a_us)``, which in training
+            is added to the loss of every target token, of several heads as their mean; see
+            :func:`pyseq.functional.coverage_loss`.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
@@ -831,6 +873,16 @@ class Seq2Seq(torch.nn.Module):
         copy: str | None = None,
         memory_bias: bool = False,
         bridge_c_from_h: bool = False,
+        attention_size: int | None = None,
+        max_positions: int | None = None,
+        order: str = "luong",
+        feed: str | None = None,
+        heads: int = 1,
+        window: str | None = None,
+        window_size: int | None = None,
+        history: str | None = None,
+        history_size: int | None = None,
+        coverage_loss: float = 0.0,
     ) -> None:
         super().__init__()
         sizes = {
@@ -846,6 +898,17 @@ class Seq2Seq(torch.nn.Module):
                 raise ValueError(
                     f"{name} must be at least {UNK + 1}, for the special tokens, got {size}"
                 )
+        attention = AttentionOptions(
+            attention_size=attention_size,
+            max_positions=max_positions,
+            order=order,
+            feed=feed,
+            heads=heads,
+            window=window,
+            window_size=window_size,
+            history=history,
+            history_size=history_size,
+        )
         self._config: dict[str, Any] = {
             **sizes,
             "embedding_size": embedding_size,
@@ -872,6 +935,8 @@ class Seq2Seq(torch.nn.Module):
             "copy": copy,
             "memory_bias": memory_bias,
             "bridge_c_from_h": bridge_c_from_h,
+            **asdict(attention),
+            "coverage_loss": coverage_loss,
         }
 
         told = (extra_mode, extra_hidden_size, extra_place)
@@ -928,6 +993,8 @@ class Seq2Seq(torch.nn.Module):
             context_size=memory_size if context_every_step else None,
             extra=extra(target_extra_size),
             copy=copy,
+            attention=attention,
+            coverage_loss=coverage_loss,
         )
 
     @property
@@ -1246,14 +1313,15 @@ class Seq2Seq(torch.nn.Module):
         """What a search begins with; see :class:`pyseq.search.SearchModel`."""
         checked = self._copies(copies, source, lengths)
         memory, hidden, context = self._encode(source, lengths, None, source_extra)
-        feed = memory.new_zeros(memory.shape[1], self.decoder.rnn.hidden_size)
-        state = DecoderState(hidden, feed)
-        keys = self.decoder.rnn.project(memory)
-        if keys is None:
+        rnn = self.decoder.rnn
+        state = DecoderState(hidden, memory.new_zeros(memory.shape[1], rnn.fed_size))
+        keys = rnn.project(memory)
+        if keys is None or rnn.score is None:
             return EncodedSource(None, None, None, context), state
         # Every step reads the memory row by row, so it is laid out like that once.
         memory = memory.transpose(0, 1).contiguous().transpose(0, 1)
-        return EncodedSource(memory, keys, lengths.to(source.device), context, checked), state
+        limit = rnn.score.limit(memory, lengths.to(source.device))
+        return EncodedSource(memory, keys, limit, context, checked), state
 
     def step(
         self,
@@ -1286,6 +1354,8 @@ class Seq2Seq(torch.nn.Module):
         if encoded.copies is None:
             log_probs = torch.log_softmax(log_probs, -1)
         weights = None if decoded.weights is None else decoded.weights[0]
+        if weights is not None and weights.dim() == 3:
+            weights = weights.mean(1)  # over the heads
         return Step(log_probs, weights, decoded.state)
 
     def fused_search(self) -> FusedSearch | None:

@@ -57,7 +57,7 @@ from .text import (
     tokenise_pairs,
 )
 from .translator import Translator
-from .types import PAD, CellName, ScoreName
+from .types import PAD, CellName, FeedName, HistoryName, OrderName, ScoreName, WindowName
 
 OptimizerName = Literal["adam", "sgd"]
 OPTIMIZERS: tuple[str, ...] = ("adam", "sgd")
@@ -104,6 +104,16 @@ class ModelOptions:
     extra_mode: ExtraMode = "concat"
     extra_hidden_size: int | None = None
     extra_place: ExtraPlace = "output"
+    attention_size: int | None = None
+    max_positions: int | None = None
+    order: OrderName = "luong"
+    feed: FeedName | None = None
+    heads: int = 1
+    window: WindowName | None = None
+    window_size: int | None = None
+    history: HistoryName | None = None
+    history_size: int | None = None
+    coverage_loss: float = 0.0
 
     def build(self, source_vocab: Vocab, target_vocab: Vocab) -> Seq2Seq:
         """A new model for these vocabularies, weights drawn from torch's global generator."""

@@ -25,8 +25,11 @@ from .types import (
     CellName,
     DecoderOutput,
     DecoderState,
+    FeedName,
+    HistoryName,
     LayerNormWeights,
     LayerWeights,
+    OrderName,
     ScoreName,
     State,
     state_parts,
@@ -180,10 +183,24 @@ def _decode(
     score: str,
     input_feeding: bool,
     need_weights: bool,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    step: Tensor | None = None,
+    past: Tensor | None = None,
+    heads: int = 1,
+    window: int = 0,
+    history: str = "none",
+    order: str = "luong",
+    fed: str = "output",
 ) -> tuple[Tensor, ...]:
     stack = [LayerWeights(*layers[first : first + 4]) for first in range(0, len(layers), 4)]
     zero = x.new_zeros(len(stack), x.shape[1], combine.shape[0])
-    output, weights, (hidden, *_) = reference.decode(
+    zero_step = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
+    attention = AttentionState(zero_step if step is None else step, past)
+    first = _state(cell, h_0, c_0, zero, zero)
+    zero_feed = x.new_zeros(x.shape[1], (memory if fed == "context" else combine.t()).shape[-1])
+    output, weights, state = reference.decode(
         x,
         stack,
         keys,
@@ -193,14 +210,29 @@ def _decode(
         score=cast(ScoreName, score),
         weight_query=weight_query,
         weight_v=weight_v,
-        state=(_state(cell, h_0, c_0, zero, zero), feed),
+        weight_history=weight_history,
+        weight_position=weight_position,
+        weight_position_v=weight_position_v,
+        state=DecoderState(first, zero_feed if feed is None else feed, attention),
         lengths=lengths,
+        order=cast(OrderName, order),
         input_feeding=input_feeding,
+        feed=cast(FeedName, fed),
+        heads=heads,
+        window=window or None,
+        history=None if history == "none" else cast(HistoryName, history),
         dropout_masks=dropout_masks,
         need_weights=need_weights,
     )
-    attn = x.new_empty(_NOTHING) if weights is None else weights
-    return output, attn, *_parts(cell, hidden, x)
+    nothing = x.new_empty(_NOTHING)
+    last = None if state.attention is None else state.attention.weights
+    return (
+        output,
+        nothing if weights is None else weights,
+        *_parts(cell, state.hidden, x),
+        state.feed if fed == "context" else nothing,
+        nothing.clone() if last is None else last,
+    )
 
 
 def _linear_cross_entropy(
@@ -251,8 +283,8 @@ _BATCH_AXES = {
     "attend": _Axes({"query": 1, "keys": 1, "memory": 1, "lengths": 0, "positions": 1}, (1, 1)),
     "decode": _Axes(
         {"x": 1, "keys": 1, "memory": 1, "h_0": 1, "c_0": 1, "feed": 0, "lengths": 0}
-        | {"dropout_masks": 2},
-        (1, 1, 1, 1),
+        | {"dropout_masks": 2, "step": 0, "past": 0},
+        (1, 1, 1, 1, 0, 0),
     ),
 }
 

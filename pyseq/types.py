@@ -22,6 +22,7 @@ ScoreName = Literal["dot", "general", "concat", "location", "scaled_dot"]
 OrderName = Literal["luong", "bahdanau"]
 FeedName = Literal["output", "context"]
 HistoryName = Literal["previous", "cumulative"]
+WindowName = Literal["local-m", "local-p"]
 
 #: Rows of weight per hidden unit, in torch.nn's order (LSTM i, f, g, o; GRU r, z, n).
 GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
@@ -40,7 +41,11 @@ STATES: dict[str, str] = {"lstm": "c", "slstm_sigmoid": "cnm", "slstm_exp": "cnm
 DIAGONAL: tuple[str, ...] = ("indrnn_tanh", "indrnn_relu")
 SCORES: tuple[str, ...] = ("dot", "general", "concat", "location", "scaled_dot")
 WINDOWS: tuple[str, ...] = ("local-m", "local-p")
+ORDERS: tuple[str, ...] = ("luong", "bahdanau")
+FEEDS: tuple[str, ...] = ("output", "context")
+HISTORIES: tuple[str, ...] = ("previous", "cumulative")
 DEFAULT_WINDOW_SIZE = 10  # D of Luong et al. 2015, arXiv 1508.04025, section 4.1
+DEFAULT_HISTORY_SIZE = 31  # K of Shen et al. 2018, arXiv 1712.05884, section 2.3
 
 #: h for RNN and GRU, (h, c) for LSTM, as in torch.nn; (h, c, n, m) for sLSTM.
 State = Tensor | tuple[Tensor, ...]

@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from pyseq import reference
-from pyseq.types import DIAGONAL, GATES, SCAN_GATES, STATES, CellName, ScoreName
+from pyseq.types import (
+    DIAGONAL,
+    GATES,
+    SCAN_GATES,
+    STATES,
+    CellName,
+    FeedName,
+    HistoryName,
+    OrderName,
+    ScoreName,
+)
 
 DTYPES = (torch.float32, torch.float64)
 DEVICES = ("cpu",)
@@ -123,8 +133,10 @@ def tracked(call: Call, names: Collection[str] | None = None) -> Call:
 
 
 def outputs_of(module: ModuleType, call: Call) -> dict[str, Tensor]:
-    """Run the call on ``pyseq.functional`` or ``pyseq.reference``."""
-    return dict(leaves(getattr(module, call.op)(**call.inputs, **call.options)))
+    """Run the call on ``pyseq.functional`` or ``pyseq.reference``; of the results those that a
+    gradient can come from."""
+    results = leaves(getattr(module, call.op)(**call.inputs, **call.options))
+    return {name: tensor for name, tensor in results if tensor.is_floating_point()}
 
 
 def cotangents(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -461,6 +473,12 @@ class DecodeCase:
     bias: str = "both"
     need_weights: bool = False
     project_query: bool = True  # concat: with weight_query
+    heads: int = 1  # A, H and M are so many times as large
+    window: int | None = None
+    predict: bool = False  # whether the windows are where W_p says, of P = A + 1 units
+    history: HistoryName | None = None  # of K = 3 positions
+    order: OrderName = "luong"
+    feed: FeedName = "output"
 
     @property
     def id(self) -> str:
@@ -479,12 +497,20 @@ class DecodeCase:
             self.bias != "both" and f"bias_{self.bias}",
             self.need_weights and "weights",
             self.score == "concat" and not self.project_query and "projected",
+            self.heads > 1 and f"N{self.heads}",
+            self.window is not None and f"D{self.window}",
+            self.predict and "predict",
+            self.history,
+            self.order != "luong" and self.order,
+            self.feed != "output" and self.feed,
         )
 
     def call(self) -> Call:
         """The call, on tensors that depend on nothing but the case."""
         torch.manual_seed(0)
         steps, source, batch, inputs, hidden, size, width = self.sizes
+        hidden, size, width = (self.heads * n for n in (hidden, size, width))
+        fed_size = hidden if self.feed == "output" else width
         kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         own = _projects_query(self.score, self.project_query)
         # The top state is the query; unless something projects it, A is H.
@@ -492,7 +518,7 @@ class DecodeCase:
         rows = GATES[self.cell] * hidden
         stack = []
         for layer in range(self.layers):
-            fed = hidden if self.input_feeding else 0
+            fed = fed_size if self.input_feeding else 0
             columns = hidden if layer else inputs + fed
             biases = _biases(self.bias, rows, **kind)
             stack.append(
@@ -511,10 +537,24 @@ class DecodeCase:
             "combine": _weight(hidden, width + hidden, **kind),
             **_score_weights(self.score, hidden, size, own, source, **kind),
         }
+        if self.predict:
+            tensors["weight_position"] = _weight(size + 1, hidden, **kind)
+            # A steep sigmoid would make positions, and all that follows, ill-conditioned.
+            tensors["weight_position_v"] = torch.randn(size + 1, **kind) / (size + 1) ** 0.5
+        if self.history is not None:
+            tensors["weight_history"] = torch.randn(size, 3, **kind)
         if self.state:
             h = torch.randn(self.layers, batch, hidden, **kind)
-            feed = torch.randn(batch, hidden, **kind)
+            # In Bahdanau's order a step is fed what it makes itself.
+            first = self.order == "luong"
+            feed = torch.randn(batch, fed_size, **kind) if first else None
             tensors["state"] = ((h, torch.randn_like(h)) if self.cell == "lstm" else h, feed)
+            if self.window is not None or self.history is not None:
+                past = None
+                if self.history is not None:
+                    past = torch.rand(batch, self.heads, source, **kind)
+                step = torch.arange(batch) % 3
+                tensors["state"] = (*tensors["state"], (step, past))
         if self.lengths:
             tensors["lengths"] = make_lengths(self.lengths, source, batch)
         if self.dropout:
@@ -527,6 +567,10 @@ class DecodeCase:
             "input_feeding": self.input_feeding,
             "need_weights": self.need_weights,
         }
+        plain = DecodeCase()
+        for name in ("heads", "window", "history", "order", "feed"):
+            if getattr(self, name) != getattr(plain, name):
+                options[name] = getattr(self, name)
         return Call("decode", tensors, options)
 
 
@@ -765,6 +809,63 @@ def decode_cases() -> list[DecodeCase]:
     ]
 
 
+#: How a decoder attends: window, whether it is predicted, and history.
+ATTENTIONS: tuple[tuple[int | None, bool, HistoryName | None], ...] = (
+    (None, False, None),
+    (2, False, None),
+    (2, True, None),
+    (None, False, "previous"),
+    (None, False, "cumulative"),
+    (3, True, "cumulative"),
+)
+#: Order, and what is fed: if anything.
+FEEDINGS: tuple[tuple[OrderName, FeedName, bool], ...] = (
+    ("luong", "output", True),
+    ("luong", "context", True),
+    ("luong", "output", False),
+    ("bahdanau", "context", True),
+)
+#: Sizes with few steps, positions and units, since there are so many other settings.
+ATTENTIVE_SIZES = (
+    (1, 1, 1, 1, 1, 1, 1),
+    (4, 5, 3, 6, 7, 8, 9),
+    (5, 9, 2, 3, 16, 17, 5),
+    (3, 7, 5, 2, 9, 3, 33),
+    (2, 3, 0, 3, 5, 6, 7),
+    (6, 17, 9, 4, 33, 16, 2),
+    (9, 4, 1, 2, 5, 4, 16),
+)
+
+
+def attentive_cases() -> list[DecodeCase]:
+    """Cases of ``decode`` with other attention than Luong's global: every pair of settings, for
+    each device and dtype."""
+    rows = pairwise(
+        {
+            "cell": CELLS,
+            "score": SCORES,
+            "sizes": ATTENTIVE_SIZES,
+            "layers": (1, 2),
+            "lengths": LENGTHS,
+            "state": (True, False),
+            "need_weights": (False, True),
+            "heads": (1, 2, 3),
+            "attention": ATTENTIONS,
+            "feeding": FEEDINGS,
+        }
+    )
+    for row in rows:
+        row["score"], row["project_query"] = row["score"]
+        row["window"], row["predict"], row["history"] = row.pop("attention")
+        row["order"], row["feed"], row["input_feeding"] = row.pop("feeding")
+        if row["history"] is not None:
+            row["score"] = "concat"
+    return [
+        DecodeCase(dtype=dtype, device=device, **row)
+        for device, dtype, row in itertools.product(DEVICES, DTYPES, rows)
+    ]
+
+
 def loss_cases() -> list[LinearCrossEntropyCase]:
     """Cases of ``linear_cross_entropy``: for each device and dtype, every pair of settings."""
     rows = pairwise(
@@ -865,6 +966,29 @@ def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
             dtype=dtype,
         )
         for cell, score in zip(CELLS, scores, strict=True)
+    ]
+    decodes += [
+        DecodeCase(
+            cell=cell,
+            score=score,
+            layers=2,
+            lengths="holes",
+            need_weights=True,
+            heads=heads,
+            window=window,
+            predict=predict,
+            history=history,
+            order=order,
+            feed=feed,
+            dtype=dtype,
+        )
+        for cell, score, heads, (window, predict, history), (order, feed, _) in (
+            ("lstm", "dot", 1, ATTENTIONS[1], FEEDINGS[1]),
+            ("gru", "location", 2, ATTENTIONS[2], FEEDINGS[0]),
+            ("lstm", "concat", 1, ATTENTIONS[3], FEEDINGS[3]),
+            ("rnn_tanh", "concat", 2, ATTENTIONS[5], FEEDINGS[3]),
+            ("gru", "concat", 1, ATTENTIONS[4], FEEDINGS[0]),
+        )
     ]
     losses = [
         LinearCrossEntropyCase(ignored="some", label_smoothing=smoothing, dtype=dtype)

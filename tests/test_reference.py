@@ -323,3 +323,127 @@ def test_dropout_masks_of_ones_change_nothing_and_zeros_cut_the_layers() -> None
     call.inputs["dropout_masks"] = torch.zeros_like(masks)
     gradients = run(reference, call, used=["output"]).gradients
     assert gradients["x"].eq(0).all()
+
+
+# Attention in the loop, step by step with torch.nn's cells
+
+
+def scores_of(call: Any, past: Tensor, query: Tensor, row: int) -> Tensor:
+    """The scores (S,) of one row with coverage or location, written out position by position."""
+    inputs, scores = call.inputs, []
+    convolution = inputs["weight_history"]
+    for s in range(len(inputs["keys"])):
+        hidden = inputs["weight_query"] @ query + inputs["keys"][s, row]
+        for j in range(3):
+            if 0 <= s + j - 1 < len(past):
+                hidden = hidden + convolution[:, j] * past[s + j - 1]
+        scores.append(inputs["weight_v"] @ torch.tanh(hidden))
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("order", ["luong", "bahdanau"])
+@pytest.mark.parametrize("history", ["previous", "cumulative"])
+def test_decode_sees_past_weights(history: Any, order: Any) -> None:
+    case = DecodeCase(
+        score="concat",
+        history=history,
+        order=order,
+        feed="context",
+        need_weights=True,
+        dtype=torch.float64,
+    )
+    call = case.call()
+    inputs = call.inputs
+    steps, batch = inputs["x"].shape[:2]
+    cell = torch.nn.LSTMCell(6 + 9, 7, dtype=torch.float64).requires_grad_(False)
+    for parameter, value in zip(cell.parameters(), inputs["layers"][0], strict=True):
+        parameter.copy_(value)
+    (h, c), context, (_, pasts) = inputs["state"]
+    h, c, pasts = h[0], c[0], pasts.squeeze(1)
+    outputs, all_weights = [], []
+
+    def look(h: Tensor) -> tuple[Tensor, Tensor]:
+        weights = torch.stack(
+            [torch.softmax(scores_of(call, pasts[b], h[b], b), 0) for b in range(batch)]
+        )
+        return weights, torch.einsum("bs,sbm->bm", weights, inputs["memory"])
+
+    for t in range(steps):
+        if order == "bahdanau":
+            weights, context = look(h)
+        h, c = cell(torch.cat([inputs["x"][t], context], -1), (h, c))
+        if order == "luong":
+            weights, context = look(h)
+        pasts = weights if history == "previous" else pasts + weights
+        outputs.append(torch.tanh(torch.cat([context, h], -1) @ inputs["combine"].T))
+        all_weights.append(weights)
+    actual = outputs_of(reference, call)
+    expected = {
+        "output": torch.stack(outputs),
+        "weights": torch.stack(all_weights),
+        "state.hidden[0]": h[None],
+        "state.hidden[1]": c[None],
+        "state.feed": context,
+        "state.attention.weights": pasts.unsqueeze(1),
+    }
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("predict", [False, True])
+def test_windows_of_a_decoder_are_those_of_its_states(predict: bool) -> None:
+    """Each step's weights are those of ``attend`` around the step, or where W_p says."""
+    case = DecodeCase(
+        sizes=(6, 9, 3, 4, 5, 5, 7),
+        lengths="holes",
+        window=2,
+        predict=predict,
+        need_weights=True,
+        dtype=torch.float64,
+    )
+    call = case.call()
+    inputs = call.inputs
+    weights, state = None, inputs["state"]
+    start = state[2][0]
+    for t in range(6):
+        out = reference.decode(
+            **inputs | {"x": inputs["x"][t : t + 1], "state": state}, **call.options
+        )
+        state, weights = out.state, out.weights
+        assert weights is not None
+        query = state.hidden[0][-1:]
+        if predict:
+            expected = reference.attend(
+                query,
+                inputs["keys"],
+                inputs["memory"],
+                inputs["lengths"],
+                window=2,
+                positions=reference.predict_positions(
+                    query,
+                    inputs["weight_position"],
+                    inputs["weight_position_v"],
+                    9,
+                    inputs["lengths"],
+                ),
+                need_weights=True,
+            ).weights
+        else:
+            positions = torch.arange(9)
+            scores = torch.einsum("ba,sba->bs", query[0], inputs["keys"])
+            seen = (positions - (start + t).unsqueeze(1)).abs() <= 2
+            seen &= positions < inputs["lengths"].unsqueeze(1)
+            expected = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).nan_to_num()[None]
+        assert expected is not None
+        assert_close({"weights": weights}, {"weights": expected})
+        assert state.attention is not None
+        assert state.attention.step.tolist() == (start + t + 1).tolist()
+
+
+def test_coverage_loss_is_what_was_attended_to_before() -> None:
+    weights = torch.tensor([[[0.5, 0.5, 0.0]], [[0.2, 0.0, 0.8]], [[0.9, 0.1, 0.0]]])
+    # min(0.2, 0.5), then min(0.9, 0.7) + min(0.1, 0.5).
+    expected = torch.tensor([[0.0], [0.2], [0.8]])
+    assert_close({"loss": reference.coverage_loss(weights)}, {"loss": expected})
+    past = torch.tensor([[0.0, 1.0, 0.0]])
+    expected = torch.tensor([[0.5], [0.2], [0.8]])
+    assert_close({"loss": reference.coverage_loss(weights, past)}, {"loss": expected})

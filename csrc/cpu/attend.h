@@ -54,7 +54,11 @@ AttentionRow<T> windowed_row(const Attend<T>& args, int64_t row, int64_t t) {
           args.memory + row * S * M,
           args.v == nullptr ? nullptr : args.v + row % N * A,
           args.attn + query * S,
-          args.context == nullptr ? nullptr : args.context + query * M};
+          args.context == nullptr ? nullptr : args.context + query * M,
+          /*taps=*/0,
+          nullptr,
+          nullptr,
+          nullptr};
 }
 
 template <class T>
@@ -90,7 +94,8 @@ void windows_backward(const AttendBackward<T>& backward) {
               {windowed_row(args, row, t), backward.d_context + query * M,
                backward.d_attn == nullptr ? nullptr : backward.d_attn + query * S,
                backward.d_scores + query * S, backward.d_query + query * A, d_keys, d_memory, d_v,
-               backward.d_centers == nullptr ? nullptr : backward.d_centers + query});
+               backward.d_centers == nullptr ? nullptr : backward.d_centers + query, nullptr,
+               /*cumulative=*/false, nullptr});
         }
       }
     });

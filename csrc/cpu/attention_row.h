@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of ONE query over one row, forward and backward, with all that a row may have: a
-// window, a Gaussian in it. One thread takes the whole of it, and the rows of a row's queries in
-// order, so that what adds up over them needs no other thread. Called by attend.h and decode.h.
+// window, a Gaussian in it, past weights that enter the score. One thread takes the whole of it,
+// and a row's queries in order, so that what adds up over them needs no other thread. Called by
+// attend.h and decode.h.
 #pragma once
 
 #include "attention.h"
@@ -51,7 +52,18 @@ struct AttentionRow {
   const T* v;       // (A), additive only
   T* attn;          // (S)
   T* context;       // (M), forward only
+  // Where past weights enter an additive score, else zero and null.
+  int64_t taps;
+  const T* w_history;  // (K, A)
+  const T* past;       // (S)
+  T* workspace;        // row_workspace numbers
 };
+
+// Numbers that a row works in: the past with its ends padded, the keys that it moved, and for
+// backward their gradients and what a few taps of the convolution get.
+inline int64_t row_workspace(int64_t taps, int64_t source, int64_t key_size) {
+  return taps == 0 ? 0 : source + taps + (2 * source + kQueries) * key_size + taps;
+}
 
 namespace detail {
 
@@ -65,13 +77,38 @@ PYSEQ_FORCE_INLINE Vec<T> gaussian(const View<T>& view, int64_t first) {
 
 }  // namespace detail
 
+// The keys of what is seen, each with what the convolution of the past makes of its neighbours.
+template <class T>
+const T* seen_keys(const AttentionRow<T>& row) {
+  const int64_t begin = row.view.seen.begin, count = row.view.seen.size(), A = row.key_size,
+                K = row.taps;
+  const T* const keys = row.keys + begin * A;
+  if (K == 0) return keys;
+  T* const padded = row.workspace;
+  T* const moved = padded + row.source + K;
+  const int64_t first = begin - K / 2;
+  for (int64_t i = 0; i < count + K - 1; ++i) {
+    const int64_t s = first + i;
+    padded[i] = s >= 0 && s < row.source ? row.past[s] : T(0);
+  }
+  const Range components{0, vectors<T>(A)};
+  int64_t s = 0;
+  for (; s + kQueries <= count; s += kQueries) {
+    weighted_sum<T, kQueries>(padded + s, 1, row.w_history, K, A, components, moved + s * A, A);
+  }
+  for (; s < count; ++s) {
+    weighted_sum<T, 1>(padded + s, 0, row.w_history, K, A, components, moved + s * A, 0);
+  }
+  for (int64_t i = 0; i < count * A; ++i) moved[i] += keys[i];
+  return moved;
+}
+
 template <class T, class Score>
 void attend_row(const AttentionRow<T>& row) {
   const View<T>& view = row.view;
   const int64_t begin = view.seen.begin, count = view.seen.size();
   T* const attn = row.attn + begin;
-  scores<T, Score, 1>(row.query, 0, row.keys + begin * row.key_size, count, row.key_size, row.v,
-                      attn, 0);
+  scores<T, Score, 1>(row.query, 0, seen_keys(row), count, row.key_size, row.v, attn, 0);
   softmax(attn, count, attn);
   if (view.precision != 0) {
     for (int64_t s = 0; s < count; s += kLanes<T>) {
@@ -97,6 +134,10 @@ struct AttentionRowBackward {
   T* add_d_memory;     // (S, M)
   T* add_d_v;          // (A), additive only
   T* d_center;         // one number, or null
+  // With past weights only: in of those after the step, out of those before it.
+  T* d_past;           // (S)
+  bool cumulative;     // whether they are the sum of all steps, not the last one's
+  T* add_d_w_history;  // (K, A)
 };
 
 namespace detail {
@@ -116,6 +157,37 @@ void add_outer(const T* weights, const T* row, int64_t count, int64_t size, T* o
 
 }  // namespace detail
 
+// What the gradients of the moved keys are to the past and to the convolution.
+template <class T>
+void history_backward(const AttentionRowBackward<T>& backward, const T* d_moved) {
+  const AttentionRow<T>& row = backward.forward;
+  const int64_t count = row.view.seen.size(), S = row.source, A = row.key_size, K = row.taps;
+  const int64_t first = row.view.seen.begin - K / 2;
+  const T* const padded = row.workspace;
+  T* const d_taps = row.workspace + S + K + 2 * S * A;
+  T* const d_neighbours = d_taps + kQueries * A;
+  for (int64_t s = 0; s < count; ++s) {
+    scores<T, DotScore, 1>(d_moved + s * A, 0, row.w_history, K, A, nullptr, d_neighbours, 0);
+    for (int64_t j = 0; j < K; ++j) {
+      const int64_t neighbour = first + s + j;
+      if (neighbour >= 0 && neighbour < S) backward.d_past[neighbour] += d_neighbours[j];
+    }
+  }
+  const Range components{0, vectors<T>(A)};
+  for (int64_t j = 0; j < K;) {
+    int64_t tap_count = 1;
+    if (j + kQueries <= K) {
+      tap_count = kQueries;
+      weighted_sum<T, kQueries>(padded + j, 1, d_moved, count, A, components, d_taps, A);
+    } else {
+      weighted_sum<T, 1>(padded + j, 0, d_moved, count, A, components, d_taps, 0);
+    }
+    T* const sum = backward.add_d_w_history + j * A;
+    for (int64_t i = 0; i < tap_count * A; ++i) sum[i] += d_taps[i];
+    j += tap_count;
+  }
+}
+
 template <class T, class Score>
 void attend_row_backward(const AttentionRowBackward<T>& backward) {
   const AttentionRow<T>& row = backward.forward;
@@ -128,6 +200,10 @@ void attend_row_backward(const AttentionRowBackward<T>& backward) {
                          0);
   if (backward.d_attn != nullptr) {
     for (int64_t s = 0; s < count; ++s) d_scores[s] += backward.d_attn[begin + s];
+  }
+  if (row.taps > 0) {
+    for (int64_t s = 0; s < count; ++s) d_scores[s] += backward.d_past[begin + s];
+    if (!backward.cumulative) set_zero(backward.d_past, row.source);
   }
   if (backward.add_d_memory != nullptr) {
     detail::add_outer(attn, backward.d_context, count, M, backward.add_d_memory + begin * M);
@@ -152,8 +228,19 @@ void attend_row_backward(const AttentionRowBackward<T>& backward) {
 
   const Range components{0, vectors<T>(A)};
   if constexpr (Score::kAdditive) {
-    additive_backward(row.query, row.keys + begin * A, row.v, d_scores, count, A, components,
-                      backward.d_query, backward.add_d_keys + begin * A, backward.add_d_v);
+    T* const add_d_keys = backward.add_d_keys + begin * A;
+    const T* const keys = seen_keys(row);
+    if (row.taps == 0) {
+      additive_backward(row.query, keys, row.v, d_scores, count, A, components, backward.d_query,
+                        add_d_keys, backward.add_d_v);
+      return;
+    }
+    T* const d_moved = row.workspace + row.source + row.taps + row.source * A;
+    set_zero(d_moved, count * A);
+    additive_backward(row.query, keys, row.v, d_scores, count, A, components, backward.d_query,
+                      d_moved, backward.add_d_v);
+    for (int64_t i = 0; i < count * A; ++i) add_d_keys[i] += d_moved[i];
+    history_backward(backward, d_moved);
   } else {
     weighted_sum<T, 1>(d_scores, 0, row.keys + begin * A, count, A, components, backward.d_query,
                        0);

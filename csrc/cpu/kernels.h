@@ -223,10 +223,14 @@ template <class T>
 struct Decode {
   CellKind cell;
   bool additive, feeding, save;
+  bool feeds_context;  // what is fed is the context, not the output
+  // Attention comes before the cells: its query is the state before the step, and the context is
+  // fed in the same step.
+  bool attends_first;
   int64_t steps, batch, hidden, layer_count, source, key_size, memory_size;
   int threads;
   const DecoderLayer<T>* layers;
-  const T* feed;     // (B, H)
+  const T* feed;     // (B, F), where F is M or H
   const T* keys;     // (B, S, A)
   const T* memory;   // (B, S, M)
   const T* combine;  // (H, M + H)
@@ -243,6 +247,24 @@ struct Decode {
   T* context;         // (T or 1, B, M)
   T* output;          // (T, B, H)
 
+  // What makes attention go row by row. With N heads the rows of keys, memory, attn and so on are
+  // those of `Attend`: B*N of them, with sizes A/N and M/N.
+  int64_t heads;              // N, or 0 for 1
+  int64_t window;             // D, or 0 for none
+  const int64_t* first_step;  // (B) or null for zero: windows are around first_step + t, or else
+  int64_t position_size;      // P
+  const T* w_position;        // (P, H) or null: around S sigmoid(v . tanh(W h)), with a Gaussian
+  const T* position_v;        // (P)
+  int64_t taps;               // K of the convolution of past weights, or 0 for none
+  const T* w_history;         // (N, K, A/N)
+  bool cumulative;            // the past is the sum of all steps, not the last one
+  T* positions;               // (T or 1, B, P), tanh(W h)
+  T* centers;                 // (T or 1, B), of windows with w_position
+  T* past;                    // (slots, B*N, S), with taps
+
+  int64_t head_count() const { return heads == 0 ? 1 : heads; }
+  int64_t fed_size() const { return feeds_context ? memory_size : hidden; }
+  bool by_rows() const { return heads > 1 || window > 0 || taps > 0; }
   bool attends() const { return combine != nullptr || quantized_context != nullptr; }
   bool projects_query() const { return w_query != nullptr || quantized_query != nullptr; }
 };
@@ -256,9 +278,15 @@ struct DecodeBackward {
   T* d_context;       // (T, B, M)
   T* d_scores;        // (T, B, S)
   T* d_query;         // (T, B, A), additive only
-  T* d_keys;          // (B, S, A), additive only, zero at first
+  T* d_keys;          // (B, S, A), additive or with a window only, zero at first
   T* d_v;             // (B, A), additive only, zero at first
-  T* d_feed;          // (B, H)
+  T* d_feed;          // (B, F)
+  const T* d_fed;     // (B, M) or null: of the last context, where that is fed
+  T* d_memory;        // (B, S, M), with a window only, zero at first
+  T* d_positions;     // (T, B, P), with w_position: of W h
+  T* d_shares;        // (T, B), with w_position: of what the sigmoid takes
+  T* d_past;          // (B*N, S), with taps: in of the last weights, out of the first
+  T* d_w_history;     // (B*N, K, A/N), with taps: zero at first, one summand per row
 };
 
 // One step of a search: hypotheses, each of which goes on from one of the step before. Each
