@@ -1384,6 +1384,16 @@ def train(
     extra_mode: ExtraMode = ModelOptions.extra_mode,
     extra_hidden_size: int | None = ModelOptions.extra_hidden_size,
     extra_place: ExtraPlace = ModelOptions.extra_place,
+    attention_size: int | None = ModelOptions.attention_size,
+    max_positions: int | None = ModelOptions.max_positions,
+    order: OrderName = ModelOptions.order,
+    feed: FeedName | None = ModelOptions.feed,
+    heads: int = ModelOptions.heads,
+    window: WindowName | None = ModelOptions.window,
+    window_size: int | None = ModelOptions.window_size,
+    history: HistoryName | None = ModelOptions.history,
+    history_size: int | None = ModelOptions.history_size,
+    coverage_loss: float = ModelOptions.coverage_loss,
     epochs: int = TrainingOptions.epochs,
     batch_size: int = TrainingOptions.batch_size,
     learning_rate: float = TrainingOptions.learning_rate,
@@ -1408,8 +1418,9 @@ def train(
         embedding_size, hidden_size, num_layers, cell, bidirectional, score, input_feeding,
             dropout, source_embedding_size, target_embedding_size, encoder_hidden_size,
             encoder_num_layers, bridge, tie_embeddings, context_every_step, copy,
-            source_extra_size, target_extra_size, extra_mode, extra_hidden_size, extra_place: as for
-            :class:`pyseq.Seq2Seq`.
+            source_extra_size, target_extra_size, extra_mode, extra_hidden_size, extra_place,
+            attention_size, max_positions, order, feed, heads, window, window_size, history,
+            history_size, coverage_loss: as for :class:`pyseq.Seq2Seq`.
         epochs, batch_size, learning_rate, seed, freeze_source, freeze_target: see
             :class:`TrainingOptions`.
         source_embeddings, target_embeddings: a file of pretrained vectors for that side, or how
@@ -1473,6 +1484,16 @@ def train(
             extra_mode=extra_mode,
             extra_hidden_size=extra_hidden_size,
             extra_place=extra_place,
+            attention_size=attention_size,
+            max_positions=max_positions,
+            order=order,
+            feed=feed,
+            heads=heads,
+            window=window,
+            window_size=window_size,
+            history=history,
+            history_size=history_size,
+            coverage_loss=coverage_loss,
         ),
         options=TrainingOptions(
             epochs=epochs,
