@@ -149,7 +149,7 @@ def main() -> None:
     if folder is None:
         print("\nNothing was written: a part of a run goes nowhere without --output.")
     else:
-        command = "make bench" if not part else f"{PROGRAM} {shlex.join(sys.argv[1:])}"
+        command = "make bench" if len(sys.argv) == 1 else f"{PROGRAM} {shlex.join(sys.argv[1:])}"
         document.write(runs, facts, command, folder)
 
 
