@@ -4,20 +4,29 @@
 // dispatcher: what every call needs goes without.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <cstring>
+#include <limits>
 #include <optional>
 
 namespace pyseq {
 
 inline int thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// A tensor on the CPU, not yet written.
+// A tensor on the CPU, not yet written; in deterministic mode filled with NaN, as torch fills its
+// own, so that tests see what is read before.
 inline at::Tensor fresh(at::IntArrayRef sizes, const at::Tensor& like) {
-  return at::Tensor(at::detail::empty_cpu(sizes, like.scalar_type()));
+  at::Tensor tensor(at::detail::empty_cpu(sizes, like.scalar_type()));
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory() &&
+      tensor.is_floating_point()) {
+    tensor.fill_(std::numeric_limits<double>::quiet_NaN());
+  }
+  return tensor;
 }
 
 inline at::Tensor nothing(const at::Tensor& like) { return fresh({0}, like); }

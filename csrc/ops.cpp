@@ -306,7 +306,7 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   // Where the loop does not multiply all gates at once, the input is multiplied ahead.
   const bool normalises = extras.normalises();
   const bool at_once = !is_quantized(w_hh) && !cell.gates_state && !cell.has_heads && !normalises;
-  const bool reads_input = (B >= cpu::kRowsToReadInput || T_ == 1) && at_once;
+  const bool reads_input = (B >= cpu::kRowsToReadInput || T_ == 1) && I > 0 && at_once;
   const Tensor x_rows = x.contiguous(), w_ih_rows = w_ih.contiguous();
   const int64_t kept = save ? T_ : 1, rows = cell.gates * H;
   const Tensor gates = normalises     ? fresh({kept, B, rows}, x)

@@ -1091,6 +1091,8 @@ def test_lengths_may_be_of_a_narrower_integer(case: Case) -> None:
 
 EMPTY: tuple[Case, ...] = (
     ScanCase(sizes=(3, 2, 0, 4)),
+    ScanCase(sizes=(3, 9, 0, 4)),
+    ScanCase(cell="gru", sizes=(1, 2, 0, 4)),
     ScanCase(sizes=(3, 2, 4, 0)),
     ScanCase(cell="gru", sizes=(3, 0, 0, 0)),
     AttendCase(sizes=(2, 0, 3, 4, 5, 4)),

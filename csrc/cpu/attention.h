@@ -18,8 +18,9 @@ namespace detail {
 // inlined: the compiler may fuse the multiply-adds of a tanh in one copy as it does not in another,
 // and which block a key is in depends on the number of threads.
 template <class T, class Score, int Q, int K>
-[[gnu::noinline]] void score_block(const T* query, int64_t query_stride, const T* keys, int inside,
-                                   int64_t size, const T* v, T* out, int64_t out_stride) {
+[[gnu::noinline, gnu::noclone]] void score_block(const T* query, int64_t query_stride,
+                                                 const T* keys, int inside, int64_t size,
+                                                 const T* v, T* out, int64_t out_stride) {
   using V = Vec<T>;
   const T* key_rows[K];
 #pragma GCC unroll 16
@@ -110,7 +111,7 @@ void weighted_sum(const T* weights, int64_t weight_stride, const T* rows, int64_
 
 // attn = softmax of `count` scores, which may be the same memory. NaN in, NaN out.
 template <class T>
-void softmax(const T* scores, int64_t count, T* attn) {
+[[gnu::noinline, gnu::noclone]] void softmax(const T* scores, int64_t count, T* attn) {
   using V = Vec<T>;
   if (count == 0) return;
   V above = broadcast(scores[0]);
@@ -136,7 +137,8 @@ void softmax(const T* scores, int64_t count, T* attn) {
 
 // d_scores = attn * (d_attn - sum(attn * d_attn)), over d_attn or elsewhere.
 template <class T>
-void softmax_backward(const T* attn, const T* d_attn, int64_t count, T* d_scores) {
+[[gnu::noinline, gnu::noclone]] void softmax_backward(const T* attn, const T* d_attn, int64_t count,
+                                                      T* d_scores) {
   T sum = 0;
   for (int64_t s = 0; s < count; ++s) sum += attn[s] * d_attn[s];
   for (int64_t s = 0; s < count; ++s) d_scores[s] = attn[s] * (d_attn[s] - sum);
@@ -145,9 +147,10 @@ void softmax_backward(const T* attn, const T* d_attn, int64_t count, T* d_scores
 // The additive score's gradients for one query and the vectors [begin, end) of its
 // components: d_query is written, d_keys and d_v are added to.
 template <class T>
-void additive_backward(const T* query, const T* keys, const T* v, const T* d_scores,
-                       int64_t key_count, int64_t size, Range vectors_, T* d_query, T* d_keys,
-                       T* d_v) {
+[[gnu::noinline, gnu::noclone]] void additive_backward(const T* query, const T* keys, const T* v,
+                                                       const T* d_scores, int64_t key_count,
+                                                       int64_t size, Range vectors_, T* d_query,
+                                                       T* d_keys, T* d_v) {
   using V = Vec<T>;
   for (int64_t i = vectors_.begin; i < vectors_.end; ++i) {
     const int64_t offset = i * kLanes<T>;

@@ -105,9 +105,10 @@ struct Segment {
 namespace detail {
 
 template <class T, int G, int MR, int NP>
-[[gnu::noinline]] void multiply(const T* __restrict a, int64_t a_row, int64_t a_k,
-                                const T* __restrict packed, int64_t k_count, T* __restrict sums,
-                                int pre, const int* slot, bool accumulate) {
+[[gnu::noinline, gnu::noclone]] void multiply(const T* __restrict a, int64_t a_row, int64_t a_k,
+                                              const T* __restrict packed, int64_t k_count,
+                                              T* __restrict sums, int pre, const int* slot,
+                                              bool accumulate) {
   using V = Vec<T>;
   const int64_t panel_stride = k_count * G * kLanes<T>;
   V sum[NP][MR][G];
@@ -163,8 +164,9 @@ constexpr int64_t kAheadBytes = 1024;
 
 // A panel's dot products with Rows rows: a vector for each unit, row m's at parts + m * N.
 template <class T, int Rows>
-[[gnu::noinline]] void dot_panel(const T* a, int64_t a_stride, const T* from, int64_t stride,
-                                 int last, int64_t k_count, Vec<T>* parts) {
+[[gnu::noinline, gnu::noclone]] void dot_panel(const T* a, int64_t a_stride, const T* from,
+                                               int64_t stride, int last, int64_t k_count,
+                                               Vec<T>* parts) {
   using V = Vec<T>;
   constexpr int N = kLanes<T>;
   const int64_t row_bytes = k_count * static_cast<int64_t>(sizeof(T));
