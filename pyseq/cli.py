@@ -999,7 +999,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     else:
         found = _read(arguments.pairs, skip_bad_lines=arguments.skip_bad_lines)
         pairs = tokenise(
-            found, source=translator.source_tokenizer, target=translator.target_tokenizer
+            found,
+            source=translator.source_tokenizer,
+            target=translator.target_tokenizer,
+            extra_sizes=translator.extra_sizes,
+            name=arguments.pairs,
         )
         answers = {}
         columns = sum(size is not None for size in translator.extra_sizes)

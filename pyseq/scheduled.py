@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 #: What the decoder reads instead of the truth: its likeliest token, or one that it draws.
 ChoiceName = Literal["argmax", "sample"]
@@ -21,12 +21,28 @@ CoinName = Literal["token", "sequence"]
 COINS: tuple[str, ...] = ("token", "sequence")
 
 
-class Sampling(NamedTuple):
-    """What one pass over a batch reads."""
+@dataclass(frozen=True)
+class Sampling:
+    """What one pass over a batch reads.
 
-    epsilon: float  # probability of the truth
+    Args:
+        epsilon: probability of the truth.
+        choice: what is read in its place.
+        coin: whether the choice is made anew for every token, or once for a sequence.
+
+    Raises:
+        ValueError: one of them is not among what it may be.
+    """
+
+    epsilon: float
     choice: ChoiceName = "argmax"
     coin: CoinName = "token"
+
+    def __post_init__(self) -> None:
+        _check("epsilon", self.epsilon, 0 <= self.epsilon <= 1, "a probability")
+        for name, value, names in (("choice", self.choice, CHOICES), ("coin", self.coin, COINS)):
+            if value not in names:
+                raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
 
 
 def _check(name: str, value: float, valid: bool, allowed: str) -> None:

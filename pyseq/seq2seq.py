@@ -108,6 +108,7 @@ def _is_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
     the operators can read: those of other classes of tensors may compute otherwise."""
     return (
         type(module) is kind
+        and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and all(
@@ -1208,7 +1209,7 @@ class Seq2Seq(torch.nn.Module):
             source, source_lengths: as in :meth:`forward`.
             max_length: the most tokens to emit, ``<stop>`` included.
             beam_size: hypotheses to follow; 1 is greedy search.
-            length_penalty: as in :func:`pyseq.search.beam`, for a beam_size above 1.
+            length_penalty: as in :func:`pyseq.search.beam`.
             source_extra, target_extra, copies: as in :meth:`forward`; of each step, there
                 must be at least max_length of them for the target.
 
@@ -1222,16 +1223,10 @@ class Seq2Seq(torch.nn.Module):
             RuntimeError: the logits are not finite.
         """
         model = self._given(source_extra, target_extra, copies, max_length)
-        if beam_size == 1:
-            return search.greedy(model, source, source_lengths, max_length=max_length)
-        return search.beam(
-            model,
-            source,
-            source_lengths,
-            max_length=max_length,
-            beam_size=beam_size,
-            length_penalty=length_penalty,
+        options = SearchOptions(
+            max_length=max_length, beam_size=beam_size, length_penalty=length_penalty
         )
+        return [best[0] for best in search.search(model, source, source_lengths, options)]
 
     def search(
         self,

@@ -509,7 +509,7 @@ def test_commands(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\t1 2\t3\n\ncb\t4 5\t6\n")))
     assert cli.main(["predict", out, "--beam-size", "2"]) == 0
     assert capsys.readouterr().out.count("\n") == 3
-    assert cli.main(["evaluate", out, str(path)]) == 0
+    assert cli.main(["evaluate", out, str(path), "--by-position"]) == 0
     # The same text with other numbers is another question.
     questions = {tuple(row.split("\t")[::2]) for row in rows}
     assert capsys.readouterr().out.startswith(f"lines  {len(questions)}\n")

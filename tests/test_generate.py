@@ -442,7 +442,15 @@ def renormalizing(model: Seq2Seq) -> None:
     model.decoder.embedding.max_norm = 1.0
 
 
-@pytest.mark.parametrize("change", [hooked, parametrized, replaced, renormalizing])
+def with_another_forward(model: Seq2Seq) -> None:
+    output = model.decoder.output
+    linear = torch.nn.functional.linear
+    output.forward = lambda x: 2 * linear(x, output.weight)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "change", [hooked, parametrized, replaced, renormalizing, with_another_forward]
+)
 def test_a_model_that_does_more_is_searched_step_by_step(
     change: Callable[[Seq2Seq], None], fused_calls: list[int]
 ) -> None:
@@ -468,3 +476,9 @@ def test_sampling_goes_step_by_step(fused_calls: list[int]) -> None:
     model, source, lengths = model_and_sources()
     search.sample(model, source, lengths, max_length=4)
     assert fused_calls == []
+
+
+def test_options_of_a_greedy_search_are_checked() -> None:
+    model, source, lengths = model_and_sources()
+    with pytest.raises(ValueError, match="length_penalty must be"):
+        model.generate(source, lengths, max_length=4, length_penalty=-5.0)

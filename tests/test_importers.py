@@ -762,6 +762,17 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, command: bool) -> None:
     assert not (tmp_path / "burnt").exists()
 
 
+def test_a_damaged_file_of_arrays(tmp_path: Path) -> None:
+    arrays = io.BytesIO()
+    numpy.savez_compressed(arrays, enc_emb=numpy.arange(1000.0))
+    whole = arrays.getvalue()
+    damaged = {"cut": whole[:1000], "changed": whole[:200] + bytes(99) + whole[299:]}
+    for name, data in damaged.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(CheckpointError, match="not a file of numpy arrays"):
+            read_model("g2p-en", tmp_path / name)
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"no checkpoint", pickle.dumps([1], protocol=2)],

@@ -566,3 +566,18 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "--resume goes on with scheduled_sampling = Linear(slope=0.1," in capsys.readouterr().err
     assert cli.main([*train, "--scheduled-sampling", "cosine:3", "--overwrite"]) == 2
     assert "a schedule must be one of constant, linear" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epsilon": math.nan}, "epsilon must be a probability, got nan"),
+        ({"epsilon": 1.5}, "epsilon must be a probability, got 1.5"),
+        ({"choice": "samples"}, "choice must be one of argmax, sample, got 'samples'"),
+        ({"coin": "sequences"}, "coin must be one of token, sequence, got 'sequences'"),
+    ],
+    ids=str,
+)
+def test_what_a_pass_reads_is_checked(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**({"epsilon": 0.5} | wrong))
