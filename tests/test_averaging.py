@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from pyseq.averaging import WeightAverage
+from pyseq.averaging import AverageName, WeightAverage
 
 
 def walk(model: torch.nn.Linear) -> Tensor:
@@ -53,17 +55,17 @@ def test_epochs() -> None:
 
 
 @pytest.mark.parametrize("kind", ["exponential", "epochs"])
-def test_a_kept_average_goes_on_with_the_same_bits(kind: str) -> None:
+def test_a_kept_average_goes_on_with_the_same_bits(kind: AverageName) -> None:
     model = torch.nn.Linear(3, 2)
-    whole = WeightAverage(model, kind, epochs=2)  # type: ignore[arg-type]
-    parts = WeightAverage(model, kind, epochs=2)  # type: ignore[arg-type]
+    whole = WeightAverage(model, kind, epochs=2)
+    parts = WeightAverage(model, kind, epochs=2)
     for count in range(1, 6):
         walk(model)
         for average in (whole, parts):
             average.after_update(count)
             average.after_epoch()
         state = parts.state()
-        parts = WeightAverage(model, kind, epochs=2)  # type: ignore[arg-type]
+        parts = WeightAverage(model, kind, epochs=2)
         parts.restore({"other": torch.zeros(1), **state})
         assert torch.equal(average_of(parts, model), average_of(whole, model))
 
@@ -101,6 +103,6 @@ def test_a_missing_weight_is_found() -> None:
         ({"kind": "exponential", "decay": 1.0}, "decay must be at least 0 and below 1, got 1.0"),
     ],
 )
-def test_options_are_checked(options: dict[str, object], message: str) -> None:
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        WeightAverage(torch.nn.Linear(3, 2), **options)  # type: ignore[arg-type]
+        WeightAverage(torch.nn.Linear(3, 2), **options)
