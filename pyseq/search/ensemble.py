@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several models that are searched as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .protocols import SearchModel, Selectable, Step
+
+
+class _Parts(NamedTuple):
+    """What each model of an ensemble carries along."""
+
+    parts: tuple[Selectable, ...]
+
+    def select(self, rows: Tensor) -> _Parts:
+        return _Parts(tuple(part.select(rows) for part in self.parts))
+
+
+class Ensemble:
+    """Several models that predict together: ``p(y) = sum_i w_i p_i(y)``.
+
+    All searches take it like a model. Attention weights are averaged likewise, if every model
+    has them.
+
+    Args:
+        models: at least one, all with the same token ids on both sides.
+        weights: how much each model counts, above 0; they are divided by their sum. Default:
+            all the same.
+
+    Raises:
+        ValueError: there is no model, or the weights do not go with the models.
+    """
+
+    def __init__(
+        self, models: Sequence[SearchModel], *, weights: Sequence[float] | None = None
+    ) -> None:
+        self.models = tuple(models)
+        if not self.models:
+            raise ValueError("models must hold at least one model, got none")
+        shares = [1.0] * len(self.models) if weights is None else [float(w) for w in weights]
+        if len(shares) != len(self.models) or not all(0 < w < math.inf for w in shares):
+            raise ValueError(
+                f"weights must be {len(self.models)} positive numbers, one for each model, "
+                f"got {weights!r}"
+            )
+        self.weights = tuple(share / sum(shares) for share in shares)
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """All modules of all models."""
+        return chain.from_iterable(model.modules() for model in self.models)
+
+    def encode_source(self, source: Tensor, lengths: Tensor) -> tuple[_Parts, _Parts]:
+        """What each model attends to, and their states; see :class:`SearchModel`."""
+        encoded, states = zip(
+            *(model.encode_source(source, lengths) for model in self.models), strict=True
+        )
+        return _Parts(encoded), _Parts(states)
+
+    def step(self, tokens: Tensor, encoded: _Parts, state: _Parts, *, need_weights: bool) -> Step:
+        """One step of every model; see :class:`SearchModel`.
+
+        Raises:
+            ValueError: the models have different numbers of target tokens.
+        """
+        steps = [
+            model.step(tokens, *parts, need_weights=need_weights)
+            for model, *parts in zip(self.models, encoded.parts, state.parts, strict=True)
+        ]
+        sizes = [step.log_probs.shape[1] for step in steps]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"the models of an ensemble must have the same target tokens, got {sizes} of them"
+            )
+        terms = [
+            step.log_probs + math.log(share)
+            for step, share in zip(steps, self.weights, strict=True)
+        ]
+        found = [step.weights for step in steps if step.weights is not None]
+        attention = None
+        if len(found) == len(steps):
+            attention = sum(
+                (share * each for share, each in zip(self.weights, found, strict=True)),
+                torch.zeros_like(found[0]),
+            )
+        return Step(
+            torch.logsumexp(torch.stack(terms), 0),
+            attention,
+            _Parts(tuple(step.state for step in steps)),
+        )

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy search and sampling: one hypothesis at a time, token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..types import START, STOP
+from .options import Hypothesis, SearchOptions, StreamedToken
+from .protocols import SearchModel, search_mode
+from .rules import Rules, choose
+from .trace import Finished, Record, trace_back
+
+
+class _Emission(NamedTuple):
+    """What one step has emitted: a token for each of R unfinished rows."""
+
+    rows: Tensor  # (R,)
+    tokens: Tensor  # (R,)
+    scores: Tensor  # (R,), their log-probabilities
+    weights: Tensor | None  # (R, S), attention
+
+
+def _walk(
+    model: SearchModel,
+    source: Tensor,
+    source_lengths: Tensor,
+    options: SearchOptions,
+    generator: torch.Generator | None,
+) -> Iterator[_Emission]:
+    """All steps of greedy search, or of ``n_best`` draws for each row, which stand side by side.
+
+    The search's mode is left while the caller holds an emission.
+    """
+    draws = options.n_best
+    count = source.shape[0] * draws
+    with search_mode(model):
+        encoded, state = model.encode_source(source, source_lengths)
+        rows = torch.arange(count, device=source.device)  # the unfinished ones
+        if draws > 1:
+            encoded, state = encoded.select(rows // draws), state.select(rows // draws)
+    rules = Rules.of(options, source.shape[0], source.device)
+    tokens = torch.full_like(rows, START)
+    history = rows.new_empty(count, 0)
+    for emitted in range(options.max_length):
+        with search_mode(model):
+            step = model.step(tokens, encoded, state, need_weights=options.need_weights)
+            log_probs = rules.apply(step.log_probs, rows // draws, history, emitted)
+            tokens = _draw(log_probs, options, generator) if options.sample else choose(log_probs)
+            scores = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        yield _Emission(rows, tokens, scores, step.weights)
+        state = step.state
+        if options.block_ngrams is not None:
+            history = torch.cat([history, tokens.unsqueeze(1)], 1)
+        kept = (tokens != STOP).nonzero().squeeze(1)
+        if len(kept) == 0:
+            return
+        if len(kept) < len(rows):
+            rows, tokens, history = rows[kept], tokens[kept], history[kept]
+            encoded, state = encoded.select(kept), state.select(kept)
+
+
+def _draw(log_probs: Tensor, options: SearchOptions, generator: torch.Generator | None) -> Tensor:
+    """One token (N,) from each of the distributions (N, V), sharpened and cut."""
+    vocab = log_probs.shape[1]
+    count = vocab if options.top_k is None else min(options.top_k, vocab)
+    values, tokens = log_probs.topk(count)  # in descending order
+    # Where everything is forbidden <stop> is taken, as greedy search does.
+    nothing = values[:, :1] == -math.inf
+    # Of the differences to the first, which no temperature makes infinite for all.
+    below = (values - values[:, :1]).masked_fill(nothing, 0)
+    probs = torch.softmax(below / max(options.temperature, torch.finfo(below.dtype).tiny), 1)
+    # A token stays if those before it do not yet reach top_p; the first always does.
+    probs = probs.where(probs.cumsum(1) - probs < options.top_p, 0)
+    choice = torch.multinomial(probs, 1, generator=generator)
+    return tokens.gather(1, choice).masked_fill(nothing, STOP).squeeze(1)
+
+
+def follow(
+    model: SearchModel,
+    source: Tensor,
+    source_lengths: Tensor,
+    options: SearchOptions,
+    generator: torch.Generator | None,
+) -> list[list[Hypothesis]]:
+    draws = options.n_best
+    count = source.shape[0] * draws
+    trace: list[Record] = []
+    scores = torch.zeros(())
+    lengths = torch.zeros(count, dtype=torch.int64, device=source.device)
+    for emission in _walk(model, source, source_lengths, options, generator):
+        if not trace:
+            scores = torch.zeros_like(emission.scores)
+        scores[emission.rows] += emission.scores
+        lengths[emission.rows] += emission.tokens != STOP
+        chosen = emission.tokens.unsqueeze(1)
+        trace.append(
+            Record.of(emission.rows, count, chosen, torch.zeros_like(chosen), emission.weights)
+        )
+    lengths = lengths.where(scores > -math.inf, 0)  # where everything was forbidden
+    found = trace_back(
+        trace,
+        Finished.of_each_row(scores, lengths),
+        source_lengths.repeat_interleave(draws),
+    )
+    return [
+        list(chain.from_iterable(found[first : first + draws])) for first in range(0, count, draws)
+    ]
+
+
+def follow_streaming(
+    model: SearchModel,
+    source: Tensor,
+    source_lengths: Tensor,
+    options: SearchOptions,
+    generator: torch.Generator | None,
+) -> Iterator[StreamedToken]:
+    if source.shape[0] == 0:
+        return
+    widths = source_lengths.tolist()
+    for emission in _walk(model, source, source_lengths, options, generator):
+        columns = (emission.rows, emission.tokens, emission.scores)
+        for place, (row, token, score) in enumerate(
+            zip(*(column.tolist() for column in columns), strict=True)
+        ):
+            if token != STOP:
+                attention = emission.weights
+                cut = None if attention is None else attention[place, : widths[row]]
+                yield StreamedToken(row, token, score, cut)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches that a model makes in one operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .options import Hypothesis, SearchOptions
+from .protocols import FusedSearch, SearchModel, search_mode
+from .rules import Rules
+
+
+def can_fuse(options: SearchOptions) -> bool:
+    """Whether a :class:`FusedSearch` can search like that."""
+    return not options.sample and options.coverage_penalty == 0
+
+
+def fused_search_of(model: SearchModel) -> FusedSearch | None:
+    find: Callable[[], FusedSearch | None] | None = getattr(model, "fused_search", None)
+    return None if find is None else find()
+
+
+def search_fused(
+    model: SearchModel,
+    fused: FusedSearch,
+    source: Tensor,
+    source_lengths: Tensor,
+    options: SearchOptions,
+) -> list[list[Hypothesis]]:
+    with search_mode(model):
+        encoded, state = model.encode_source(source, source_lengths)
+        prefix: Tensor | None = None
+        if any(options.prefix):
+            prefix = Rules.of(options, source.shape[0], source.device).prefix
+        found = fused(
+            encoded,
+            state,
+            max_length=options.max_length,
+            beam_size=options.beam_size,
+            length_penalty=options.length_penalty,
+            need_weights=options.need_weights,
+            min_length=options.min_length,
+            n_best=options.n_best,
+            block_ngrams=options.block_ngrams,
+            prefix=prefix,
+        )
+    columns = (found.tokens, found.lengths, found.scores)
+    widths = source_lengths.tolist()
+    hypotheses: list[list[Hypothesis]] = [[] for _ in widths]
+    for place, (tokens, length, score) in enumerate(
+        zip(*(column.tolist() for column in columns), strict=True)
+    ):
+        row = place // options.n_best
+        if hypotheses[row] and score == -math.inf:
+            continue  # it is none
+        cut = None if found.weights is None else found.weights[place, :length, : widths[row]]
+        hypotheses[row].append(Hypothesis(tokens[:length], score, cut))
+    return hypotheses

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model offers to be searched, and what a search carries along of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..types import Copies, DecoderState, GenerateOutput
+
+
+class Selectable(Protocol):
+    """What a search carries along for its hypotheses, a row for each of them."""
+
+    def select(self, rows: Tensor) -> Selectable:
+        """That of the given rows (N',) int64, which may repeat."""
+
+
+def _select_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a (., N, .) tensor, laid out row by row, as the operators read memories."""
+    return tensor.transpose(0, 1).index_select(0, rows).transpose(0, 1)
+
+
+class EncodedSource(NamedTuple):
+    """What the decoder attends to, one row per hypothesis; None without attention."""
+
+    memory: Tensor | None  # (S, N, M)
+    keys: Tensor | None  # (S, N, A), the projected memory
+    lengths: Tensor | None  # (N,), valid positions
+    context: Tensor | None = None  # (N, C), of a decoder that reads one at every step
+    copies: Copies | None = None  # what may be copied, for a model that copies
+
+    def select(self, rows: Tensor) -> EncodedSource:
+        """The given rows (N'), which may repeat."""
+        return EncodedSource(
+            None if self.memory is None else _select_rows(self.memory, rows),
+            None if self.keys is None else _select_rows(self.keys, rows),
+            None if self.lengths is None else self.lengths.index_select(0, rows),
+            None if self.context is None else self.context.index_select(0, rows),
+            None if self.copies is None else self.copies.select(rows),
+        )
+
+
+class Step(NamedTuple):
+    """One step of all hypotheses."""
+
+    log_probs: Tensor  # (N, V), of the next token, in nats
+    weights: Tensor | None  # (N, S), attention
+    state: Any  # Selectable: of the kind that the step was given
+
+
+class FusedSearch(Protocol):
+    """Greedy and beam search in one operator, as :func:`pyseq.functional.generate` does it."""
+
+    def __call__(
+        self,
+        encoded: EncodedSource,
+        state: DecoderState,
+        *,
+        max_length: int,
+        beam_size: int,
+        length_penalty: float,
+        need_weights: bool,
+        min_length: int,
+        n_best: int,
+        block_ngrams: int | None,
+        prefix: Tensor | None,
+    ) -> GenerateOutput:
+        """The best sequences of each row of what ``encode_source`` gave."""
+
+
+class SearchModel(Protocol):
+    """What the searches need of a model, such as :class:`pyseq.seq2seq.Seq2Seq`.
+
+    What it carries from step to step, ``encoded`` and ``state``, is its own affair as long as
+    it is :class:`Selectable`. One that also has a method ``fused_search``, without arguments,
+    may return there a :class:`FusedSearch` that does the same as the searches here do with its
+    ``step``, or None where it cannot.
+    """
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """All modules of the model; they are in eval mode during a search."""
+
+    def encode_source(self, source: Tensor, lengths: Tensor) -> tuple[Any, Any]:
+        """What to attend to, and the state before the first token, for source (B, S)."""
+
+    def step(self, tokens: Tensor, encoded: Any, state: Any, *, need_weights: bool) -> Step:
+        """Read the tokens (N,) and predict the next ones."""
+
+
+@contextmanager
+def search_mode(model: SearchModel) -> Iterator[None]:
+    """No gradients, and every module of the model in eval mode until the end."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

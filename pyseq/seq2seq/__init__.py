@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seq2Seq: an encoder, an attention decoder and a vocabulary's worth of logits.
+
+Built of ``nn``; trained by ``training``, searched by ``search``. Token ids come in
+batch-first; everything between the embeddings and the logits is time-major.
+"""
+
+from .decoder import Decoder
+from .encoder import Encoder
+from .given import Given
+from .inputs import valid_steps
+from .model import Seq2Seq
+
+__all__ = ["Decoder", "Encoder", "Given", "Seq2Seq", "valid_steps"]

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder: embedding and recurrent layers, whose outputs are the memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import check_positive
+from .._dropout import apply_dropout
+from ..extra import ExtraInformation, ExtraOptions, check_extra
+from ..nn import GRU, LSTM, RNN, cell_name
+from ..types import PAD, CellName, State, state_parts
+from .inputs import check_source, last_steps, valid_steps
+
+__all__ = ["Encoder"]
+
+
+def _recurrent(
+    cell: CellName,
+    input_size: int,
+    hidden_size: int,
+    num_layers: int,
+    *,
+    bidirectional: bool,
+    dropout: float,
+) -> RNN | GRU | LSTM:
+    dropout = dropout if num_layers > 1 else 0.0  # it is between layers
+    if cell == "lstm":
+        return LSTM(
+            input_size, hidden_size, num_layers, dropout=dropout, bidirectional=bidirectional
+        )
+    if cell == "gru":
+        return GRU(
+            input_size, hidden_size, num_layers, dropout=dropout, bidirectional=bidirectional
+        )
+    return RNN(
+        input_size,
+        hidden_size,
+        num_layers,
+        nonlinearity=cell.removeprefix("rnn_"),
+        dropout=dropout,
+        bidirectional=bidirectional,
+    )
+
+
+class Encoder(torch.nn.Module):
+    """Embedding and recurrent layers: the memory is the output of the top layer.
+
+    Args:
+        vocab_size: V, number of source tokens; None with ``features``.
+        embedding_size: features of a token.
+        hidden_size: H, features of the memory; with both directions H/2 each.
+        num_layers: L.
+        cell: as in :class:`pyseq.nn.AttentionDecoder`.
+        bidirectional: run each layer in both directions.
+        dropout: probability of zeroing a feature of an embedding, of what goes from one
+            layer to the next, and of the memory, in training.
+        features: D, where the source is no tokens but vectors of D numbers, such as frames of
+            speech or the outputs of another model (ELMo, BERT).
+        extra: how extra information enters, if it does: into the states of the top layer, or
+            with the place ``"input"`` into what the bottom layer reads.
+        constant: give the memory one more feature, which is 1.
+
+    Attributes:
+        embedding: the table of the tokens, or the linear map ``W x + b`` of the features, to
+            embedding_size numbers a step.
+
+    Raises:
+        ValueError: an option is unknown or a size is out of its range.
+    """
+
+    embedding: torch.nn.Embedding | torch.nn.Linear
+
+    def __init__(
+        self,
+        vocab_size: int | None,
+        *,
+        embedding_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        cell: str = "lstm",
+        bidirectional: bool = True,
+        dropout: float = 0.0,
+        features: int | None = None,
+        extra: ExtraOptions | None = None,
+        constant: bool = False,
+    ) -> None:
+        super().__init__()
+        if (vocab_size is None) == (features is None):
+            raise ValueError(
+                "the encoder reads either tokens or features: exactly one of the number of source "
+                f"tokens and the number of features must be given, got {vocab_size!r} and "
+                f"{features!r}"
+            )
+        check_positive(
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+        )
+        if bidirectional and hidden_size % 2:
+            raise ValueError(
+                "hidden_size must be even for a bidirectional encoder, which has half of it "
+                f"in each direction, got {hidden_size}"
+            )
+        self.dropout = dropout
+        self.bidirectional = bidirectional
+        self.constant = constant
+        if vocab_size is not None:
+            check_positive(vocab_size=vocab_size)
+            self.embedding = torch.nn.Embedding(vocab_size, embedding_size, padding_idx=PAD)
+        else:
+            check_positive(features=features)
+            assert features is not None
+            self.embedding = torch.nn.Linear(features, embedding_size)
+        self.cell = cell_name(cell)
+        self.rnn = _recurrent(
+            self.cell,
+            embedding_size,
+            hidden_size // 2 if bidirectional else hidden_size,
+            num_layers,
+            bidirectional=bidirectional,
+            dropout=dropout,
+        )
+        self.extra: ExtraInformation | None = None
+        self.extra_at_input = extra is not None and extra.place == "input"
+        if extra is not None:
+            self.extra = extra.build(embedding_size if self.extra_at_input else hidden_size)
+
+    def _join_directions(self, part: Tensor) -> Tensor:
+        """(L*D, B, H/D) to (L, B, H), each layer's directions side by side."""
+        if not self.bidirectional:
+            return part
+        layers = part.shape[0] // 2
+        return part.reshape(layers, 2, *part.shape[1:]).transpose(1, 2).flatten(2)
+
+    def _without_padding(self, source: Tensor, lengths: Tensor) -> Tensor:
+        """``source``, with features of padding as zeros: a NaN there would reach the gradient."""
+        if source.dim() == 2:
+            return source
+        return source.masked_fill(~valid_steps(lengths, source).unsqueeze(2), 0.0)
+
+    def forward(
+        self, source: Tensor, lengths: Tensor, extra: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Encode ``source``.
+
+        Args:
+            source: (B, S) int64, token ids; or (B, S, D), features in the dtype of the
+                weights, where what lies in the padding does not matter.
+            lengths: (B,) int64, valid steps of each row, on any device.
+            extra: extra information (B, Z), or (S, B, Z), where what lies in the padding does
+                not matter.
+
+        Returns:
+            The memory (S, B, H), or (S, B, H + 1) with ``constant``, zero at padding, and the
+            last state: h (L, B, H), or for LSTM (h, c), the directions side by side. Extra
+            information at the output enters the h of the top layer like the memory; that of each
+            step by its last valid one.
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+        """
+        check_source(source, self.embedding)
+        x = self.embedding(self._without_padding(source, lengths).transpose(0, 1))
+        x = apply_dropout(x, self.dropout, self.training)
+        check_extra("source_extra", self.extra, extra, rows=x.shape[1], steps=x.shape[0])
+        if extra is not None and extra.dim() == 3:
+            extra = extra.masked_fill(~valid_steps(lengths, source).t().unsqueeze(2), 0.0)
+        if self.extra is not None and extra is not None and self.extra_at_input:
+            x = self.extra(x, extra)
+        memory, state = self.rnn(x, lengths=lengths)
+        parts = [self._join_directions(part) for part in state_parts(self.cell, state)]
+        if self.extra is not None and extra is not None and not self.extra_at_input:
+            valid = valid_steps(lengths, source).t().unsqueeze(2)
+            memory = self.extra(memory, extra).masked_fill(~valid, 0.0)
+            last = extra if extra.dim() == 2 else last_steps(extra, lengths)
+            top = self.extra(parts[0][-1:], last)
+            parts[0] = torch.cat([parts[0][:-1], top])
+        memory = apply_dropout(memory, self.dropout, self.training)
+        if self.constant:
+            ones = valid_steps(lengths, source).t().unsqueeze(2).to(memory.dtype)
+            memory = torch.cat([memory, ones], 2)
+        return memory, parts[0] if len(parts) == 1 else (parts[0], parts[1])

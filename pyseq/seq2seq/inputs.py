@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the models read: checks of a batch, and which of its steps are no padding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import check_like, check_shape
+
+
+def check_source(source: Tensor, embedding: torch.nn.Embedding | torch.nn.Linear) -> None:
+    """Raise unless ``source`` is what ``embedding`` reads: token ids or features."""
+    if isinstance(embedding, torch.nn.Linear):
+        check_shape("source", source, "(B, S, D)", (-1, -1, embedding.in_features))
+        check_like("source", source, "the encoder's weights", embedding.weight)
+    else:
+        check_tokens("source", source)
+
+
+def check_tokens(name: str, tokens: Tensor) -> None:
+    if tokens.dim() != 2:
+        raise RuntimeError(f"{name} must be 2-D token ids, batch first, got {tuple(tokens.shape)}")
+
+
+def valid_steps(lengths: Tensor, like: Tensor) -> Tensor:
+    """(B, S) bool on the device of ``like`` (B, S, ...): whether each step is no padding."""
+    steps = torch.arange(like.shape[1], device=like.device)
+    return steps < lengths.to(like.device).unsqueeze(1)
+
+
+def last_steps(x: Tensor, lengths: Tensor) -> Tensor:
+    """(T, B, Z) to (B, Z): the last valid step of each row, the first where there is none."""
+    last = lengths.to(x.device).clamp(min=1) - 1
+    return x[last, torch.arange(x.shape[1], device=x.device)]

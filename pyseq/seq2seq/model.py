@@ -1,0 +1,625 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model: encoder, bridge and decoder, built of one set of options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import search
+from .._checks import check_positive, check_shape
+from ..bridge import Bridge
+from ..extra import Conditions, ExtraOptions
+from ..nn import AttentionOptions, cell_name
+from ..scheduled import Sampling
+from ..search import (
+    EncodedSource,
+    FusedSearch,
+    Hypothesis,
+    SearchModel,
+    SearchOptions,
+    Step,
+    StreamedToken,
+)
+from ..types import PAD, UNK, Copies, DecoderState, State, kind, state_parts
+from .decoder import Decoder
+from .encoder import Encoder
+from .given import Given
+
+__all__ = ["Seq2Seq"]
+
+
+class _Encoded(NamedTuple):
+    """What an encoder and a bridge give the decoder."""
+
+    memory: Tensor  # (S, B, M)
+    hidden: State  # what the decoder starts from
+    context: Tensor | None  # (B, M), if it is read at every step
+
+
+class Seq2Seq(torch.nn.Module):
+    """A model of target sequences given source sequences.
+
+    ``memory, state = encoder(source)``, and
+    ``p(y_t | y_<t, source) = softmax(W decoder([<start>, y_<t], memory, state)_t)``. The
+    decoder starts from what the bridge makes of the encoder's last state. With ``score=None``
+    that state is all it knows of the source.
+
+    Args:
+        source_vocab_size, target_vocab_size: numbers of token ids, the four special ones
+            included (``<pad>`` 0, ``<start>`` 1, ``<stop>`` 2, ``<unk>`` 3). The source's is
+            None with ``source_features``.
+        embedding_size: features of a token, on both sides.
+        hidden_size: H, units of the decoder and features of the memory; even if the
+            encoder is bidirectional, since it then has H/2 units a direction.
+        num_layers: layers of encoder and decoder.
+        cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` (or ``"rnn"``) or ``"rnn_relu"``.
+        bidirectional: whether the encoder reads in both directions.
+        score: ``"dot"``, ``"scaled_dot"``, ``"general"``, ``"concat"``, ``"location"``, or None
+            for no attention.
+        input_feeding: whether the decoder reads its last output, or context; needs a score.
+        dropout: probability of zeroing a feature of the embeddings, between layers, of the
+            memory and of the decoder's output, in training.
+        source_embedding_size, target_embedding_size: that of one side. Default:
+            embedding_size.
+        encoder_hidden_size, encoder_num_layers: those of the encoder, whose hidden_size is
+            the number of features of the memory. Default: hidden_size and num_layers.
+        bridge: ``"copy"``, ``"linear"``, ``"tanh"``, ``"relu"``, ``"zero"`` or ``"learned"``;
+            see :class:`pyseq.bridge.Bridge`. Copying needs equal layers and sizes.
+        tie_embeddings: one matrix serves as the decoder's embedding and as the weight of its
+            output layer; needs a target embedding of hidden_size numbers.
+        source_features: D, where the source is no tokens but (B, S, D) features.
+        context_every_step: whether the decoder reads the last state of the encoder's top layer
+            at every step, beside the embedding.
+        source_extra_size, target_extra_size: Z, numbers of extra information for the encoder
+            and for the decoder. Default: there is none.
+        extra_mode, extra_hidden_size: how it enters, ``"add"``, ``"concat"`` or ``"mlp"``; see
+            :class:`pyseq.extra.ExtraInformation`.
+        extra_place: where: ``"output"``, into the encoder's states (memory and last state) and
+            into what the output layer reads; or ``"input"``, into the embeddings, and so into
+            all states.
+        copy: ``"pointer"`` or ``"joint"``: the model may copy tokens of the source, those too
+            that the target's vocabulary lacks; see :class:`pyseq.copying.Copying`. All its
+            methods then take ``copies`` (B, S) int64: what each source position is as a target
+            token, ids from V on (V, V + 1, ... in each row) standing for tokens that the
+            vocabulary lacks, and those below ``<unk>`` for what may not be copied. Targets
+            and results may hold such ids; :meth:`pyseq.Vocab.extend` makes them.
+        memory_bias: give every vector of the memory one more feature, which is 1, so that the
+            combination ``tanh(W_c [c; h])`` and the keys have biases: its columns of their
+            weights. Not with the score ``"dot"``.
+        bridge_c_from_h: whether the bridge makes the decoder's first c of the encoder's h.
+        attention_size, max_positions, order, feed, heads, window, window_size, history,
+            history_size: how the decoder attends; see :class:`pyseq.nn.AttentionDecoder`.
+        coverage_loss: lambda of ``lambda sum_s min(a_ts, sum_{u<t} a_us)``, which in training
+            is added to the loss of every target token, of several heads as their mean; see
+            :func:`pyseq.functional.coverage_loss`.
+
+    Raises:
+        ValueError: an option is unknown or a size is out of its range.
+
+    Reference:
+        Luong et al. 2015, arXiv 1508.04025; without attention Sutskever et al. 2014,
+        arXiv 1409.3215. Cho et al. 2014, arXiv 1406.1078, eq. 3 (context at every step;
+        there the output layer reads it too). Press & Wolf 2017, arXiv 1608.05859 (tying).
+    """
+
+    def __init__(
+        self,
+        source_vocab_size: int | None,
+        target_vocab_size: int,
+        *,
+        embedding_size: int = 256,
+        hidden_size: int = 256,
+        num_layers: int = 1,
+        cell: str = "lstm",
+        bidirectional: bool = True,
+        score: str | None = "general",
+        input_feeding: bool = True,
+        dropout: float = 0.1,
+        source_embedding_size: int | None = None,
+        target_embedding_size: int | None = None,
+        encoder_hidden_size: int | None = None,
+        encoder_num_layers: int | None = None,
+        bridge: str = "copy",
+        tie_embeddings: bool = False,
+        source_features: int | None = None,
+        context_every_step: bool = False,
+        source_extra_size: int | None = None,
+        target_extra_size: int | None = None,
+        extra_mode: str = "concat",
+        extra_hidden_size: int | None = None,
+        extra_place: str = "output",
+        copy: str | None = None,
+        memory_bias: bool = False,
+        bridge_c_from_h: bool = False,
+        attention_size: int | None = None,
+        max_positions: int | None = None,
+        order: str = "luong",
+        feed: str | None = None,
+        heads: int = 1,
+        window: str | None = None,
+        window_size: int | None = None,
+        history: str | None = None,
+        history_size: int | None = None,
+        coverage_loss: float = 0.0,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "source_vocab_size": source_vocab_size,
+            "target_vocab_size": target_vocab_size,
+        }
+        for name, size in sizes.items():
+            if size is None and name == "source_vocab_size":
+                continue  # the encoder asks for the number of features then
+            check_positive(**{name: size})
+            assert size is not None
+            if size <= UNK:
+                raise ValueError(
+                    f"{name} must be at least {UNK + 1}, for the special tokens, got {size}"
+                )
+        attention = AttentionOptions(
+            attention_size=attention_size,
+            max_positions=max_positions,
+            order=order,
+            feed=feed,
+            heads=heads,
+            window=window,
+            window_size=window_size,
+            history=history,
+            history_size=history_size,
+        )
+        self._config: dict[str, Any] = {
+            **sizes,
+            "embedding_size": embedding_size,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "cell": cell_name(cell),
+            "bidirectional": bidirectional,
+            "score": score,
+            "input_feeding": input_feeding,
+            "dropout": dropout,
+            "source_embedding_size": source_embedding_size,
+            "target_embedding_size": target_embedding_size,
+            "encoder_hidden_size": encoder_hidden_size,
+            "encoder_num_layers": encoder_num_layers,
+            "bridge": bridge,
+            "tie_embeddings": tie_embeddings,
+            "source_features": source_features,
+            "context_every_step": context_every_step,
+            "source_extra_size": source_extra_size,
+            "target_extra_size": target_extra_size,
+            "extra_mode": extra_mode,
+            "extra_hidden_size": extra_hidden_size,
+            "extra_place": extra_place,
+            "copy": copy,
+            "memory_bias": memory_bias,
+            "bridge_c_from_h": bridge_c_from_h,
+            **asdict(attention),
+            "coverage_loss": coverage_loss,
+        }
+
+        told = (extra_mode, extra_hidden_size, extra_place)
+        if source_extra_size is target_extra_size is None and told != ("concat", None, "output"):
+            raise ValueError(
+                "extra_mode, extra_hidden_size and extra_place go with source_extra_size or "
+                f"target_extra_size, got {extra_mode!r}, {extra_hidden_size!r} and {extra_place!r} "
+                "without"
+            )
+
+        def extra(size: int | None) -> ExtraOptions | None:
+            if size is None:
+                return None
+            return ExtraOptions(size, extra_mode, extra_hidden_size, extra_place)
+
+        memory_size = hidden_size if encoder_hidden_size is None else encoder_hidden_size
+        encoder_layers = num_layers if encoder_num_layers is None else encoder_num_layers
+        self.encoder = Encoder(
+            source_vocab_size,
+            embedding_size=(
+                embedding_size if source_embedding_size is None else source_embedding_size
+            ),
+            hidden_size=memory_size,
+            num_layers=encoder_layers,
+            cell=cell,
+            bidirectional=bidirectional,
+            dropout=dropout,
+            features=source_features,
+            extra=extra(source_extra_size),
+            constant=memory_bias,
+        )
+        self.bridge = Bridge(
+            bridge,
+            cell=cell,
+            encoder_layers=encoder_layers,
+            encoder_size=memory_size,
+            decoder_layers=num_layers,
+            decoder_size=hidden_size,
+            c_from_h=bridge_c_from_h,
+        )
+        self.decoder = Decoder(
+            target_vocab_size,
+            embedding_size=(
+                embedding_size if target_embedding_size is None else target_embedding_size
+            ),
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            cell=cell,
+            score=score,
+            input_feeding=input_feeding,
+            dropout=dropout,
+            memory_size=memory_size + memory_bias,
+            tie_embeddings=tie_embeddings,
+            context_size=memory_size if context_every_step else None,
+            extra=extra(target_extra_size),
+            copy=copy,
+            attention=attention,
+            coverage_loss=coverage_loss,
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments by name: ``Seq2Seq(**model.config)`` is its like."""
+        return dict(self._config)
+
+    def embeddings(self) -> dict[str, torch.nn.Embedding]:
+        """The tables of the tokens of ``"source"`` (unless it is features) and ``"target"``."""
+        tables = {"source": self.encoder.embedding, "target": self.decoder.embedding}
+        return {
+            side: table for side, table in tables.items() if isinstance(table, torch.nn.Embedding)
+        }
+
+    def forward(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        target_in: Tensor,
+        *,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of every next target token, with teacher forcing.
+
+        Args:
+            source: (B, S) int64, token ids; or with ``source_features`` (B, S, D), in the
+                dtype of the weights.
+            source_lengths: (B,) int64, valid steps of each row, on any device.
+            target_in: (B, T) int64, token ids: ``<start>`` and the target without its end.
+            source_extra: extra information for the encoder: (B, Z), or of each step (S, B, Z),
+                time-major; of a model with ``source_extra_size``.
+            target_extra: that for the decoder: (B, Z) or (T, B, Z).
+            copies: (B, S) int64, of a model that copies.
+
+        Returns:
+            (B, T, V), where ``[:, t]`` predicts the token after ``target_in[:, t]``. Of a
+            model that copies the log-probabilities (B, T, V + X), in nats.
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+        """
+        encoded = self._encode(source, source_lengths, target_in, source_extra)
+        logits, _ = self.decoder(
+            target_in,
+            encoded.memory,
+            lengths=source_lengths,
+            state=(encoded.hidden, None),
+            conditions=Conditions(
+                encoded.context, target_extra, self._copies(copies, source, source_lengths)
+            ),
+        )
+        return logits
+
+    def loss(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        target_in: Tensor,
+        target_out: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        sampling: Sampling | None = None,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
+    ) -> Tensor:
+        """Cross entropy in nats, averaged over the target tokens that are not ``<pad>``.
+
+        That of the logits that :meth:`forward` gives, which are never all in memory; see
+        :func:`pyseq.functional.linear_cross_entropy`.
+
+        Args:
+            source, source_lengths, target_in: as in :meth:`forward`.
+            target_out: (B, T) int64, token ids: the target with its end, ``<pad>`` after it.
+            label_smoothing: share of the target probability that is spread over all tokens.
+            sampling: what the decoder reads, in place of ``target_in``: see
+                :meth:`scheduled_inputs`, with the same dropout as here. No gradient passes
+                through the choice. Default: ``target_in``, which is teacher forcing.
+            source_extra, target_extra, copies: as in :meth:`forward`.
+
+        Returns:
+            0-dimensional; NaN if every token of ``target_out`` is ``<pad>``.
+
+        Raises:
+            ValueError: ``label_smoothing`` is out of its range.
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+        """
+        encoded = self._encode(source, source_lengths, target_in, source_extra)
+        return self.decoder.loss(
+            target_in,
+            target_out,
+            encoded.memory,
+            lengths=source_lengths,
+            state=(encoded.hidden, None),
+            label_smoothing=label_smoothing,
+            sampling=sampling,
+            conditions=Conditions(
+                encoded.context, target_extra, self._copies(copies, source, source_lengths)
+            ),
+        )
+
+    @torch.no_grad()
+    def scheduled_inputs(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        target_in: Tensor,
+        sampling: Sampling,
+        *,
+        generator: torch.Generator | None = None,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
+    ) -> Tensor:
+        """What the decoder reads where it is shown the truth only now and then.
+
+        After ``<start>``, each token is that of ``target_in`` if its coin says so, which it does
+        with probability epsilon; otherwise it is the model's own: the likeliest after what it
+        has read until then, or a draw from its distribution. What is fed then decides what is
+        chosen next, so this goes step by step; what :meth:`forward` makes of the result has the
+        gradient of scheduled sampling, since none passes through a choice.
+
+        Args:
+            source, source_lengths, target_in: as in :meth:`forward`.
+            sampling: epsilon, how the model chooses, and whether each token has a coin or each
+                row one for all its tokens.
+            generator: source of randomness on the device of the model. Default: torch's.
+            source_extra, target_extra, copies: as in :meth:`forward`.
+
+        Returns:
+            (B, T) int64. It does not depend on the number of threads.
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+
+        Reference:
+            Bengio et al. 2015, arXiv 1506.03099, section 2.4.
+        """
+        encoded = self._encode(source, source_lengths, target_in, source_extra)
+        return self.decoder.scheduled_inputs(
+            target_in,
+            encoded.memory,
+            sampling,
+            lengths=source_lengths,
+            state=(encoded.hidden, None),
+            generator=generator,
+            conditions=Conditions(
+                encoded.context, target_extra, self._copies(copies, source, source_lengths)
+            ),
+        )
+
+    def _copies(self, ids: Tensor | None, source: Tensor, lengths: Tensor) -> Copies | None:
+        """What may be copied of a batch, checked; None for a model that does not copy."""
+        copies = self._config["copy"] is not None
+        if (ids is not None) != copies:
+            raise ValueError(
+                "copies must be given to a model that copies, and to no other: expected "
+                f"{'a tensor' if copies else 'None'}, got {kind(ids)}"
+            )
+        if ids is None:
+            return None
+        check_shape("copies", ids, "(B, S)", tuple(source.shape[:2]))
+        if ids.dtype != torch.int64:
+            raise RuntimeError(f"copies must be int64, got {ids.dtype}")
+        ids = ids.to(source.device)
+        steps = torch.arange(ids.shape[1], device=ids.device)
+        ids = ids.masked_fill(steps >= lengths.to(ids.device).unsqueeze(1), PAD)
+        if ids.numel() and int(ids.min()) < 0:
+            raise RuntimeError(f"copies must hold ids of at least 0, got {int(ids.min())}")
+        vocab = self.decoder.output.out_features
+        return Copies(ids, max(0, int(ids.max()) + 1 - vocab) if ids.numel() else 0)
+
+    def _encode(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        target_in: Tensor | None,
+        source_extra: Tensor | None,
+    ) -> _Encoded:
+        """What the decoder is given, for the sources of ``target_in``, if there is one."""
+        memory, hidden = self.encoder(source, source_lengths, source_extra)
+        if target_in is not None and target_in.shape[0] != source.shape[0]:
+            raise RuntimeError(
+                f"target_in must have one row for each of the {source.shape[0]} sources, "
+                f"got {target_in.shape[0]}"
+            )
+        context = None
+        if self.decoder.context_size is not None:
+            context = state_parts(self.encoder.cell, hidden)[0][-1]
+        return _Encoded(memory, self.bridge(hidden), context)
+
+    def generate(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        *,
+        max_length: int,
+        beam_size: int = 1,
+        length_penalty: float = 0.0,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
+    ) -> list[Hypothesis]:
+        """The best target sequence that search finds for each source.
+
+        The short form of :meth:`search`, which has more options and gives more hypotheses.
+
+        Args:
+            source, source_lengths: as in :meth:`forward`.
+            max_length: the most tokens to emit, ``<stop>`` included.
+            beam_size: hypotheses to follow; 1 is greedy search.
+            length_penalty: as in :func:`pyseq.search.beam`.
+            source_extra, target_extra, copies: as in :meth:`forward`; of each step, there
+                must be at least max_length of them for the target.
+
+        Returns:
+            One :class:`pyseq.search.Hypothesis` per row, with tokens (no ``<start>``, no
+            ``<stop>``), score (nats) and attention weights (len(tokens), S of the row),
+            None without attention. Dropout is off, whatever the mode.
+
+        Raises:
+            ValueError: an option is out of its range.
+            RuntimeError: the logits are not finite.
+        """
+        model = self._given(source_extra, target_extra, copies, max_length)
+        options = SearchOptions(
+            max_length=max_length, beam_size=beam_size, length_penalty=length_penalty
+        )
+        return [best[0] for best in search.search(model, source, source_lengths, options)]
+
+    def search(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        options: SearchOptions,
+        *,
+        generator: torch.Generator | None = None,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
+    ) -> list[list[Hypothesis]]:
+        """The target sequences that a search with these options finds for each source.
+
+        Args, Returns, Raises: see :func:`pyseq.search.search`, and for the extra information
+            and copies :meth:`generate`.
+        """
+        model = self._given(source_extra, target_extra, copies, options.max_length)
+        return search.search(model, source, source_lengths, options, generator=generator)
+
+    def stream(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        options: SearchOptions,
+        *,
+        generator: torch.Generator | None = None,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
+    ) -> Iterator[StreamedToken]:
+        """The tokens of greedy search or sampling one by one, as they are found.
+
+        Args, Returns, Raises: see :func:`pyseq.search.stream`, and for the extra information
+            and copies :meth:`generate`.
+        """
+        model = self._given(source_extra, target_extra, copies, options.max_length)
+        return search.stream(model, source, source_lengths, options, generator=generator)
+
+    def given(
+        self,
+        *,
+        source_extra: Tensor | None = None,
+        target_extra: Tensor | None = None,
+        copies: Tensor | None = None,
+    ) -> Given:
+        """This model with the extra information of some sources, and what may be copied of
+        them, as :mod:`pyseq.search` and :class:`pyseq.Ensemble` take it.
+
+        Args:
+            source_extra, target_extra, copies: as in :meth:`forward`, for the sources to be
+                searched.
+        """
+        return Given(self, source_extra, target_extra, copies)
+
+    def _given(
+        self,
+        source_extra: Tensor | None,
+        target_extra: Tensor | None,
+        copies: Tensor | None,
+        max_length: int,
+    ) -> SearchModel:
+        if target_extra is not None and target_extra.dim() == 3 and len(target_extra) < max_length:
+            raise RuntimeError(
+                f"target_extra must have at least max_length = {max_length} steps, got "
+                f"{len(target_extra)}"
+            )
+        if source_extra is target_extra is copies is None:
+            return self
+        return self.given(source_extra=source_extra, target_extra=target_extra, copies=copies)
+
+    def encode_source(
+        self,
+        source: Tensor,
+        lengths: Tensor,
+        source_extra: Tensor | None = None,
+        copies: Tensor | None = None,
+    ) -> tuple[EncodedSource, DecoderState]:
+        """What a search begins with; see :class:`pyseq.search.SearchModel`."""
+        checked = self._copies(copies, source, lengths)
+        memory, hidden, context = self._encode(source, lengths, None, source_extra)
+        rnn = self.decoder.rnn
+        state = DecoderState(hidden, memory.new_zeros(memory.shape[1], rnn.fed_size))
+        keys = rnn.project(memory)
+        if keys is None or rnn.score is None:
+            return EncodedSource(None, None, None, context), state
+        # Every step reads the memory row by row, so it is laid out like that once.
+        memory = memory.transpose(0, 1).contiguous().transpose(0, 1)
+        limit = rnn.score.limit(memory, lengths.to(source.device))
+        return EncodedSource(memory, keys, limit, context, checked), state
+
+    def step(
+        self,
+        tokens: Tensor,
+        encoded: EncodedSource,
+        state: DecoderState,
+        *,
+        need_weights: bool = False,
+        target_extra: Tensor | None = None,
+    ) -> Step:
+        """One step of N hypotheses; see :class:`pyseq.search.SearchModel`.
+
+        Args:
+            tokens: (N,) int64, the last token of each.
+            encoded: what to attend to, N rows.
+            state: the state of each before this step.
+            need_weights: also give the attention weights.
+            target_extra: (N, Z), extra information of this step.
+        """
+        logits, decoded = self.decoder(
+            tokens.unsqueeze(1),
+            encoded.memory,
+            lengths=encoded.lengths,
+            state=state,
+            need_weights=need_weights,
+            keys=encoded.keys,
+            conditions=Conditions(encoded.context, target_extra, encoded.copies),
+        )
+        log_probs = logits[:, 0]
+        if encoded.copies is None:
+            log_probs = torch.log_softmax(log_probs, -1)
+        weights = None if decoded.weights is None else decoded.weights[0]
+        if weights is not None and weights.dim() == 3:
+            weights = weights.mean(1)  # over the heads
+        return Step(log_probs, weights, decoded.state)
+
+    def fused_search(self) -> FusedSearch | None:
+        """The searches of :mod:`pyseq.search` in one operator; see its ``SearchModel``.
+
+        None if :meth:`step` does more than the operator: in a subclass that has its own, or
+        with a decoder that is not :meth:`Decoder.is_fused`.
+        """
+        fused = type(self).step is Seq2Seq.step and self.decoder.is_fused()
+        return self.decoder.generate if fused else None
