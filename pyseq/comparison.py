@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import functional, reference
+from .functional import products
 
 
 @contextmanager
@@ -29,11 +30,14 @@ def reference_operators() -> Iterator[None]:
         "linear",
         "linear_cross_entropy",
     )
-    fused = {name: getattr(functional, name) for name in names}
+    # Products are what the other operators call themselves.
+    places = [(functional, name) for name in names]
+    places += [(products, name) for name in names if hasattr(products, name)]
+    fused = [getattr(module, name) for module, name in places]
     try:
-        for name in names:
-            setattr(functional, name, getattr(reference, name))
+        for module, name in places:
+            setattr(module, name, getattr(reference, name))
         yield
     finally:
-        for name in names:
-            setattr(functional, name, fused[name])
+        for (module, name), operator in zip(places, fused, strict=True):
+            setattr(module, name, operator)

@@ -7,20 +7,16 @@ these functions in values and gradients. Written to be read, not to be fast.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from . import search
 from ._packed import is_quantized, unpack
-from .search import EncodedSource, Hypothesis, SearchOptions, Step
 from .types import (
     DIAGONAL,
-    PAD,
     SCAN_GATES,
     STATES,
     AttendOutput,
@@ -30,7 +26,6 @@ from .types import (
     DecoderStart,
     DecoderState,
     FeedName,
-    GenerateOutput,
     HistoryName,
     LayerNormWeights,
     LayerWeights,
@@ -426,7 +421,7 @@ def _attention(
     return torch.einsum("tbns,sbnm->tbnm", weights, split(memory)).flatten(2), weights
 
 
-def _stack_step(
+def stack_step(
     cell: CellName,
     layers: Sequence[LayerWeights],
     below: Tensor,
@@ -443,22 +438,6 @@ def _stack_step(
         below = h[k]
         if dropout_masks is not None and k + 1 < len(layers):
             below = below * dropout_masks[k]
-
-
-def _plain_step(
-    cell: CellName,
-    layers: Sequence[LayerWeights],
-    x: Tensor,
-    before: DecoderState,
-    masks: Tensor | None,
-) -> tuple[Tensor, DecoderState]:
-    """One step without attention: the top state, and the state after the step."""
-    h_0, c_0 = (*decoder_parts(cell, before)[0], before.feed.unsqueeze(0))[:2]
-    h, c = list(h_0.unbind(0)), list(c_0.expand_as(h_0).unbind(0))
-    _stack_step(cell, layers, x, h, c, masks)
-    h_n = torch.stack(h)
-    hidden = (h_n, torch.stack(c)) if cell == "lstm" else h_n
-    return h[-1], DecoderState(hidden, h[-1])
 
 
 def decode(
@@ -532,7 +511,7 @@ def decode(
         if order == "bahdanau":
             fed, weights = attend_with(h[-1], step + t, past)
         below = torch.cat([x_t, fed], -1) if input_feeding else x_t
-        _stack_step(cell, weights_of, below, h, c, masks)
+        stack_step(cell, weights_of, below, h, c, masks)
         if order == "bahdanau":
             context = fed
         else:
@@ -592,186 +571,15 @@ def linear_cross_entropy(
     )
 
 
-class _Steps(NamedTuple):
-    """What the searches see of :func:`generate`: a model that is encoded already."""
+if TYPE_CHECKING:
+    from .reference_search import generate as generate
+    from .reference_search import scheduled_inputs as scheduled_inputs
+else:
 
-    encoded: EncodedSource
-    state: DecoderState
-    advance: Callable[[Tensor, EncodedSource, DecoderState], Step]
+    def __getattr__(name: str) -> Callable[..., object]:
+        """What stands a floor above this module, found only when it is asked for."""
+        if name in ("generate", "scheduled_inputs"):
+            from . import reference_search
 
-    def modules(self) -> Iterator[torch.nn.Module]:
-        return iter(())
-
-    def encode_source(self, source: Tensor, lengths: Tensor) -> tuple[EncodedSource, DecoderState]:
-        return self.encoded, self.state
-
-    def step(
-        self, tokens: Tensor, encoded: EncodedSource, state: DecoderState, *, need_weights: bool
-    ) -> Step:
-        return self.advance(tokens, encoded, state)
-
-
-def generate(
-    embedding: Tensor,
-    layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
-    state: DecoderState | tuple[State, Tensor | None],
-    output_weight: Tensor,
-    output_bias: Tensor | None = None,
-    keys: Tensor | None = None,
-    memory: Tensor | None = None,
-    combine: Tensor | None = None,
-    *,
-    max_length: int,
-    beam_size: int = 1,
-    length_penalty: float = 0.0,
-    cell: CellName = "lstm",
-    score: ScoreName | None = "dot",
-    weight: Tensor | None = None,
-    weight_query: Tensor | None = None,
-    weight_v: Tensor | None = None,
-    lengths: Tensor | None = None,
-    input_feeding: bool = True,
-    need_weights: bool = False,
-    min_length: int = 0,
-    n_best: int = 1,
-    block_ngrams: int | None = None,
-    prefix: Tensor | None = None,
-) -> GenerateOutput:
-    """Greedy or beam search, step by step; see :func:`pyseq.functional.generate`."""
-    weights_of = [LayerWeights(*layer) for layer in layers]
-    parts, feed = decoder_parts(cell, state)
-    batch, size = parts[0].shape[1:]
-    if score == "general":
-        assert weight is not None
-        assert keys is not None
-        keys, score = linear(without_padding(keys, lengths), weight), "dot"
-    if memory is not None and lengths is None:
-        lengths = torch.full((batch,), memory.shape[0], device=memory.device)
-
-    def advance(tokens: Tensor, encoded: EncodedSource, before: DecoderState) -> Step:
-        x = embedding[tokens]
-        weights: Tensor | None = None
-        if score is None:
-            output, after = _plain_step(cell, weights_of, x, before, None)
-        else:
-            assert encoded.keys is not None
-            assert encoded.memory is not None
-            assert combine is not None
-            decoded = decode(
-                x.unsqueeze(0),
-                weights_of,
-                encoded.keys,
-                encoded.memory,
-                combine,
-                cell=cell,
-                score=score,
-                weight_query=weight_query,
-                weight_v=weight_v,
-                state=before,
-                lengths=encoded.lengths,
-                input_feeding=input_feeding,
-                need_weights=need_weights,
-            )
-            output, after = decoded.output[0], decoded.state
-            weights = None if decoded.weights is None else decoded.weights[0]
-        log_probs = torch.log_softmax(linear(output, output_weight, output_bias), -1)
-        return Step(log_probs, weights, after)
-
-    first = parts[0].new_zeros(batch, size) if feed is None else feed
-    model = _Steps(EncodedSource(memory, keys, lengths), DecoderState(state[0], first), advance)
-    source_lengths = torch.zeros(batch, dtype=torch.int64) if lengths is None else lengths
-    source = source_lengths.new_zeros(batch, 0)  # which is encoded already
-    options = SearchOptions(
-        max_length=max_length,
-        beam_size=beam_size,
-        length_penalty=length_penalty,
-        min_length=min_length,
-        n_best=n_best,
-        block_ngrams=block_ngrams,
-        prefix=[] if prefix is None else [[t for t in row if t != PAD] for row in prefix.tolist()],
-    )
-    nothing = Hypothesis([], -math.inf, None)
-    found = [
-        hypothesis
-        for best in search.search(model, source, source_lengths, options)
-        for hypothesis in (*best, *[nothing] * (n_best - len(best)))
-    ]
-    sizes = [len(hypothesis.tokens) for hypothesis in found]
-    tokens = torch.full((len(found), max(sizes, default=0)), PAD)
-    kept = None
-    if need_weights and memory is not None:
-        kept = memory.new_zeros(*tokens.shape, memory.shape[0])
-    for row, hypothesis in enumerate(found):
-        tokens[row, : sizes[row]] = torch.tensor(hypothesis.tokens, dtype=torch.int64)
-        if kept is not None and hypothesis.weights is not None:
-            kept[row, : sizes[row], : source_lengths[row // n_best]] = hypothesis.weights
-    scores = embedding.new_tensor([hypothesis.score for hypothesis in found])
-    return GenerateOutput(tokens, torch.tensor(sizes, dtype=torch.int64), scores, kept)
-
-
-def scheduled_inputs(
-    tokens: Tensor,
-    coins: Tensor,
-    embedding: Tensor,
-    layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
-    state: DecoderState | tuple[State, Tensor | None],
-    output_weight: Tensor,
-    output_bias: Tensor | None = None,
-    keys: Tensor | None = None,
-    memory: Tensor | None = None,
-    combine: Tensor | None = None,
-    *,
-    draws: Tensor | None = None,
-    cell: CellName = "lstm",
-    score: ScoreName | None = "dot",
-    weight: Tensor | None = None,
-    weight_query: Tensor | None = None,
-    weight_v: Tensor | None = None,
-    lengths: Tensor | None = None,
-    input_feeding: bool = True,
-    embedding_masks: Tensor | None = None,
-    dropout_masks: Tensor | None = None,
-    output_masks: Tensor | None = None,
-) -> Tensor:
-    """What scheduled sampling reads, step by step; see
-    :func:`pyseq.functional.scheduled_inputs`."""
-    weights_of = [LayerWeights(*layer) for layer in layers]
-    parts, feed = decoder_parts(cell, state)
-    batch, size = parts[0].shape[1:]
-    before = DecoderState(state[0], parts[0].new_zeros(batch, size) if feed is None else feed)
-    fed = tokens.clone()
-    for t in range(len(tokens) - 1):
-        x = embedding[fed[t]]
-        if embedding_masks is not None:
-            x = x * embedding_masks[t]
-        masks = None if dropout_masks is None else dropout_masks[:, t]
-        if score is None:
-            output, before = _plain_step(cell, weights_of, x, before, masks)
-        else:
-            assert keys is not None
-            assert memory is not None
-            assert combine is not None
-            decoded = decode(
-                x.unsqueeze(0),
-                weights_of,
-                keys,
-                memory,
-                combine,
-                cell=cell,
-                score=score,
-                weight=weight,
-                weight_query=weight_query,
-                weight_v=weight_v,
-                state=before,
-                lengths=lengths,
-                input_feeding=input_feeding,
-                dropout_masks=None if masks is None else masks.unsqueeze(1),
-            )
-            output, before = decoded.output[0], decoded.state
-        if output_masks is not None:
-            output = output * output_masks[t]
-        chosen = search.choose(
-            linear(output, output_weight, output_bias), None if draws is None else draws[t + 1]
-        )
-        fed[t + 1] = torch.where(coins[t + 1], fed[t + 1], chosen)
-    return fed
+            return getattr(reference_search, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the modules share: names of cells, checks of arguments, access to weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor
+from torch.nn import init
+
+from .._checks import autocasts, check_positive
+from .._packed import computing_dtype, is_quantized
+from ..types import GATES, CellName
+
+Device = torch.device | str | int | None
+
+
+def cell_name(cell: str) -> CellName:
+    """``cell`` as the operators spell it; ``"rnn"`` stands for ``"rnn_tanh"``.
+
+    Raises:
+        ValueError: there is no such cell.
+    """
+    name = "rnn_tanh" if cell == "rnn" else cell
+    if name not in GATES:
+        raise ValueError(f"cell must be one of {', '.join(GATES)}, rnn, got {cell!r}")
+    return cast(CellName, name)
+
+
+def check_nonlinearity(nonlinearity: object) -> None:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+
+
+def check_slstm(hidden_size: int, num_heads: int, forget_gate: str) -> None:
+    if forget_gate not in ("sigmoid", "exp"):
+        raise ValueError(f"forget_gate must be one of sigmoid, exp, got {forget_gate!r}")
+    check_positive(hidden_size=hidden_size, num_heads=num_heads)
+    if hidden_size % num_heads != 0:
+        raise ValueError(
+            f"hidden_size must be a multiple of num_heads, {num_heads}, got {hidden_size}"
+        )
+
+
+def check_input(name: str, tensor: Tensor, weight: Tensor, training: bool) -> None:
+    """Raise unless a module with this weight can compute with ``tensor``, in this mode."""
+    if tensor.dtype == weight.dtype:
+        return
+    dtype = computing_dtype(weight)
+    if tensor.dtype != dtype and not autocasts(tensor.device):
+        raise ValueError(
+            f"RNN {name} dtype ({tensor.dtype}) does not match weight dtype ({dtype}). "
+            f"Convert {name}: {name}.to({dtype}), or convert model: model.to({tensor.dtype})"
+        )
+    if training and is_quantized(weight):
+        raise RuntimeError("a quantized module is for inference: call eval() on it, got train()")
+
+
+def weights_now(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """The attributes ``names`` of ``module`` as they are now.
+
+    A parameter is found in its dictionary five times faster than by ``getattr``; what stands
+    in for one (a parametrization, a pruned or normalised weight) is not in there.
+    """
+    parameters: dict[str, Any] = module._parameters
+    try:
+        return [parameters[name] for name in names]
+    except KeyError:
+        return [getattr(module, name) for name in names]
+
+
+def add_weight(module: torch.nn.RNNBase | torch.nn.RNNCellBase, name: str, *shape: int) -> None:
+    """Give ``module`` a parameter drawn within 1/sqrt(H), in the place of one that is there."""
+    bound = 1 / math.sqrt(module.hidden_size)
+    like = next(module.parameters())
+    weight = torch.nn.Parameter(like.new_empty(shape))
+    init.uniform_(weight, -bound, bound)
+    module.register_parameter(name, weight)
+
+
+def refuse_script(module: torch.nn.Module) -> NoReturn:
+    """What torch.jit.script asks for by the name ``__prepare_scriptable__``."""
+    raise TypeError(
+        f"torch.jit.script must be given layers of torch.nn, got pyseq's {type(module).__name__}; "
+        "script pyseq.revert(copy.deepcopy(model)), or trace the model"
+    )

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over a memory: scores, windows, and both as one module."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import init
+
+from .. import functional
+from .._checks import check_like, check_positive, check_shape
+from ..types import DEFAULT_WINDOW_SIZE, SCORES, WINDOWS, ScoreName
+from ._common import Device, refuse_script
+
+
+class Score(torch.nn.Module):
+    """The weights of an attention score, and the part of it that needs no query.
+
+    dot ``q . m``; scaled_dot ``q . m / sqrt(M / N)``; general ``q . (W m)``; concat
+    ``v . tanh(W_q q + W_m m)``; location ``(W q)_s`` for position s. Each of N heads has its own
+    share of the components of query and key, and so of the rows of W (general), W_q, W_m, v.
+
+    Args:
+        score: ``"dot"``, ``"scaled_dot"``, ``"general"``, ``"concat"`` or ``"location"``.
+        query_size: Q.
+        memory_size: M; for dot and scaled_dot it must be Q.
+        attention_size: A, concat only. Default: Q.
+        heads: N, which divides M and the size of the keys: A for concat, otherwise Q.
+        max_positions: R, location only, which needs it: positions that can have a weight.
+        history_size: K, odd, concat only: how many neighbours' past weights enter the score of a
+            position. Default: none.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: general (Q, M), location (R, Q), else None.
+        weight_query, weight_memory, weight_v: (A, Q), (A, M) and (A,), concat only.
+        weight_history: (A, K), with ``history_size`` only.
+        fused: the score that is left for the operators on projected keys.
+
+    Raises:
+        ValueError: the score is unknown, or a size does not go with it.
+
+    Reference:
+        Luong et al. 2015, arXiv 1508.04025, eq. 7 and 8; concat with separate matrices for query
+        and memory is Bahdanau et al. 2015, arXiv 1409.0473; Vaswani et al. 2017,
+        arXiv 1706.03762, eq. 1 (scaled dot) and section 3.2.2 (heads).
+    """
+
+    weight: Tensor | None
+    weight_query: Tensor | None
+    weight_memory: Tensor | None
+    weight_v: Tensor | None
+    weight_history: Tensor | None
+
+    __prepare_scriptable__ = refuse_script
+
+    def __init__(
+        self,
+        score: str,
+        query_size: int,
+        memory_size: int,
+        attention_size: int | None = None,
+        *,
+        heads: int = 1,
+        max_positions: int | None = None,
+        history_size: int | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        if score in ("dot", "scaled_dot") and query_size != memory_size:
+            raise ValueError(
+                f"score {score!r} needs the query as long as the memory is wide, "
+                f"got query size {query_size} and memory_size {memory_size}"
+            )
+        if attention_size is None:
+            attention_size = query_size
+        elif score != "concat":
+            raise ValueError(f"attention_size goes with score 'concat', got {score!r}")
+        check_positive(attention_size=attention_size, heads=heads)
+        for name, size in (("the size of the keys", attention_size), ("memory_size", memory_size)):
+            if size % heads:
+                raise ValueError(f"heads must divide {name}, {size}, got {heads}")
+        if (max_positions is not None) != (score == "location"):
+            raise ValueError(
+                "max_positions must be given for score 'location' and no other, "
+                f"got {max_positions!r} for {score!r}"
+            )
+        if history_size is not None:
+            check_positive(history_size=history_size)
+            if score != "concat" or history_size % 2 == 0:
+                raise ValueError(
+                    "history_size must be odd and goes with score 'concat', "
+                    f"got {history_size} and {score!r}"
+                )
+        self.name = score
+        self.heads = heads
+        self.fused: ScoreName = "concat" if score == "concat" else "dot"
+        shapes: dict[str, tuple[int, ...]] = {}
+        if score == "general":
+            shapes = {"weight": (query_size, memory_size)}
+        elif score == "location":
+            check_positive(max_positions=max_positions)
+            shapes = {"weight": (max_positions or 0, query_size)}
+        elif score == "concat":
+            shapes = {
+                "weight_query": (attention_size, query_size),
+                "weight_memory": (attention_size, memory_size),
+                "weight_v": (attention_size,),
+            }
+            if history_size is not None:
+                shapes["weight_history"] = (attention_size, history_size)
+        for name in ("weight", "weight_query", "weight_memory", "weight_v", "weight_history"):
+            parameter = None
+            if name in shapes:
+                parameter = torch.nn.Parameter(
+                    torch.empty(shapes[name], device=device, dtype=dtype)
+                )
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every weight uniformly within 1/sqrt of the size that it sums over."""
+        for weight in self.parameters():
+            bound = 1 / math.sqrt(weight.shape[-1])
+            init.uniform_(weight, -bound, bound)
+
+    def project(self, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The keys (S, B, A) of ``memory`` (S, B, M): ``W m``, ``W_m m``, ``m / sqrt(M / N)``,
+        the memory itself, or for location the rows of W.
+
+        Args:
+            memory: (S, B, M).
+            lengths: (B,) int64, valid positions of each row. Left out, the padding must be
+                finite, or the gradient of the weight is not.
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+        """
+        if self.name == "location":
+            assert self.weight is not None
+            return functional.position_keys(self.weight, memory, lengths)[0]
+        if self.name == "scaled_dot":
+            return functional.scale_keys(memory, self.heads)
+        weight = self.weight if self.weight_memory is None else self.weight_memory
+        if weight is None:
+            return memory
+        check_shape("memory", memory, "(S, B, M)", (-1, -1, weight.shape[1]))
+        check_like("memory", memory, "the score's weight", weight)
+        return functional.project_memory(memory, weight, lengths)
+
+    def limit(self, memory: Tensor, lengths: Tensor | None) -> Tensor | None:
+        """How many positions of each row (B,) may have a weight: ``lengths``, but for location
+        at most R."""
+        if self.name != "location":
+            return lengths
+        assert self.weight is not None
+        return functional.position_limit(self.weight, memory, lengths)
+
+    def extra_repr(self) -> str:
+        return self.name if self.heads == 1 else f"{self.name}, heads={self.heads}"
+
+
+class Positions(torch.nn.Module):
+    """Where in the source each query looks: ``p_t = S sigmoid(v . tanh(W q_t))``.
+
+    Args:
+        query_size: Q.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight, weight_v: ``W`` (Q, Q) and ``v`` (Q,).
+
+    Reference:
+        Luong et al. 2015, arXiv 1508.04025, eq. 9.
+    """
+
+    def __init__(
+        self, query_size: int, *, device: Device = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        weight = torch.empty((query_size, query_size), device=device, dtype=dtype)
+        self.weight = torch.nn.Parameter(weight)
+        self.weight_v = torch.nn.Parameter(torch.empty(query_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw both weights uniformly within 1/sqrt(Q)."""
+        bound = 1 / math.sqrt(len(self.weight_v))
+        for weight in self.parameters():
+            init.uniform_(weight, -bound, bound)
+
+    def forward(self, query: Tensor, source: int, lengths: Tensor | None = None) -> Tensor:
+        """The positions (T, B) of ``query`` (T, B, Q) in rows of ``source`` positions, or of
+        ``lengths`` (B,); see :func:`pyseq.functional.predict_positions`."""
+        return functional.predict_positions(query, self.weight, self.weight_v, source, lengths)
+
+
+def check_window(window: str | None, window_size: int | None) -> int | None:
+    """D of the windows, or None where a query sees everything."""
+    if window is not None and window not in WINDOWS:
+        raise ValueError(f"window must be one of {', '.join(WINDOWS)} or None, got {window!r}")
+    if window_size is None:
+        return None if window is None else DEFAULT_WINDOW_SIZE
+    if window is None:
+        raise ValueError(f"window_size goes with a window, got {window_size!r} without one")
+    check_positive(window_size=window_size)
+    return window_size
+
+
+class Attention(torch.nn.Module):
+    """Attention: ``a_ts = softmax_s score(q_t, m_s)``, ``context_t = sum_s a_ts m_s``.
+
+    Over all of the memory, or a window in it: the positions within D of ``p_t``, which is t
+    for local-m, and for local-p is predicted by :class:`Positions` and weighed by a Gaussian of
+    standard deviation D/2 around it. See :func:`pyseq.functional.attend`.
+
+    Args:
+        query_size: Q.
+        memory_size: M; for the scores ``"dot"`` and ``"scaled_dot"`` it must be Q.
+        score: ``"dot"``, ``"scaled_dot"``, ``"general"``, ``"concat"`` or ``"location"``; see
+            :class:`Score` for its weights.
+        attention_size: A, units of the score ``"concat"``. Default: Q.
+        heads: N, which divides M and the size of the keys.
+        window: ``"local-m"``, ``"local-p"``, or None for all of the memory.
+        window_size: D, at least 1 position. Default: 10, with a window.
+        max_positions: positions that can have a weight, score ``"location"`` only.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an option is unknown, or does not go with another.
+
+    Reference:
+        Luong et al. 2015, arXiv 1508.04025, eq. 7 to 10.
+    """
+
+    __prepare_scriptable__ = refuse_script
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        *,
+        score: str = "general",
+        attention_size: int | None = None,
+        heads: int = 1,
+        window: str | None = None,
+        window_size: int | None = None,
+        max_positions: int | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(query_size=query_size, memory_size=memory_size)
+        self.query_size = query_size
+        self.memory_size = memory_size
+        self.window = window
+        self.window_size = check_window(window, window_size)
+        self.score = Score(
+            score,
+            query_size,
+            memory_size,
+            attention_size,
+            heads=heads,
+            max_positions=max_positions,
+            device=device,
+            dtype=dtype,
+        )
+        self.positions: Positions | None = None
+        if window == "local-p":
+            self.positions = Positions(query_size, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        lengths: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend with every query over the memory of its row.
+
+        Args:
+            query: (T, B, Q).
+            memory: (S, B, M).
+            lengths: (B,) int64, valid positions of each row, on any device. Default: S.
+            need_weights: also return the weights.
+
+        Returns:
+            The context (T, B, M), and the weights (T, B, S), of several heads (T, B, N, S),
+            or None.
+
+        Raises:
+            RuntimeError: a tensor has the wrong shape, dtype or device.
+            TypeError: what must be a tensor is none.
+        """
+        check_shape("query", query, "(T, B, Q)", (-1, -1, self.query_size))
+        check_shape("memory", memory, "(S, B, M)", (-1, query.shape[1], self.memory_size))
+        positions = None
+        if self.positions is not None:
+            positions = self.positions(query, memory.shape[0], lengths)
+        return functional.attend(
+            query,
+            self.score.project(memory, lengths),
+            memory,
+            self.score.limit(memory, lengths),
+            score=self.score.fused,
+            weight_query=self.score.weight_query,
+            weight_v=self.score.weight_v,
+            heads=self.score.heads,
+            window=self.window_size,
+            positions=positions,
+            need_weights=need_weights,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.query_size}, {self.memory_size}"
+        if self.window is None:
+            return text
+        return f"{text}, window={self.window!r}, window_size={self.window_size}"

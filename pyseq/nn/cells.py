@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of the recurrent layers: RNNCell, GRUCell, LSTMCell, IndRNNCell, SLSTMCell."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import init
+
+from .. import functional
+from ..types import CellName, State, join_parts, state_parts
+from ._common import (
+    Device,
+    add_weight,
+    check_input,
+    check_nonlinearity,
+    check_slstm,
+    refuse_script,
+    weights_now,
+)
+
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class _Cell(torch.nn.RNNCellBase):
+    """What the cells share: one step is a scan with T = 1."""
+
+    __prepare_scriptable__ = refuse_script
+
+    def weight_names(self) -> list[str]:
+        """The names of all matrices."""
+        return ["weight_ih", "weight_hh"]
+
+    def _step(
+        self, cell: CellName, input: Tensor, hx: State | None, w_ch: Tensor | None = None
+    ) -> State:
+        if input.dim() != 2:
+            parts = state_parts(cell, hx)
+            self._check_dim(input, parts)
+            rows = tuple(part.unsqueeze(0) for part in parts)
+            last = self._step(cell, input.unsqueeze(0), join_parts(rows) if rows else None, w_ch)
+            return join_parts(tuple(part.squeeze(0) for part in state_parts(cell, last)))
+        w_ih, w_hh, b_ih, b_hh = weights_now(self, _CELL_WEIGHTS)
+        if input.dtype != w_ih.dtype:
+            check_input("input", input, w_ih, self.training)
+        try:
+            return functional.scan(
+                input.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, state=hx, cell=cell, w_ch=w_ch
+            ).state
+        except RuntimeError:
+            self._explain(input, state_parts(cell, hx))
+            raise
+
+    def _check_dim(self, input: Tensor, parts: tuple[Tensor, ...]) -> None:
+        """Raise unless the input is one row or a batch of them, and the state likewise."""
+        name, dim = type(self).__name__, input.dim()
+        if dim not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {dim}D instead")
+        for index, part in enumerate(parts):
+            what = "hidden" if len(parts) == 1 else f"hx[{index}]"
+            if part.dim() not in (1, 2):
+                raise ValueError(
+                    f"{name}: Expected {what} to be 1D or 2D, got {part.dim()}D instead"
+                )
+            if part.dim() != dim:
+                raise ValueError(
+                    f"{name}: Expected {what} to be {dim}D like the input, "
+                    f"got {part.dim()}D instead"
+                )
+
+    def _explain(self, input: Tensor, parts: tuple[Tensor, ...]) -> None:
+        """Raise what torch.nn says of a batch (B, I) and state that the operators refuse; asked
+        only when they did, as in :class:`Recurrent`."""
+        self._check_dim(input, parts)
+        if input.size(1) != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
+            )
+        for index, part in enumerate(parts):
+            if part.size(0) != input.size(0):
+                raise RuntimeError(
+                    f"Input batch size {input.size(0)} doesn't match hidden{index} batch size "
+                    f"{part.size(0)}"
+                )
+            if part.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{index} has inconsistent hidden_size: got {part.size(1)}, "
+                    f"expected {self.hidden_size}"
+                )
+
+
+class RNNCell(_Cell):
+    """One step of :class:`RNN`; a drop-in for torch.nn.RNNCell.
+
+    Args:
+        input_size: I.
+        hidden_size: H.
+        bias: whether the cell has ``bias_ih`` and ``bias_hh``.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: the nonlinearity is unknown.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_nonlinearity(nonlinearity)
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
+        h = self._step("rnn_tanh" if self.nonlinearity == "tanh" else "rnn_relu", input, hx)
+        assert isinstance(h, Tensor)
+        return h
+
+
+class GRUCell(_Cell):
+    """One step of :class:`GRU`; a drop-in for torch.nn.GRUCell.
+
+    Args: as :class:`RNNCell`, without ``nonlinearity``, and
+        reset_after: as for :class:`GRU`.
+    """
+
+    reset_after: bool = True
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        self.reset_after = reset_after
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
+        h = self._step("gru" if self.reset_after else "gru_reset_before", input, hx)
+        assert isinstance(h, Tensor)
+        return h
+
+
+class LSTMCell(_Cell):
+    """One step of :class:`LSTM`; a drop-in for torch.nn.LSTMCell.
+
+    Args: as :class:`RNNCell`, without ``nonlinearity``, and
+        peepholes: whether the cell has ``weight_ch`` (3*H,); see :class:`LSTM`.
+    """
+
+    peepholes: bool = False
+    weight_ch: Tensor
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        peepholes: bool = False,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        self.peepholes = peepholes
+        if peepholes:
+            add_weight(self, "weight_ch", 3 * hidden_size)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """New (h, c), each (B, H) or (H,), from input (B, I) or (I,) and (h, c)."""
+        h, c = self._step("lstm", input, hx, self.weight_ch if self.peepholes else None)
+        return h, c
+
+
+class IndRNNCell(_Cell):
+    """One step of :class:`IndRNN`.
+
+    Args: as :class:`RNNCell`, where ``nonlinearity`` is ``"relu"`` by default; ``weight_hh`` is
+        (H,).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "relu",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_nonlinearity(nonlinearity)
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+        add_weight(self, "weight_hh", hidden_size)
+        init.uniform_(self.weight_hh)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as :class:`IndRNN` does."""
+        super().reset_parameters()
+        init.uniform_(self.weight_hh)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
+        h = self._step("indrnn_relu" if self.nonlinearity == "relu" else "indrnn_tanh", input, hx)
+        assert isinstance(h, Tensor)
+        return h
+
+
+class SLSTMCell(_Cell):
+    """One step of :class:`SLSTM`.
+
+    Args: as :class:`RNNCell`, without ``nonlinearity``, and ``num_heads`` and ``forget_gate`` of
+        :class:`SLSTM`; ``weight_hh`` is (4*H, H / heads).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_heads: int = 1,
+        forget_gate: str = "sigmoid",
+    ) -> None:
+        check_slstm(hidden_size, num_heads, forget_gate)
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        self.num_heads = num_heads
+        self.forget_gate = forget_gate
+        add_weight(self, "weight_hh", 4 * hidden_size, hidden_size // num_heads)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """New (h, c, n, m), each (B, H) or (H,), from input (B, I) or (I,) and such a state."""
+        cell: CellName = "slstm_exp" if self.forget_gate == "exp" else "slstm_sigmoid"
+        h, c, n, m = self._step(cell, input, hx)
+        return h, c, n, m
