@@ -65,7 +65,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 def compare_gradients(processes: Processes) -> None:
     """Every process has the gradients of the whole batch, also of weights that thaw later."""
     model = begin(None).model.double()
-    parallel = DataParallel(model, training._loss, processes)
+    parallel = DataParallel(model, training.updates.compute_loss, processes)
     batch = begin(None).examples.collate([3, 1, 7])
     for frozen in (True, False):
         model.decoder.embedding.weight.requires_grad_(not frozen)
@@ -87,14 +87,14 @@ def compare_labels(processes: Processes) -> None:
     for kind, labels in ((Tagger, [[1, 0, 2]]), (Classifier, [1])):
         torch.manual_seed(1)
         model = kind(9, 3, embedding_size=4, hidden_size=6, dropout=0.0).double()
-        parallel = DataParallel(model, training._loss, processes)
+        parallel = DataParallel(model, training.updates.compute_loss, processes)
         source = torch.tensor([[4, 5, 8]])
         batch = LabelBatch(source, torch.tensor([3]), torch.tensor(labels), [1])
         loss, value = parallel.loss(batch, label_smoothing=0.0)
         loss.backward()
         found = gradients(model)
         model.zero_grad()
-        expected = training._loss(model, batch)
+        expected = training.updates.compute_loss(model, batch)
         expected.backward()
         assert abs(value - expected.item()) < 1e-12
         torch.testing.assert_close(found, gradients(model))

@@ -20,7 +20,7 @@ from pyseq.labeler import Labeler
 from pyseq.labels import Labels
 from pyseq.scheduled import Constant
 from pyseq.tagger import Classifier, Tagger
-from pyseq.text import Vocab
+from pyseq.text import Pair, Vocab, make_pair
 from pyseq.training import LabelerOptions, TrainingOptions
 from pyseq.translator import Translator
 
@@ -129,9 +129,7 @@ def test_other_sizes_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("select", ["loss", "accuracy"])
 @pytest.mark.parametrize("task", EXAMPLES)
 def test_a_resumed_run_ends_like_one_that_was_not(task: str, select: str, tmp_path: Path) -> None:
-    pairs = [
-        training.make_pair(*pair, line, name="x") for line, pair in enumerate(EXAMPLES[task](20, 1))
-    ]
+    pairs = [make_pair(*pair, line, name="x") for line, pair in enumerate(EXAMPLES[task](20, 1))]
     data = training.Data(training.tokenise_labels(pairs, task=task, tokens="space"), "x")  # type: ignore[arg-type]
 
     def begin(out: Path) -> training.Trainer:
@@ -209,7 +207,7 @@ def test_bad_options(options: dict[str, object], error: type[Exception], message
 )
 def test_what_needs_a_decoder_is_refused(options: TrainingOptions, message: str) -> None:
     labeler = Labeler(Tagger(6, 2), Vocab("ab"), Labels("xy"))
-    pairs = [training.Pair(["a"], ["x"], 1)]
+    pairs = [Pair(["a"], ["x"], 1)]
     with pytest.raises(ValueError, match=message):
         training.Trainer(labeler, labeler.encode(pairs, name="x"), options=options)
 

@@ -153,7 +153,7 @@ def test_sgd_takes_the_rate_of_the_schedule() -> None:
         return 1.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "mean_loss", loss)
+        patch.setattr(training.trainer, "mean_loss", loss)
         trainer.run()
     assert moved == [0.8, 0.4, 0.2]
     # One more step: the weights move by rate times clipped gradient, and nothing else.
@@ -247,7 +247,7 @@ def test_the_average_is_judged_and_saved_and_resuming_is_exact(
 
     whole = begin(tmp_path / "whole", options)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "mean_loss", loss)
+        patch.setattr(training.trainer, "mean_loss", loss)
         whole.run()
     best, last = Translator.load(tmp_path / "whole"), Translator.load(tmp_path / "whole" / "last")
     assert torch.equal(best.model.decoder.output.weight, judged[-1])
@@ -274,7 +274,7 @@ def test_the_average_is_judged_and_saved_and_resuming_is_exact(
 def test_train_gives_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     defaults = {"average": "epochs", "average_epochs": 2}
     monkeypatch.setattr(
-        training, "TrainingOptions", lambda **given: TrainingOptions(**defaults, **given)
+        training.short, "TrainingOptions", lambda **given: TrainingOptions(**defaults, **given)
     )
     translator = training.train([("ab", "x"), ("ba", "y")], hidden_size=8, epochs=2, out=tmp_path)
     saved = Translator.load(tmp_path).model.state_dict()
@@ -363,7 +363,7 @@ def test_a_missing_tensorboard_is_missed_before_training(
 def test_patience_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(losses: list[float], patience: int, trainer: Trainer | None = None) -> list[float]:
         values = iter(losses)
-        monkeypatch.setattr(training, "mean_loss", lambda *_, **__: next(values))
+        monkeypatch.setattr(training.trainer, "mean_loss", lambda *_, **__: next(values))
         if trainer is None:
             trainer = begin(tmp_path, replace(OPTIONS, epochs=7, patience=patience))
         return [report.valid_loss or 0.0 for report in trainer.run()]
@@ -377,7 +377,7 @@ def test_patience_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_patience_says_that_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     losses, said = iter([1.0, 2.0]), list[str]()
-    monkeypatch.setattr(training, "mean_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(training.trainer, "mean_loss", lambda *_, **__: next(losses))
     trainer = training.start(
         TRAIN,
         VALID,
@@ -584,7 +584,7 @@ def test_a_signal_while_the_last_epoch_is_finished_is_not_lost(
             os.kill(os.getpid(), signal.SIGINT)
         return loss(*arguments, **options)
 
-    monkeypatch.setattr(training, "mean_loss", interrupted)
+    monkeypatch.setattr(training.trainer, "mean_loss", interrupted)
     with pytest.raises(Interrupted, match="stopped by SIGINT after epoch 4; the checkpoint is in"):
         trainer.run()
     assert contents(tmp_path) == uninterrupted
@@ -629,7 +629,7 @@ def test_the_best_epoch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         weights.append({k: v.clone() for k, v in model.state_dict().items()})
         return next(losses)
 
-    monkeypatch.setattr(training, "mean_loss", loss)
+    monkeypatch.setattr(training.trainer, "mean_loss", loss)
     reports = begin(tmp_path).run()
     assert [report.best for report in reports] == [True, True, False, False]
     best, last = Translator.load(tmp_path), Translator.load(tmp_path / "last")
@@ -722,7 +722,7 @@ def test_train_gives_the_best_epoch_if_it_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([1.0, 2.0])
-    monkeypatch.setattr(training, "mean_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(training.trainer, "mean_loss", lambda *_, **__: next(losses))
     pairs = [("ab", "x"), ("ba", "y")]
     translator = training.train(pairs, validation=pairs, hidden_size=8, epochs=2, out=tmp_path)
     best, last = Translator.load(tmp_path), Translator.load(tmp_path / "last")
@@ -735,8 +735,8 @@ def test_the_best_epoch_may_be_that_with_the_most_right_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses, shares = iter([1.0, 2.0, 3.0]), iter([0.2, 0.5, 0.5])
-    monkeypatch.setattr(training, "mean_loss", lambda *_, **__: next(losses))
-    monkeypatch.setattr(training, "accuracy", lambda *_, **__: next(shares))
+    monkeypatch.setattr(training.trainer, "mean_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(training.trainer, "accuracy", lambda *_, **__: next(shares))
     trainer = begin(tmp_path, replace(OPTIONS, epochs=3, select="accuracy"))
     assert [report.best for report in trainer.run()] == [True, True, False]
     assert [report.valid_accuracy for report in trainer.reports] == [0.2, 0.5, 0.5]

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``pyseq train | predict | evaluate | import | info``.
+
+Each command has a module that reads arguments and files and prints; the work is done by
+``training``, ``translator`` and ``metrics``. What a user can mend ends in one sentence on
+standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from .. import info
+from ..errors import PyseqError
+from ..training import Interrupted
+from . import convert, evaluate, predict, train
+from .common import EXIT_SIGNAL, say
+
+_EXIT_ERROR = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    0: done. 1: an error, described on standard error. 2: wrong arguments. 130 and 143:
+    stopped by SIGINT (Ctrl-C) and SIGTERM.
+
+    Args:
+        argv: arguments without the program's name. Default: those of the process.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], None] = arguments.run
+        run(arguments)
+        sys.stdout.flush()
+    except SystemExit as error:  # argparse: 0 after --help, 2 after wrong arguments
+        return error.code if isinstance(error.code, int) else _EXIT_ERROR
+    except Interrupted as error:
+        say(f"{error}; --resume goes on from there")
+        return EXIT_SIGNAL + error.signum
+    except KeyboardInterrupt:
+        say("stopped")
+        return EXIT_SIGNAL + 2
+    except BrokenPipeError:
+        # Whoever read our output has left; the interpreter's last flush must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_ERROR
+    except PyseqError as error:
+        say(str(error))
+        return _EXIT_ERROR
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"{where}{error.strerror or error}")
+        return _EXIT_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pyseq", description="Recurrent sequence-to-sequence models with fused kernels."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train.add(commands)
+    predict.add(commands)
+    evaluate.add(commands)
+    convert.add(commands)
+    command = commands.add_parser("info", help="print versions, CPU tier, threads")
+    command.set_defaults(run=lambda _: print("\n".join(info.lines())))
+    return parser

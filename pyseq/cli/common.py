@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: what they say, numbers as arguments, and files of pairs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from .. import checkpoint, scheduled, training
+from ..errors import PyseqError
+from ..seq2seq import Seq2Seq
+from ..text import PairsFile, TextPair, read_pairs
+
+#: The task that a saved model was trained for, by what it is.
+TASK_OF: dict[str, training.TaskName] = {"Tagger": "tag", "Classifier": "classify"}
+
+EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
+
+
+def say(text: str) -> None:
+    print(f"pyseq: {text}", file=sys.stderr)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {value}")
+    return value
+
+
+def schedule(text: str) -> scheduled.Schedule:
+    try:
+        return scheduled.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+# argparse prints the name of the function when a text is not a number.
+positive.__name__ = "positive integer"
+share.__name__ = "share"
+
+
+def add_threads(command: Any) -> None:
+    command.add_argument(
+        "--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)"
+    )
+
+
+def begin(arguments: argparse.Namespace) -> None:
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+
+
+def gives_labels(folder: str) -> bool:
+    return checkpoint.kind(folder) != Seq2Seq.__name__
+
+
+def require_one_source(arguments: argparse.Namespace) -> None:
+    if (arguments.pairs is None) != (arguments.task == "g2p"):
+        raise PyseqError("give either a file of pairs or --task g2p")
+
+
+def read_texts(path: str, *, skip_bad_lines: bool) -> list[TextPair]:
+    found: PairsFile = read_pairs(path, skip_bad_lines=skip_bad_lines)
+    if found.skipped:
+        say(f"{len(found.skipped)} bad lines left out, the first: {found.skipped[0]}")
+    return found.pairs

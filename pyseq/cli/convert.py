@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyseq import``: another library's model as one of pyseq."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .. import checkpoint, importers
+from ..errors import PyseqError
+from .common import say
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    command = commands.add_parser(
+        "import",
+        help="turn a model of another library into one of pyseq",
+        description="Read a checkpoint of another library, without running what is in it, and "
+        "save the model for pyseq predict and pyseq evaluate.",
+    )
+    command.set_defaults(run=_import)
+    command.add_argument("checkpoint", metavar="FILE", help="the other library's file")
+    command.add_argument(
+        "--from", dest="layout", required=True, choices=importers.LAYOUTS, help="the library"
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the model that DIR holds"
+    )
+    for side in ("source", "target"):
+        command.add_argument(
+            f"--{side}-vocab",
+            metavar="FILE",
+            help=f"the library's vocabulary of the {side}, where the checkpoint does not hold it",
+        )
+    command.add_argument(
+        "--initial-state",
+        choices=("zero", "last"),
+        help="of a joeynmt decoder without bridge: init_hidden in its configuration",
+    )
+    command.add_argument(
+        "--scaled-embeddings",
+        action="store_true",
+        help="of a joeynmt model: scale is set for the embeddings in its configuration",
+    )
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    if checkpoint.exists(arguments.out) and not arguments.overwrite:
+        raise PyseqError(
+            f"{arguments.out}: holds a model already; give --overwrite to replace it, or another "
+            "--out"
+        )
+    try:
+        translator = importers.read_model(
+            arguments.layout,
+            arguments.checkpoint,
+            source_vocab=arguments.source_vocab,
+            target_vocab=arguments.target_vocab,
+            initial_state=arguments.initial_state,
+            scaled_embeddings=arguments.scaled_embeddings,
+        )
+    except PyseqError:
+        raise
+    except ValueError as error:  # options that do not go together
+        raise PyseqError(str(error)) from error
+    translator.save(arguments.out)
+    say(
+        f"{len(translator.source_vocab):,} source and {len(translator.target_vocab):,} target "
+        f"symbols, {sum(p.numel() for p in translator.model.parameters()):,} weights"
+    )

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyseq train``: a model from a file of pairs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import checkpoint, distributed, g2p, metrics, training
+from ..embeddings import EmbeddingsFile
+from ..errors import PyseqError
+from ..text import Pair, Tokenizer, hold_out
+from ..text import tokenise_pairs as tokenise
+from ..training import Data, Interrupted, LabelerOptions, ModelOptions, Trainer, TrainingOptions
+from ..translator import Translator
+from .common import EXIT_SIGNAL, TASK_OF, begin, read_texts, require_one_source, say
+from .train_arguments import add_arguments
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    command = commands.add_parser(
+        "train",
+        help="train a model from a file of pairs",
+        description="Train a model. PAIRS.tsv holds one pair a line, source and target "
+        "separated by a tab, in UTF-8; further columns are ignored, or hold extra information. "
+        "For --task tag the target is one label for each token of the source, separated by "
+        "spaces; for --task classify it is one label. DIR gets the best model, DIR/last the last "
+        "checkpoint.",
+    )
+    command.set_defaults(run=_train)
+    add_arguments(command)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    begin(arguments)
+    require_one_source(arguments)
+    if arguments.task == "g2p":
+        metrics.require_packages(text_scores=False)
+    out = Path(arguments.out)
+    if not arguments.resume and not arguments.overwrite:
+        for folder in (out, out / training.LAST):
+            if checkpoint.exists(folder):
+                raise PyseqError(
+                    f"{folder}: holds a model already; give --resume to go on with it, "
+                    "--overwrite to begin anew, or another --out"
+                )
+    with distributed.joined(torch.device("cpu")) as processes:
+        trainer = _resume(arguments, out) if arguments.resume else _start(arguments, out)
+        if not processes.is_first:
+            try:
+                trainer.run()
+            except Interrupted as error:  # the first one says so
+                raise SystemExit(EXIT_SIGNAL + error.signum) from error
+            return
+        validation = trainer.validation
+        say(
+            f"{len(trainer.examples):,} training pairs, "
+            f"{0 if validation is None else len(validation):,} for validation, "
+            f"{sum(p.numel() for p in trainer.model.parameters()):,} weights, "
+            f"{torch.get_num_threads()} threads"
+            + (f" in each of {processes.count} processes" if processes.count > 1 else "")
+        )
+        trainer.run()
+    if arguments.task == "g2p":
+        print(g2p.summary(Translator.load(out)))
+
+
+def _names(options: type) -> list[str]:
+    return [field.name for field in fields(options)]
+
+
+def _label_options(arguments: argparse.Namespace) -> LabelerOptions:
+    """What a Tagger or Classifier is made of; what belongs to a decoder is refused."""
+    given = set(_given(arguments, ModelOptions)) - set(_names(LabelerOptions))
+    others = ("target_tokens", "target_embeddings", "reverse_source", "min_count")
+    for name in (*sorted(given), *(name for name in others if getattr(arguments, name))):
+        raise PyseqError(f"a model of labels has no decoder and takes no {name}: leave it out")
+    return LabelerOptions(**_given(arguments, LabelerOptions))
+
+
+def _given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The fields of an options class that were given as arguments."""
+    names = _names(options)
+    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    if given.get("score") == "none":
+        given["score"] = None
+        given.setdefault("input_feeding", False)  # what is fed back is made by attention
+    return given
+
+
+def _embeddings_file(arguments: argparse.Namespace, side: str) -> EmbeddingsFile | None:
+    path = getattr(arguments, f"{side}_embeddings")
+    if path is None:
+        return None
+    return EmbeddingsFile(path, format=arguments.embeddings_format, fold_case=arguments.fold_case)
+
+
+def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
+    tokens = (
+        arguments.source_tokens or arguments.tokens or "char",
+        arguments.target_tokens or arguments.tokens or "char",
+    )
+    if arguments.task in training.TASKS:
+        source_tokens = training.LABELER_TOKENS[arguments.task]
+        tokens = (arguments.source_tokens or arguments.tokens or source_tokens, "space")
+    model_given = _given(arguments, ModelOptions)
+    training_given = _given(arguments, TrainingOptions)
+    if arguments.task == "g2p":
+        tokens = (g2p.SOURCE_TOKENS, g2p.TARGET_TOKENS)
+        model_given = {**g2p.MODEL, **model_given}
+        training_given = {**g2p.TRAINING, **training_given}
+    try:
+        options = TrainingOptions(**training_given)
+        data, validation = _data(arguments, tokens, options.seed, model_given)
+        if arguments.task in training.TASKS:
+            return training.start_labeler(
+                data,
+                validation,
+                task=arguments.task,
+                tokens=tokens[0],
+                model=_label_options(arguments),
+                options=options,
+                out=out,
+                progress=True,
+                log=say,
+                tensorboard=arguments.tensorboard,
+                source_embeddings=_embeddings_file(arguments, "source"),
+            )
+        if hasattr(arguments, "pooling"):
+            raise PyseqError("--pooling goes with --task classify")
+        return training.start(
+            data,
+            validation,
+            tokens=tokens,
+            reverse_source=arguments.reverse_source,
+            min_count=arguments.min_count or 1,
+            model=ModelOptions(**model_given),
+            options=options,
+            out=out,
+            progress=True,
+            log=say,
+            tensorboard=arguments.tensorboard,
+            source_embeddings=_embeddings_file(arguments, "source"),
+            target_embeddings=_embeddings_file(arguments, "target"),
+        )
+    except PyseqError:
+        raise
+    except ValueError as error:  # an option that argparse cannot judge
+        raise PyseqError(str(error)) from error
+
+
+def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
+    saved, state = training.last_checkpoint(out)
+    tokens = (saved.source_tokens or "char", saved.target_tokens or "char")
+    task = TASK_OF.get(type(saved.model).__name__)
+    if arguments.task not in (task, None if task is not None else "g2p"):
+        raise PyseqError(f"--resume goes on with --task {task}, got {arguments.task}")
+    if task is not None:
+        _label_options(arguments)
+        arguments.task = task
+        tokens = (tokens[0], tokens[0])  # --tokens is about the source
+    begun = vars(training.begun_options(state))
+    _refuse_changes(arguments, {**saved.model.config, **begun}, tokens)
+    if arguments.reverse_source and not saved.reverse_source:
+        raise PyseqError(
+            "--resume goes on with sources as they stand: leave --reverse-source out, or begin "
+            "a new run"
+        )
+    seed = state.record["options"]["seed"]
+    data, validation = _data(arguments, tokens, seed, saved.model.config)
+    return training.resume(
+        data,
+        validation,
+        out=out,
+        epochs=getattr(arguments, "epochs", None),
+        checkpoint_every=getattr(arguments, "checkpoint_every", None),
+        patience=getattr(arguments, "patience", None),
+        progress=True,
+        log=say,
+        tensorboard=arguments.tensorboard,
+        source_embeddings=_embeddings_file(arguments, "source"),
+        target_embeddings=_embeddings_file(arguments, "target"),
+    )
+
+
+def _refuse_changes(
+    arguments: argparse.Namespace, options: dict[str, Any], tokens: tuple[str, str]
+) -> None:
+    """Refuse arguments that contradict the run to be resumed."""
+    now: dict[str, Any] = {}
+    for kind in (ModelOptions, LabelerOptions, TrainingOptions):
+        now |= _given(arguments, kind)
+    before = {**options, "source_tokens": tokens[0], "target_tokens": tokens[1]}
+    for side in ("source_tokens", "target_tokens"):
+        value = getattr(arguments, side) or arguments.tokens
+        if value is not None:
+            now[side] = value
+    for name, value in now.items():
+        if name not in training.FREE_ON_RESUME and before.get(name) != value:
+            raise PyseqError(
+                f"--resume goes on with {name} = {before.get(name)}, got {value}: leave the "
+                "option out, or begin a new run"
+            )
+
+
+def _data(
+    arguments: argparse.Namespace, tokens: tuple[str, str], seed: int, options: Mapping[str, Any]
+) -> tuple[Data, Data | None]:
+    """Training and validation pairs, for a model with these options."""
+    if arguments.task == "g2p":
+        parts = g2p.load()
+        return (
+            Data(g2p.pairs(parts.train), "cmudict (training words)"),
+            Data(g2p.pairs(parts.validation), "cmudict (validation words)"),
+        )
+
+    def read(path: str) -> list[Pair]:
+        texts = read_texts(path, skip_bad_lines=arguments.skip_bad_lines)
+        if arguments.task in training.TASKS:
+            return training.tokenise_labels(texts, task=arguments.task, tokens=tokens[0])
+        return tokenise(
+            texts,
+            source=Tokenizer(tokens[0]),
+            target=Tokenizer(tokens[1]),
+            extra_sizes=(options.get("source_extra_size"), options.get("target_extra_size")),
+            name=path,
+        )
+
+    pairs = read(arguments.pairs)
+    if arguments.valid is not None:
+        held = read(arguments.valid)
+        return Data(pairs, arguments.pairs), Data(held, arguments.valid)
+    pairs, held = hold_out(pairs, arguments.valid_share, seed=seed)
+    return Data(pairs, arguments.pairs), Data(held, arguments.pairs) if held else None

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs as padded batches of ids, ordered by length or shuffled."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..errors import DataError
+from ..types import PAD, START, STOP
+from .pairs import Extra, Pair
+from .vocab import Vocab
+
+SourceMarks = Literal["stop", "none", "both"]
+SOURCE_MARKS: tuple[str, ...] = ("stop", "none", "both")
+
+
+class Batch(NamedTuple):
+    """Padded examples; the rows are in no particular order."""
+
+    source: Tensor  # (B, S) int64, ends with STOP, padded with PAD
+    source_lengths: Tensor  # (B,) int64, STOP included
+    target_in: Tensor  # (B, T) int64, begins with START
+    target_out: Tensor  # (B, T) int64, target_in shifted by one, ends with STOP
+    lines: list[int]  # where each row came from
+    #: (B, S) int64, the sources in ids of the target, PAD where nothing may be copied; None
+    #: for a model that does not copy.
+    copies: Tensor | None = None
+    source_extra: Tensor | None = None  # (B, Z), extra information for the encoder
+    target_extra: Tensor | None = None  # (B, Z), for the decoder
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the model reads."""
+        return self.source, self.source_lengths, self.target_in
+
+    @property
+    def options(self) -> dict[str, Tensor]:
+        """What it reads besides, by the name of the argument."""
+        given = {
+            "source_extra": self.source_extra,
+            "target_extra": self.target_extra,
+            "copies": self.copies,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def expected(self) -> Tensor:
+        """What it should predict."""
+        return self.target_out
+
+    @property
+    def counted(self) -> Tensor:
+        """Which of these count, bool."""
+        return self.target_out != PAD
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(
+            self.source.to(device),
+            self.source_lengths.to(device),
+            self.target_in.to(device),
+            self.target_out.to(device),
+            self.lines,
+            None if self.copies is None else self.copies.to(device),
+            *(None if z is None else z.to(device) for z in (self.source_extra, self.target_extra)),
+        )
+
+    def share(self, rank: int, count: int) -> Batch:
+        """Every ``count``-th row from ``rank`` on, perhaps none, with no more padding than needed.
+
+        Rows lie in order of length, so that of ``count`` shares each has long and short ones.
+        """
+        rows = slice(rank, None, count)
+        lengths = self.source_lengths[rows]
+        source_size = int(lengths.max()) if len(lengths) else 0
+        target_size = int(self.counted[rows].sum(1).max()) if len(lengths) else 0
+        return Batch(
+            self.source[rows, :source_size],
+            lengths,
+            self.target_in[rows, :target_size],
+            self.target_out[rows, :target_size],
+            self.lines[rows],
+            None if self.copies is None else self.copies[rows, :source_size],
+            *(None if z is None else z[rows] for z in (self.source_extra, self.target_extra)),
+        )
+
+
+def pad(rows: Sequence[Sequence[int]], *, value: int = PAD) -> tuple[Tensor, Tensor]:
+    """Rows of numbers as one (B, S) int64 tensor padded with ``value``, and lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value), lengths
+
+
+def encode_sources(
+    vocab: Vocab, lines: Sequence[Sequence[str]], *, marks: SourceMarks = "stop"
+) -> tuple[Tensor, Tensor]:
+    """Tokenised sources as the encoder reads them: (B, S) int64 and lengths (B,).
+
+    Args:
+        vocab: what gives the ids.
+        lines: the tokens of each.
+        marks: ``"stop"``: each ends with ``STOP``, so that an empty line too has something to
+            attend to; ``"both"``: it begins with ``START`` besides; ``"none"``: nothing is added.
+    """
+    before = [START] if marks == "both" else []
+    after = [] if marks == "none" else [STOP]
+    return pad([[*before, *vocab.encode(line), *after] for line in lines])
+
+
+def encode_copies(vocab: Vocab, lines: Sequence[Sequence[str]]) -> tuple[Tensor, list[list[str]]]:
+    """Tokenised sources as a model that copies takes them, beside :func:`encode_sources`.
+
+    Args:
+        vocab: that of the target.
+        lines: the sources.
+
+    Returns:
+        (B, S) int64, ``PAD`` for the ``STOP`` at the end, and for each line the tokens that the
+        vocabulary lacks, in the order of their ids.
+    """
+    rows = [vocab.extend(line) for line in lines]
+    return pad([[*ids, PAD] for ids, _ in rows])[0], [extra for _, extra in rows]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pairs as ids, kept unpadded; the two special symbols are added when collating."""
+
+    sources: list[list[int]]
+    targets: list[list[int]]
+    lines: list[int]
+    name: str  # the file, for messages
+    copies: list[list[int]] | None = None  # the sources in ids of the target, to be copied
+    extras: list[Extra] | None = None
+
+    @classmethod
+    def encode(
+        cls,
+        pairs: Sequence[Pair],
+        source_vocab: Vocab,
+        target_vocab: Vocab,
+        *,
+        name: str,
+        copy: bool = False,
+    ) -> Examples:
+        """``pairs`` in the ids of two vocabularies.
+
+        Args:
+            pairs, source_vocab, target_vocab, name: see there.
+            copy: whether tokens of the source may be copied; in a target those that the
+                vocabulary lacks then have ids beyond it.
+        """
+        extended = [target_vocab.extend(pair.source) if copy else ([], []) for pair in pairs]
+        return cls(
+            [source_vocab.encode(pair.source) for pair in pairs],
+            [
+                target_vocab.encode(pair.target, extra=extra)
+                for pair, (_, extra) in zip(pairs, extended, strict=True)
+            ],
+            [pair.line for pair in pairs],
+            name,
+            [ids for ids, _ in extended] if copy else None,
+            [pair.extra for pair in pairs] if any(any(pair.extra) for pair in pairs) else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def collate(self, indices: Sequence[int]) -> Batch:
+        """The examples at ``indices`` as one padded batch."""
+        source, source_lengths = pad([[*self.sources[i], STOP] for i in indices])
+        target, _ = pad([[START, *self.targets[i], STOP] for i in indices])
+        # Shorter rows still hold STOP in target_in; the loss ignores what it predicts
+        # there, because target_out is PAD.
+        return Batch(
+            source,
+            source_lengths,
+            target[:, :-1],
+            target[:, 1:],
+            [self.lines[i] for i in indices],
+            None if self.copies is None else pad([[*self.copies[i], PAD] for i in indices])[0],
+            *extra_tensors([] if self.extras is None else [self.extras[i] for i in indices]),
+        )
+
+    def by_length(self, indices: Iterable[int]) -> list[int]:
+        """``indices`` sorted by target and then source length; equal ones keep their order."""
+        return sorted(indices, key=lambda i: (len(self.targets[i]), len(self.sources[i])))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all ids: tells whether two runs train on the same data."""
+        digest = hashlib.sha256()
+        for source, target in zip(self.sources, self.targets, strict=True):
+            digest.update(f"{source}{target}\n".encode())
+        for copied in self.copies or ():
+            digest.update(f"{copied}\n".encode())
+        for extra in self.extras or ():
+            digest.update(f"{extra}\n".encode())
+        return digest.hexdigest()
+
+
+def extra_tensors(extras: Sequence[Extra]) -> tuple[Tensor | None, Tensor | None]:
+    """(B, Z) for the source and for the target, each None if there is none."""
+    source = torch.tensor([extra.source for extra in extras])
+    target = torch.tensor([extra.target for extra in extras])
+    return source if source.numel() else None, target if target.numel() else None
+
+
+B = TypeVar("B", covariant=True)
+
+
+class ExampleSet(Protocol[B]):
+    """Examples to make batches of: :class:`Examples`, or those of another task."""
+
+    @property
+    def name(self) -> str:
+        """The file, for messages."""
+
+    def __len__(self) -> int: ...
+
+    def collate(self, indices: Sequence[int]) -> B:
+        """The examples at ``indices`` as one batch."""
+
+    def by_length(self, indices: Iterable[int]) -> list[int]:
+        """``indices`` sorted by length; equal ones keep their order."""
+
+    def fingerprint(self) -> str:
+        """Tells whether two sets are the same."""
+
+
+def ordered_batches(examples: ExampleSet[B], batch_size: int) -> Iterator[B]:
+    """Every example once, shortest first: for validation."""
+    order = examples.by_length(range(len(examples)))
+    for start in range(0, len(order), batch_size):
+        yield examples.collate(order[start : start + batch_size])
+
+
+class BucketedBatches(Generic[B]):
+    """Shuffled batches of examples of similar length, epoch after epoch.
+
+    Each epoch shuffles the examples, sorts pools of ``POOL`` batches by length, cuts them
+    into batches and shuffles the batches. All chance comes from a generator of its own,
+    so the place in the data is two things: the generator's state at the beginning of the
+    epoch, and how many batches of it are done.
+
+    Args:
+        examples: what to draw from; not empty.
+        batch_size: rows of a batch; the last one may have fewer.
+        seed: fixes the order.
+    """
+
+    POOL = 64
+
+    def __init__(self, examples: ExampleSet[B], batch_size: int, *, seed: int) -> None:
+        if not len(examples):
+            raise DataError(f"{examples.name}: no pairs to train on")
+        self.examples = examples
+        self.batch_size = batch_size
+        self.position = 0  # batches of this epoch that were handed out
+        self._generator = torch.Generator().manual_seed(seed)
+        self._begin_epoch()
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.examples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[B]:
+        """The rest of this epoch."""
+        while self.position < len(self):
+            self.position += 1
+            yield self.examples.collate(self._plan[self.position - 1])
+
+    def next_epoch(self) -> None:
+        """Shuffle anew and go to the first batch."""
+        self.position = 0
+        self._begin_epoch()
+
+    def state(self) -> tuple[Tensor, int]:
+        """Generator state (N,) uint8 at the beginning of the epoch, and batches done."""
+        return self._epoch_state, self.position
+
+    def restore(self, generator_state: Tensor, position: int) -> None:
+        """Go to the place that :meth:`state` told."""
+        self._generator.set_state(generator_state)
+        self._begin_epoch()
+        self.position = position
+
+    def _begin_epoch(self) -> None:
+        self._epoch_state = self._generator.get_state()
+        shuffled = self._permutation(len(self.examples))
+        size, batches = self.batch_size, []
+        for start in range(0, len(shuffled), size * self.POOL):
+            pool = self.examples.by_length(shuffled[start : start + size * self.POOL])
+            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+        self._plan = [batches[i] for i in self._permutation(len(batches))]
+
+    def _permutation(self, count: int) -> list[int]:
+        return torch.randperm(count, generator=self._generator).tolist()
