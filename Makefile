@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# make cuda-check compiles the CUDA sources and needs nvcc only.
 # make demo, test, bench, lint: each makes .venv, installs torch and what it needs, builds
 # pyseq, and runs. A second call does again only what a change of the sources asks for.
 # Set on the command line: PYTHON (makes .venv), TORCH (what pip installs as torch), MAX_JOBS,
@@ -15,7 +16,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 # One file for each wish of torch, so that another wish installs anew.
 TORCH_STAMP := $(VENV)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1).stamp
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint cuda-check clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -32,7 +33,11 @@ lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(VENV)/bin/clang-format --dry-run --Werror \
+	  $$(find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+cuda-check:
+	.ci/cuda-check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pyseq/_build.py pyseq/_C.*.so

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// How kernels are launched: by name and struct of arguments, on the device or, in the tests, on
+// the CPU. Nothing here synchronises.
+#pragma once
+
+#include "device.h"
+
+#ifdef PYSEQ_CUDA_SHIM
+using cudaStream_t = void*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+#endif
+
+namespace pyseq::cuda {
+
+struct Grid {
+  int x, y;
+  int threads;            // of a block: whole warps
+  int64_t shared = 0;     // bytes of dynamic shared memory
+  bool together = false;  // every block must be resident at once, or the launch fails
+};
+
+#ifdef PYSEQ_CUDA_SHIM
+
+template <class... Args>
+cudaError_t launch(void (*kernel)(Args...), const Grid& grid, cudaStream_t, Args... args) {
+  return shim::run_grid(grid.x, grid.y, grid.threads, grid.shared, [&] { kernel(args...); });
+}
+
+// How many blocks can be resident at once.
+template <class... Args>
+cudaError_t resident_blocks(void (*)(Args...), int, int64_t, int* blocks) {
+  *blocks = shim::kResidentBlocks;
+  return cudaSuccess;
+}
+
+#else
+
+// More than 48 KB a block must be asked for.
+template <class... Args>
+cudaError_t allow_shared(void (*kernel)(Args...), int64_t shared) {
+  constexpr int64_t kWithoutAsking = 48 << 10;
+  if (shared <= kWithoutAsking) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(shared));
+}
+
+template <class... Args>
+cudaError_t launch(void (*kernel)(Args...), const Grid& grid, cudaStream_t stream, Args... args) {
+  if (const cudaError_t error = allow_shared(kernel, grid.shared); error != cudaSuccess) {
+    return error;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared);
+  config.stream = stream;
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  config.attrs = &together;
+  config.numAttrs = grid.together ? 1 : 0;
+  void* pointers[] = {static_cast<void*>(&args)...};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
+}
+
+// How many blocks can be resident at once on the current device.
+template <class... Args>
+cudaError_t resident_blocks(void (*kernel)(Args...), int threads, int64_t shared, int* blocks) {
+  *blocks = 0;
+  int device = 0, multiprocessors = 0, each = 0;
+  if (const cudaError_t error = allow_shared(kernel, shared); error != cudaSuccess) return error;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (const cudaError_t error =
+          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+      error != cudaSuccess) {
+    return error;
+  }
+  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &each, reinterpret_cast<const void*>(kernel), threads, static_cast<size_t>(shared));
+      error != cudaSuccess) {
+    return error;
+  }
+  *blocks = each * multiprocessors;
+  return cudaSuccess;
+}
+
+#endif
+
+}  // namespace pyseq::cuda
