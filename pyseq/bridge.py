@@ -15,6 +15,7 @@ from torch.nn import init
 
 from ._checks import check_positive, check_shape
 from .nn import cell_name
+from .nn._common import Device
 from .types import State, state_parts
 
 __all__ = ["BRIDGES", "Bridge", "BridgeName"]
@@ -45,6 +46,7 @@ class Bridge(torch.nn.Module):
             directions of a layer side by side.
         decoder_layers, decoder_size: those of the decoder's.
         c_from_h: make the c of an LSTM of h; for ``"linear"``, ``"tanh"`` and ``"relu"``.
+        device, dtype: of the parameters.
 
     Attributes:
         weight_h, weight_c: ``W`` (decoder_layers * decoder_size, encoder_layers *
@@ -76,6 +78,8 @@ class Bridge(torch.nn.Module):
         decoder_layers: int,
         decoder_size: int,
         c_from_h: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_positive(
@@ -108,9 +112,11 @@ class Bridge(torch.nn.Module):
         for part in ("h", "c"):
             weight = bias = None
             if part in parts and kind in ("linear", "tanh", "relu"):
-                weight = torch.nn.Parameter(torch.empty(outputs, inputs))
+                weight = torch.nn.Parameter(
+                    torch.empty(outputs, inputs, device=device, dtype=dtype)
+                )
             if part in parts and kind in ("linear", "tanh", "relu", "learned"):
-                bias = torch.nn.Parameter(torch.empty(outputs))
+                bias = torch.nn.Parameter(torch.empty(outputs, device=device, dtype=dtype))
             self.register_parameter(f"weight_{part}", weight)
             self.register_parameter(f"bias_{part}", bias)
         self.reset_parameters()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .nn._common import Device
 from .types import PAD, UNK, Copies
 
 CopyName = Literal["pointer", "joint"]
@@ -39,6 +40,7 @@ class Copying(torch.nn.Module):
     Args:
         kind: ``"pointer"`` or ``"joint"``.
         hidden_size, memory_size, embedding_size: H, M, E.
+        device, dtype: of the parameters.
 
     Raises:
         ValueError: ``kind`` is unknown.
@@ -49,15 +51,25 @@ class Copying(torch.nn.Module):
     """
 
     def __init__(
-        self, kind: str, *, hidden_size: int, memory_size: int, embedding_size: int
+        self,
+        kind: str,
+        *,
+        hidden_size: int,
+        memory_size: int,
+        embedding_size: int,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if kind not in COPIES:
             raise ValueError(f"copy must be one of {', '.join(COPIES)} or None, got {kind!r}")
-        self.query = torch.nn.Linear(hidden_size, memory_size, bias=False)
+        self.query = torch.nn.Linear(
+            hidden_size, memory_size, bias=False, device=device, dtype=dtype
+        )
         self.gate: torch.nn.Linear | None = None
         if kind == "pointer":
-            self.gate = torch.nn.Linear(memory_size + hidden_size + embedding_size, 1)
+            inputs = memory_size + hidden_size + embedding_size
+            self.gate = torch.nn.Linear(inputs, 1, device=device, dtype=dtype)
 
     def forward(
         self, logits: Tensor, hidden: Tensor, memory: Tensor, embedded: Tensor, copies: Copies

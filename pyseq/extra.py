@@ -16,6 +16,7 @@ from torch.nn import init
 from torch.nn.functional import linear
 
 from ._checks import check_like, check_positive, check_shape, check_tensor
+from .nn._common import Device
 from .types import Copies
 
 __all__ = [
@@ -52,6 +53,7 @@ class ExtraInformation(torch.nn.Module):
         size: H, numbers of h.
         extra_size: Z, numbers of z.
         hidden_size: units of F's hidden layer, for ``"mlp"``. Default: no hidden layer.
+        device, dtype: of the parameters.
 
     Attributes:
         weight: ``W_z`` (H, Z), ``W_c`` (H, Z + H) with the columns [z; h], or ``W_h`` (H, H).
@@ -70,7 +72,14 @@ class ExtraInformation(torch.nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, mode: str, size: int, extra_size: int, *, hidden_size: int | None = None
+        self,
+        mode: str,
+        size: int,
+        extra_size: int,
+        *,
+        hidden_size: int | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if mode not in EXTRA_MODES:
@@ -84,15 +93,17 @@ class ExtraInformation(torch.nn.Module):
         self.size = size
         self.extra_size = extra_size
         columns = {"add": extra_size, "concat": extra_size + size, "mlp": size}[mode]
-        self.weight = torch.nn.Parameter(torch.empty(size, columns))
-        bias = torch.nn.Parameter(torch.empty(size)) if mode == "concat" else None
+        weight = torch.empty(size, columns, device=device, dtype=dtype)
+        self.weight = torch.nn.Parameter(weight)
+        bias = torch.nn.Parameter(weight.new_empty(size)) if mode == "concat" else None
         self.register_parameter("bias", bias)
         self.hidden: torch.nn.Linear | None = None
         self.output: torch.nn.Linear | None = None
         if mode == "mlp":
             if hidden_size is not None:
-                self.hidden = torch.nn.Linear(extra_size, hidden_size)
-            self.output = torch.nn.Linear(hidden_size or extra_size, size)
+                self.hidden = torch.nn.Linear(extra_size, hidden_size, device=device, dtype=dtype)
+            inputs = hidden_size or extra_size
+            self.output = torch.nn.Linear(inputs, size, device=device, dtype=dtype)
         self._reset()
 
     def _reset(self) -> None:
@@ -169,7 +180,9 @@ class ExtraOptions(NamedTuple):
     hidden_size: int | None = None
     place: str = "output"
 
-    def build(self, size: int) -> ExtraInformation:
+    def build(
+        self, size: int, *, device: Device = None, dtype: torch.dtype | None = None
+    ) -> ExtraInformation:
         """The module for vectors of ``size`` numbers.
 
         Raises:
@@ -179,7 +192,9 @@ class ExtraOptions(NamedTuple):
             raise ValueError(
                 f"extra_place must be one of {', '.join(EXTRA_PLACES)}, got {self.place!r}"
             )
-        return ExtraInformation(self.mode, size, self.size, hidden_size=self.hidden_size)
+        return ExtraInformation(
+            self.mode, size, self.size, hidden_size=self.hidden_size, device=device, dtype=dtype
+        )
 
 
 class Conditions(NamedTuple):

@@ -15,9 +15,16 @@ from torch import Tensor
 from . import functional
 from ._checks import check_positive, check_shape
 from ._dropout import apply_dropout
-from .nn import cell_name
 from .seq2seq import Encoder, Seq2Seq, valid_steps
-from .types import IGNORE, UNK, state_parts
+from .seq2seq.inputs import check_vocab_size
+from .seq2seq.options import (
+    ClassifierArguments,
+    Placing,
+    TaggerArguments,
+    config_of,
+    takes,
+)
+from .types import IGNORE, state_parts
 
 __all__ = ["POOLINGS", "AnyModel", "Classifier", "PoolingName", "Tagger"]
 
@@ -28,52 +35,30 @@ POOLINGS: tuple[str, ...] = ("last", "mean", "max")
 class _Labelling(torch.nn.Module):
     """What both models are made of, and their loss."""
 
-    def __init__(
-        self,
-        source_vocab_size: int | None,
-        num_labels: int,
-        *,
-        embedding_size: int,
-        hidden_size: int,
-        num_layers: int,
-        cell: str,
-        bidirectional: bool,
-        dropout: float,
-        source_features: int | None,
-    ) -> None:
+    def __init__(self, options: TaggerArguments | ClassifierArguments) -> None:
         super().__init__()
-        check_positive(num_labels=num_labels)
-        if isinstance(source_vocab_size, int) and source_vocab_size <= UNK:
-            raise ValueError(
-                f"source_vocab_size must be at least {UNK + 1}, for the special tokens, got "
-                f"{source_vocab_size}"
-            )
-        self._config: dict[str, Any] = {
-            "source_vocab_size": source_vocab_size,
-            "num_labels": num_labels,
-            "embedding_size": embedding_size,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "cell": cell_name(cell),
-            "bidirectional": bidirectional,
-            "dropout": dropout,
-            "source_features": source_features,
-        }
+        check_positive(num_labels=options.num_labels)
+        if options.source_vocab_size is not None:  # else the encoder asks for features
+            check_vocab_size("source_vocab_size", options.source_vocab_size)
+        self._config = config_of(options)
+        place: Placing = {"device": options.device, "dtype": options.dtype}
         self.encoder = Encoder(
-            source_vocab_size,
-            embedding_size=embedding_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            cell=cell,
-            bidirectional=bidirectional,
-            dropout=dropout,
-            features=source_features,
+            options.source_vocab_size,
+            embedding_size=options.embedding_size,
+            hidden_size=options.hidden_size,
+            num_layers=options.num_layers,
+            cell=options.cell,
+            bidirectional=options.bidirectional,
+            dropout=options.dropout,
+            features=options.source_features,
+            **place,
         )
-        self.output = torch.nn.Linear(hidden_size, num_labels)
+        self.output = torch.nn.Linear(options.hidden_size, options.num_labels, **place)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments by name: ``type(model)(**model.config)`` is its like."""
+        """The constructor's arguments by name, without device and dtype:
+        ``type(model)(**model.config)`` is its like."""
         return dict(self._config)
 
     def embeddings(self) -> dict[str, torch.nn.Embedding]:
@@ -106,6 +91,7 @@ class Tagger(_Labelling):
         dropout: probability of zeroing a feature of the embeddings, between layers, and of
             what the output layer reads, in training.
         source_features: D, where the source is no tokens but (B, S, D) features.
+        device, dtype: of the parameters.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
@@ -115,30 +101,9 @@ class Tagger(_Labelling):
         Huang et al. 2015, arXiv 1508.01991, section 2.3 (without the CRF).
     """
 
-    def __init__(
-        self,
-        source_vocab_size: int | None,
-        num_labels: int,
-        *,
-        embedding_size: int = 256,
-        hidden_size: int = 256,
-        num_layers: int = 1,
-        cell: str = "lstm",
-        bidirectional: bool = True,
-        dropout: float = 0.1,
-        source_features: int | None = None,
-    ) -> None:
-        super().__init__(
-            source_vocab_size,
-            num_labels,
-            embedding_size=embedding_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            cell=cell,
-            bidirectional=bidirectional,
-            dropout=dropout,
-            source_features=source_features,
-        )
+    @takes(TaggerArguments)
+    def __init__(self, options: TaggerArguments) -> None:
+        super().__init__(options)
 
     def forward(self, source: Tensor, source_lengths: Tensor) -> Tensor:
         """Logits of the labels of every token.
@@ -202,7 +167,7 @@ class Classifier(_Labelling):
 
     Args:
         source_vocab_size, num_labels, embedding_size, hidden_size, num_layers, cell,
-            bidirectional, dropout, source_features: as in :class:`Tagger`.
+            bidirectional, dropout, source_features, device, dtype: as in :class:`Tagger`.
         pooling: one of the above.
 
     Raises:
@@ -212,35 +177,14 @@ class Classifier(_Labelling):
         Conneau et al. 2017, arXiv 1705.02364, section 3.2 (last, mean and max).
     """
 
-    def __init__(
-        self,
-        source_vocab_size: int | None,
-        num_labels: int,
-        *,
-        embedding_size: int = 256,
-        hidden_size: int = 256,
-        num_layers: int = 1,
-        cell: str = "lstm",
-        bidirectional: bool = True,
-        dropout: float = 0.1,
-        source_features: int | None = None,
-        pooling: str = "last",
-    ) -> None:
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
-        super().__init__(
-            source_vocab_size,
-            num_labels,
-            embedding_size=embedding_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            cell=cell,
-            bidirectional=bidirectional,
-            dropout=dropout,
-            source_features=source_features,
-        )
-        self._config["pooling"] = pooling
-        self.pooling = cast(PoolingName, pooling)
+    @takes(ClassifierArguments)
+    def __init__(self, options: ClassifierArguments) -> None:
+        if options.pooling not in POOLINGS:
+            raise ValueError(
+                f"pooling must be one of {', '.join(POOLINGS)}, got {options.pooling!r}"
+            )
+        super().__init__(options)
+        self.pooling = cast(PoolingName, options.pooling)
 
     def _pooled(self, source: Tensor, lengths: Tensor) -> Tensor:
         """What the output layer reads (B, H)."""

@@ -82,13 +82,41 @@ def test_config_rebuilds_the_model() -> None:
     first = Seq2Seq(11, 9, **options)  # type: ignore[arg-type]
     given = {"source_vocab_size": 11, "target_vocab_size": 9, **options}
     assert given.items() <= first.config.items()
-    assert first.config.keys() == inspect.signature(Seq2Seq).parameters.keys()
+    assert first.config.keys() | {"device", "dtype"} == inspect.signature(Seq2Seq).parameters.keys()
     second = Seq2Seq(**json.loads(json.dumps(first.config)))
     second.load_state_dict(first.state_dict())
     data = batch()
     assert torch.equal(first.eval()(*data), second.eval()(*data))
     first.config["dropout"] = 9  # a copy
     assert first.config["dropout"] == 0.3
+
+
+PLACED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "copying": {"copy": "pointer", "bridge": "tanh", "source_features": 3},
+    "told": {"source_extra_size": 2, "target_extra_size": 2, "extra_mode": "mlp"},
+    "told-deep": {"source_extra_size": 2, "extra_mode": "mlp", "extra_hidden_size": 3},
+    "attentive": {"score": "concat", "window": "local-p", "bridge": "learned"},
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_every_parameter_is_made_where_and_as_what_it_is_told(name: str) -> None:
+    options = PLACED[name]
+    sizes = {**SIZES, **options}
+    vocab = None if "source_features" in options else 11
+    doubled = Seq2Seq(vocab, 9, **sizes, dtype=torch.float64)
+    assert {each.dtype for each in doubled.parameters()} == {torch.float64}
+    nowhere = Seq2Seq(vocab, 9, **sizes, device="meta")
+    assert {each.device.type for each in nowhere.parameters()} == {"meta"}
+    assert nowhere.config == doubled.config == Seq2Seq(vocab, 9, **sizes).config
+
+
+def test_an_unknown_option_is_refused_by_its_name() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'hiden_size'"):
+        Seq2Seq(11, 9, hiden_size=4)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        Seq2Seq(11)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("bidirectional", [True, False], ids=["two-way", "one-way"])

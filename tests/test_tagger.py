@@ -156,7 +156,8 @@ def test_config_rebuilds_the_model(kind: str) -> None:
     first = MODELS[kind](cell="gru", bidirectional=False, num_layers=2)
     second = type(first)(**json.loads(json.dumps(first.config))).double()
     second.load_state_dict(first.state_dict())
-    assert first.config.keys() == inspect.signature(type(first)).parameters.keys()
+    parameters = inspect.signature(type(first)).parameters.keys()
+    assert first.config.keys() | {"device", "dtype"} == parameters
     source = sources()
     assert torch.equal(first(source, LENGTHS), second(source, LENGTHS))
 
@@ -190,6 +191,16 @@ def test_learns(kind: str) -> None:
     if kind == "tagger":
         right = right[torch.arange(6) < lengths.unsqueeze(1)]
     assert right.double().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_are_made_where_and_as_what_they_are_told(kind: str) -> None:
+    build: Any = type(MODELS[kind]())
+    doubled = build(11, LABELS, **SIZES, dtype=torch.float64)
+    assert {each.dtype for each in doubled.parameters()} == {torch.float64}
+    nowhere = build(11, LABELS, **SIZES, device="meta")
+    assert {each.device.type for each in nowhere.parameters()} == {"meta"}
+    assert nowhere.config == doubled.config == build(**nowhere.config).config
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -35,7 +35,7 @@ from ._stack import scan_layers
 from .attention import Positions, Score, check_window
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
     """How a decoder attends, beside its score; see :class:`AttentionDecoder`."""
 

@@ -10,5 +10,15 @@ from .encoder import Encoder
 from .given import Given
 from .inputs import valid_steps
 from .model import Seq2Seq
+from .options import ClassifierOptions, EncoderOptions, Seq2SeqOptions
 
-__all__ = ["Decoder", "Encoder", "Given", "Seq2Seq", "valid_steps"]
+__all__ = [
+    "ClassifierOptions",
+    "Decoder",
+    "Encoder",
+    "EncoderOptions",
+    "Given",
+    "Seq2Seq",
+    "Seq2SeqOptions",
+    "valid_steps",
+]

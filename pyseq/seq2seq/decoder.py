@@ -16,6 +16,7 @@ from .._dropout import apply_dropout
 from ..copying import Copying
 from ..extra import Conditions, ExtraInformation, ExtraOptions, check_extra
 from ..nn import AttentionDecoder, AttentionOptions, Score
+from ..nn._common import Device
 from ..scheduled import Sampling
 from ..search import EncodedSource, choose
 from ..types import (
@@ -95,6 +96,7 @@ class Decoder(torch.nn.Module):
         copy: ``"pointer"`` or ``"joint"``, to copy tokens of the source too, which needs a
             score; see :class:`pyseq.copying.Copying`. What is predicted then are
             log-probabilities, and tokens beyond the vocabulary are read as ``<unk>``.
+        device, dtype: of the parameters.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
@@ -118,6 +120,8 @@ class Decoder(torch.nn.Module):
         copy: str | None = None,
         attention: AttentionOptions = _GLOBAL,
         coverage_loss: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= coverage_loss < math.inf or (coverage_loss > 0 and score is None):
@@ -136,7 +140,9 @@ class Decoder(torch.nn.Module):
                 f"output layer: {hidden_size}, got {embedding_size}"
             )
         self.dropout = dropout
-        self.embedding = torch.nn.Embedding(vocab_size, embedding_size, padding_idx=PAD)
+        self.embedding = torch.nn.Embedding(
+            vocab_size, embedding_size, padding_idx=PAD, device=device, dtype=dtype
+        )
         self.context_size = context_size
         self.rnn = AttentionDecoder(
             embedding_size + (context_size or 0),
@@ -147,9 +153,11 @@ class Decoder(torch.nn.Module):
             score=score,
             input_feeding=input_feeding,
             dropout=dropout,
+            device=device,
+            dtype=dtype,
             **asdict(attention),
         )
-        self.output = torch.nn.Linear(hidden_size, vocab_size)
+        self.output = torch.nn.Linear(hidden_size, vocab_size, device=device, dtype=dtype)
         self.copying: Copying | None = None
         if copy is not None:
             self.copying = Copying(
@@ -157,6 +165,8 @@ class Decoder(torch.nn.Module):
                 hidden_size=hidden_size,
                 memory_size=self.rnn.memory_size,
                 embedding_size=self.rnn.input_size,
+                device=device,
+                dtype=dtype,
             )
         if tie_embeddings:
             self.output.weight = self.embedding.weight
@@ -167,7 +177,8 @@ class Decoder(torch.nn.Module):
         self.extra: ExtraInformation | None = None
         self.extra_at_input = extra is not None and extra.place == "input"
         if extra is not None:
-            self.extra = extra.build(embedding_size if self.extra_at_input else hidden_size)
+            size = embedding_size if self.extra_at_input else hidden_size
+            self.extra = extra.build(size, device=device, dtype=dtype)
 
     def forward(
         self,

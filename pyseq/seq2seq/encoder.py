@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from .._checks import check_positive
 from .._dropout import apply_dropout
 from ..extra import ExtraInformation, ExtraOptions, check_extra
 from ..nn import GRU, LSTM, RNN, cell_name
+from ..nn._common import Device
 from ..types import PAD, CellName, State, state_parts
 from .inputs import check_source, last_steps, valid_steps
 
@@ -24,24 +27,21 @@ def _recurrent(
     *,
     bidirectional: bool,
     dropout: float,
+    device: Device,
+    dtype: torch.dtype | None,
 ) -> RNN | GRU | LSTM:
-    dropout = dropout if num_layers > 1 else 0.0  # it is between layers
+    rest: dict[str, Any] = {
+        "dropout": dropout if num_layers > 1 else 0.0,  # it is between layers
+        "bidirectional": bidirectional,
+        "device": device,
+        "dtype": dtype,
+    }
     if cell == "lstm":
-        return LSTM(
-            input_size, hidden_size, num_layers, dropout=dropout, bidirectional=bidirectional
-        )
+        return LSTM(input_size, hidden_size, num_layers, **rest)
     if cell == "gru":
-        return GRU(
-            input_size, hidden_size, num_layers, dropout=dropout, bidirectional=bidirectional
-        )
-    return RNN(
-        input_size,
-        hidden_size,
-        num_layers,
-        nonlinearity=cell.removeprefix("rnn_"),
-        dropout=dropout,
-        bidirectional=bidirectional,
-    )
+        return GRU(input_size, hidden_size, num_layers, **rest)
+    nonlinearity = cell.removeprefix("rnn_")
+    return RNN(input_size, hidden_size, num_layers, nonlinearity=nonlinearity, **rest)
 
 
 class Encoder(torch.nn.Module):
@@ -61,6 +61,7 @@ class Encoder(torch.nn.Module):
         extra: how extra information enters, if it does: into the states of the top layer, or
             with the place ``"input"`` into what the bottom layer reads.
         constant: give the memory one more feature, which is 1.
+        device, dtype: of the parameters.
 
     Attributes:
         embedding: the table of the tokens, or the linear map ``W x + b`` of the features, to
@@ -85,6 +86,8 @@ class Encoder(torch.nn.Module):
         features: int | None = None,
         extra: ExtraOptions | None = None,
         constant: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if (vocab_size is None) == (features is None):
@@ -108,11 +111,13 @@ class Encoder(torch.nn.Module):
         self.constant = constant
         if vocab_size is not None:
             check_positive(vocab_size=vocab_size)
-            self.embedding = torch.nn.Embedding(vocab_size, embedding_size, padding_idx=PAD)
+            self.embedding = torch.nn.Embedding(
+                vocab_size, embedding_size, padding_idx=PAD, device=device, dtype=dtype
+            )
         else:
             check_positive(features=features)
             assert features is not None
-            self.embedding = torch.nn.Linear(features, embedding_size)
+            self.embedding = torch.nn.Linear(features, embedding_size, device=device, dtype=dtype)
         self.cell = cell_name(cell)
         self.rnn = _recurrent(
             self.cell,
@@ -121,11 +126,14 @@ class Encoder(torch.nn.Module):
             num_layers,
             bidirectional=bidirectional,
             dropout=dropout,
+            device=device,
+            dtype=dtype,
         )
         self.extra: ExtraInformation | None = None
         self.extra_at_input = extra is not None and extra.place == "input"
         if extra is not None:
-            self.extra = extra.build(embedding_size if self.extra_at_input else hidden_size)
+            size = embedding_size if self.extra_at_input else hidden_size
+            self.extra = extra.build(size, device=device, dtype=dtype)
 
     def _join_directions(self, part: Tensor) -> Tensor:
         """(L*D, B, H/D) to (L, B, H), each layer's directions side by side."""

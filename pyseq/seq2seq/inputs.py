@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_like, check_shape
+from .._checks import check_like, check_positive, check_shape
+from ..types import UNK
 
 
 def check_source(source: Tensor, embedding: torch.nn.Embedding | torch.nn.Linear) -> None:
@@ -21,6 +22,13 @@ def check_source(source: Tensor, embedding: torch.nn.Embedding | torch.nn.Linear
 def check_tokens(name: str, tokens: Tensor) -> None:
     if tokens.dim() != 2:
         raise RuntimeError(f"{name} must be 2-D token ids, batch first, got {tuple(tokens.shape)}")
+
+
+def check_vocab_size(name: str, size: int) -> None:
+    """Raise unless a vocabulary of ``size`` tokens has room for the special ones."""
+    check_positive(**{name: size})
+    if size <= UNK:
+        raise ValueError(f"{name} must be at least {UNK + 1}, for the special tokens, got {size}")
 
 
 def valid_steps(lengths: Tensor, like: Tensor) -> Tensor:

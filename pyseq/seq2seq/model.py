@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import search
-from .._checks import check_positive, check_shape
+from .._checks import check_shape
 from ..bridge import Bridge
-from ..extra import Conditions, ExtraOptions
-from ..nn import AttentionOptions, cell_name
+from ..extra import Conditions
 from ..scheduled import Sampling
 from ..search import (
     EncodedSource,
@@ -25,10 +23,12 @@ from ..search import (
     Step,
     StreamedToken,
 )
-from ..types import PAD, UNK, Copies, DecoderState, State, kind, state_parts
+from ..types import PAD, Copies, DecoderState, State, kind, state_parts
 from .decoder import Decoder
 from .encoder import Encoder
 from .given import Given
+from .inputs import check_vocab_size
+from .options import Placing, Seq2SeqArguments, config_of, takes
 
 __all__ = ["Seq2Seq"]
 
@@ -97,6 +97,7 @@ class Seq2Seq(torch.nn.Module):
         coverage_loss: lambda of ``lambda sum_s min(a_ts, sum_{u<t} a_us)``, which in training
             is added to the loss of every target token, of several heads as their mean; see
             :func:`pyseq.functional.coverage_loss`.
+        device, dtype: of the parameters. Default: torch's.
 
     Raises:
         ValueError: an option is unknown or a size is out of its range.
@@ -107,162 +108,67 @@ class Seq2Seq(torch.nn.Module):
         there the output layer reads it too). Press & Wolf 2017, arXiv 1608.05859 (tying).
     """
 
-    def __init__(
-        self,
-        source_vocab_size: int | None,
-        target_vocab_size: int,
-        *,
-        embedding_size: int = 256,
-        hidden_size: int = 256,
-        num_layers: int = 1,
-        cell: str = "lstm",
-        bidirectional: bool = True,
-        score: str | None = "general",
-        input_feeding: bool = True,
-        dropout: float = 0.1,
-        source_embedding_size: int | None = None,
-        target_embedding_size: int | None = None,
-        encoder_hidden_size: int | None = None,
-        encoder_num_layers: int | None = None,
-        bridge: str = "copy",
-        tie_embeddings: bool = False,
-        source_features: int | None = None,
-        context_every_step: bool = False,
-        source_extra_size: int | None = None,
-        target_extra_size: int | None = None,
-        extra_mode: str = "concat",
-        extra_hidden_size: int | None = None,
-        extra_place: str = "output",
-        copy: str | None = None,
-        memory_bias: bool = False,
-        bridge_c_from_h: bool = False,
-        attention_size: int | None = None,
-        max_positions: int | None = None,
-        order: str = "luong",
-        feed: str | None = None,
-        heads: int = 1,
-        window: str | None = None,
-        window_size: int | None = None,
-        history: str | None = None,
-        history_size: int | None = None,
-        coverage_loss: float = 0.0,
-    ) -> None:
+    @takes(Seq2SeqArguments)
+    def __init__(self, options: Seq2SeqArguments) -> None:
         super().__init__()
-        sizes = {
-            "source_vocab_size": source_vocab_size,
-            "target_vocab_size": target_vocab_size,
-        }
-        for name, size in sizes.items():
-            if size is None and name == "source_vocab_size":
-                continue  # the encoder asks for the number of features then
-            check_positive(**{name: size})
-            assert size is not None
-            if size <= UNK:
-                raise ValueError(
-                    f"{name} must be at least {UNK + 1}, for the special tokens, got {size}"
-                )
-        attention = AttentionOptions(
-            attention_size=attention_size,
-            max_positions=max_positions,
-            order=order,
-            feed=feed,
-            heads=heads,
-            window=window,
-            window_size=window_size,
-            history=history,
-            history_size=history_size,
-        )
-        self._config: dict[str, Any] = {
-            **sizes,
-            "embedding_size": embedding_size,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "cell": cell_name(cell),
-            "bidirectional": bidirectional,
-            "score": score,
-            "input_feeding": input_feeding,
-            "dropout": dropout,
-            "source_embedding_size": source_embedding_size,
-            "target_embedding_size": target_embedding_size,
-            "encoder_hidden_size": encoder_hidden_size,
-            "encoder_num_layers": encoder_num_layers,
-            "bridge": bridge,
-            "tie_embeddings": tie_embeddings,
-            "source_features": source_features,
-            "context_every_step": context_every_step,
-            "source_extra_size": source_extra_size,
-            "target_extra_size": target_extra_size,
-            "extra_mode": extra_mode,
-            "extra_hidden_size": extra_hidden_size,
-            "extra_place": extra_place,
-            "copy": copy,
-            "memory_bias": memory_bias,
-            "bridge_c_from_h": bridge_c_from_h,
-            **asdict(attention),
-            "coverage_loss": coverage_loss,
-        }
+        if options.source_vocab_size is not None:  # else the encoder asks for features
+            check_vocab_size("source_vocab_size", options.source_vocab_size)
+        check_vocab_size("target_vocab_size", options.target_vocab_size)
+        options.check_extra()
+        self._config = config_of(options)
 
-        told = (extra_mode, extra_hidden_size, extra_place)
-        if source_extra_size is target_extra_size is None and told != ("concat", None, "output"):
-            raise ValueError(
-                "extra_mode, extra_hidden_size and extra_place go with source_extra_size or "
-                f"target_extra_size, got {extra_mode!r}, {extra_hidden_size!r} and {extra_place!r} "
-                "without"
-            )
+        def or_else(size: int | None, default: int) -> int:
+            return default if size is None else size
 
-        def extra(size: int | None) -> ExtraOptions | None:
-            if size is None:
-                return None
-            return ExtraOptions(size, extra_mode, extra_hidden_size, extra_place)
-
-        memory_size = hidden_size if encoder_hidden_size is None else encoder_hidden_size
-        encoder_layers = num_layers if encoder_num_layers is None else encoder_num_layers
+        place: Placing = {"device": options.device, "dtype": options.dtype}
+        memory_size = or_else(options.encoder_hidden_size, options.hidden_size)
+        encoder_layers = or_else(options.encoder_num_layers, options.num_layers)
         self.encoder = Encoder(
-            source_vocab_size,
-            embedding_size=(
-                embedding_size if source_embedding_size is None else source_embedding_size
-            ),
+            options.source_vocab_size,
+            embedding_size=or_else(options.source_embedding_size, options.embedding_size),
             hidden_size=memory_size,
             num_layers=encoder_layers,
-            cell=cell,
-            bidirectional=bidirectional,
-            dropout=dropout,
-            features=source_features,
-            extra=extra(source_extra_size),
-            constant=memory_bias,
+            cell=options.cell,
+            bidirectional=options.bidirectional,
+            dropout=options.dropout,
+            features=options.source_features,
+            extra=options.extra(options.source_extra_size),
+            constant=options.memory_bias,
+            **place,
         )
         self.bridge = Bridge(
-            bridge,
-            cell=cell,
+            options.bridge,
+            cell=options.cell,
             encoder_layers=encoder_layers,
             encoder_size=memory_size,
-            decoder_layers=num_layers,
-            decoder_size=hidden_size,
-            c_from_h=bridge_c_from_h,
+            decoder_layers=options.num_layers,
+            decoder_size=options.hidden_size,
+            c_from_h=options.bridge_c_from_h,
+            **place,
         )
         self.decoder = Decoder(
-            target_vocab_size,
-            embedding_size=(
-                embedding_size if target_embedding_size is None else target_embedding_size
-            ),
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            cell=cell,
-            score=score,
-            input_feeding=input_feeding,
-            dropout=dropout,
-            memory_size=memory_size + memory_bias,
-            tie_embeddings=tie_embeddings,
-            context_size=memory_size if context_every_step else None,
-            extra=extra(target_extra_size),
-            copy=copy,
-            attention=attention,
-            coverage_loss=coverage_loss,
+            options.target_vocab_size,
+            embedding_size=or_else(options.target_embedding_size, options.embedding_size),
+            hidden_size=options.hidden_size,
+            num_layers=options.num_layers,
+            cell=options.cell,
+            score=options.score,
+            input_feeding=options.input_feeding,
+            dropout=options.dropout,
+            memory_size=memory_size + options.memory_bias,
+            tie_embeddings=options.tie_embeddings,
+            context_size=memory_size if options.context_every_step else None,
+            extra=options.extra(options.target_extra_size),
+            copy=options.copy,
+            attention=options.attention,
+            coverage_loss=options.coverage_loss,
+            **place,
         )
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments by name: ``Seq2Seq(**model.config)`` is its like."""
+        """The constructor's arguments by name, without device and dtype:
+        ``Seq2Seq(**model.config)`` is its like."""
         return dict(self._config)
 
     def embeddings(self) -> dict[str, torch.nn.Embedding]:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of the models, each in one place: their names, types and defaults.
+
+The constructors, training and the command line take them from here, and a saved model's
+``config.json`` holds them. What they mean is told by ``Seq2Seq``, ``Tagger``, ``Classifier``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar
+
+import torch
+
+from ..extra import ExtraOptions
+from ..nn import AttentionOptions, cell_name
+from ..nn._common import Device
+
+__all__ = ["ClassifierOptions", "EncoderOptions", "Seq2SeqOptions", "takes"]
+
+
+class Placing(TypedDict):
+    """Where and as what the parameters of a module are made."""
+
+    device: Device
+    dtype: torch.dtype | None
+
+
+_P = ParamSpec("_P")
+_Model = TypeVar("_Model")
+_Arguments = TypeVar("_Arguments")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions:
+    """What all models are made of; see :class:`pyseq.Tagger`, which has these options."""
+
+    embedding_size: int = 256
+    hidden_size: int = 256
+    num_layers: int = 1
+    cell: str = "lstm"
+    bidirectional: bool = True
+    dropout: float = 0.1
+    source_features: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions(EncoderOptions):
+    """See :class:`pyseq.Classifier`."""
+
+    pooling: str = "last"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqOptions(EncoderOptions, AttentionOptions):
+    """See :class:`pyseq.Seq2Seq`: ``Seq2Seq(source_vocab_size, target_vocab_size,
+    **asdict(options))`` is a model with these."""
+
+    score: str | None = "general"
+    input_feeding: bool = True
+    source_embedding_size: int | None = None
+    target_embedding_size: int | None = None
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int | None = None
+    bridge: str = "copy"
+    tie_embeddings: bool = False
+    context_every_step: bool = False
+    source_extra_size: int | None = None
+    target_extra_size: int | None = None
+    extra_mode: str = "concat"
+    extra_hidden_size: int | None = None
+    extra_place: str = "output"
+    copy: str | None = None
+    memory_bias: bool = False
+    bridge_c_from_h: bool = False
+    coverage_loss: float = 0.0
+
+    @property
+    def attention(self) -> AttentionOptions:
+        """How the decoder attends."""
+        return AttentionOptions(**{each.name: getattr(self, each.name) for each in _ATTENTION})
+
+    def extra(self, size: int | None) -> ExtraOptions | None:
+        """How a side takes ``size`` numbers of extra information; None if it takes none."""
+        if size is None:
+            return None
+        return ExtraOptions(size, self.extra_mode, self.extra_hidden_size, self.extra_place)
+
+    def check_extra(self) -> None:
+        """Raise a ValueError if it is told how extra information enters, but not that it does."""
+        told = (self.extra_mode, self.extra_hidden_size, self.extra_place)
+        none = self.source_extra_size is None and self.target_extra_size is None
+        if none and told != ("concat", None, "output"):
+            raise ValueError(
+                "extra_mode, extra_hidden_size and extra_place go with source_extra_size or "
+                f"target_extra_size, got {told[0]!r}, {told[1]!r} and {told[2]!r} without"
+            )
+
+
+_ATTENTION = fields(AttentionOptions)
+
+
+# What the constructors take: the options, how large the vocabularies are, and what the weights
+# are made as, which is no property of the model.
+
+
+@dataclass(frozen=True)
+class Seq2SeqArguments(Seq2SeqOptions):
+    """What :class:`pyseq.Seq2Seq` takes."""
+
+    source_vocab_size: int | None
+    target_vocab_size: int
+    device: Device = field(default=None, kw_only=True)
+    dtype: torch.dtype | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class TaggerArguments(EncoderOptions):
+    """What :class:`pyseq.Tagger` takes."""
+
+    source_vocab_size: int | None
+    num_labels: int
+    device: Device = field(default=None, kw_only=True)
+    dtype: torch.dtype | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class ClassifierArguments(ClassifierOptions):
+    """What :class:`pyseq.Classifier` takes."""
+
+    source_vocab_size: int | None
+    num_labels: int
+    device: Device = field(default=None, kw_only=True)
+    dtype: torch.dtype | None = field(default=None, kw_only=True)
+
+
+def config_of(
+    arguments: Seq2SeqArguments | TaggerArguments | ClassifierArguments,
+) -> dict[str, Any]:
+    """What a model is made of, in values that JSON knows; the cell by its full name."""
+    config = asdict(arguments)
+    del config["device"], config["dtype"]
+    return {**config, "cell": cell_name(arguments.cell)}
+
+
+def takes(
+    arguments: Callable[_P, _Arguments],
+) -> Callable[[Callable[[_Model, _Arguments], None]], Callable[Concatenate[_Model, _P], None]]:
+    """A constructor that is called with the arguments of the class ``arguments``, and is given
+    one of that class. Readers of signatures and checkers of types see all of them by name."""
+
+    def decorate(
+        init: Callable[[_Model, _Arguments], None],
+    ) -> Callable[Concatenate[_Model, _P], None]:
+        @wraps(init)
+        def constructor(self: _Model, *args: _P.args, **kwargs: _P.kwargs) -> None:
+            init(self, arguments(*args, **kwargs))
+
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        signature = inspect.signature(arguments)
+        signature = signature.replace(parameters=[own, *signature.parameters.values()])
+        constructor.__signature__ = signature  # type: ignore[attr-defined]
+        return constructor
+
+    return decorate
