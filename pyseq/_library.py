@@ -65,3 +65,9 @@ _check_built()
 
 from . import _C as _C  # noqa: E402
 from . import fake as fake  # noqa: E402
+
+
+def has_kernels(device: str) -> bool:
+    """Whether the layers can be computed on devices of that type, such as ``"cuda"``."""
+    key = torch._C._dispatch_key_for_device(device)
+    return torch._C._dispatch_has_kernel_for_dispatch_key("pyseq::scan", key)

@@ -14,6 +14,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from . import nn
+from ._library import has_kernels
 from ._packed import is_quantized
 
 __all__ = ["convert", "revert"]
@@ -76,7 +77,8 @@ def convert(model: M, *, log: Log | None = print) -> M:
 
     Left alone, with the reason in the log, is what may compute something else than its class
     in torch.nn does: a subclass that defines more than a constructor (a ``forward`` of its own,
-    say), a layer whose ``forward`` was replaced, a layer compiled by TorchScript.
+    say), a layer whose ``forward`` was replaced, a layer compiled by TorchScript; and a layer on a
+    device that pyseq has no kernels for.
 
     Afterwards ``isinstance(layer, torch.nn.LSTM)`` is false, ``torch.nn.RNNBase`` holds as
     before; see the table in docs/migration.md for what else differs.
@@ -101,7 +103,9 @@ def revert(model: M, *, log: Log | None = print) -> M:
     For what knows only torch's own layers, such as the exporter to ONNX. Layers that were made
     as pyseq's become torch's too, unless torch.nn cannot express them (a cell or an option that
     it does not have, quantized weights): these are left alone, with the reason in the log. Code
-    that calls a layer with ``lengths``, ``resets`` or ``return_states`` needs pyseq's.
+    that calls a layer with ``lengths``, ``resets`` or ``return_states`` needs pyseq's. What changes
+    no result, ``keep_every`` and the ``forget_bias`` of the next ``reset_parameters()``, is lost,
+    and the log names it.
 
     Args, Returns, Raises: as :func:`convert`.
     """
@@ -126,8 +130,10 @@ def _change(model: M, classes: dict[Class, Class], source: str, log: Log | None)
             continue
         reason = _reason_against(module, base, classes[base])
         if reason is None:
+            lost = _lost_options(classes[base], module, base)
             _set_class(module, base, classes[base])
-            lines.append(f"{where}: {old} -> {_class_name(module)}")
+            without = f" without {', '.join(lost)}" if lost else ""
+            lines.append(f"{where}: {old} -> {_class_name(module)}{without}")
         else:
             lines.append(f"{where}: {old} left alone, {reason}")
     if log is not None:
@@ -170,10 +176,12 @@ def _reason_against(module: torch.nn.Module, base: Class, target: Class) -> str 
             return f"{cls.__qualname__} defines {', '.join(own)}"
     if any(is_quantized(buffer) for buffer in module.buffers(recurse=False)):
         return "its weights are quantized"
-    for name in _options_unknown_to(target, module, base):
-        if name[0] == "_" or name in _WITHOUT_EFFECT:
-            continue
-        if getattr(module, name) != getattr(base, name):
+    devices = {parameter.device.type for parameter in module.parameters()}
+    for device in sorted(devices if target in _TO_TORCH else ()):
+        if not has_kernels(device):
+            return f"pyseq has no kernels for {device}"
+    for name in _options_in_use(target, module, base):
+        if name not in _WITHOUT_EFFECT:
             return f"{target.__module__.split('.')[0]} has no {name}"
     return None
 
@@ -185,6 +193,21 @@ def _options_unknown_to(target: Class, module: torch.nn.Module, base: Class) -> 
     class, which torch.nn's class lacks.
     """
     return [each for each in vars(module) if hasattr(base, each) and not hasattr(target, each)]
+
+
+def _options_in_use(target: Class, module: torch.nn.Module, base: Class) -> list[str]:
+    """Those of them that are not at their default."""
+    return [
+        name
+        for name in _options_unknown_to(target, module, base)
+        if name[0] != "_" and getattr(module, name) != getattr(base, name)
+    ]
+
+
+def _lost_options(target: Class, module: torch.nn.Module, base: Class) -> list[str]:
+    """Those that ``module`` can do without, with their values, for the log."""
+    in_use = _options_in_use(target, module, base)
+    return [f"{name}={getattr(module, name)!r}" for name in in_use if name in _WITHOUT_EFFECT]
 
 
 def _set_class(module: torch.nn.Module, base: Class, target: Class) -> None:

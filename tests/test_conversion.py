@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import pyseq
-from pyseq import nn
+from pyseq import conversion, nn
 
 I, H, T, B = 3, 5, 6, 4  # noqa: E741  (the letters of the docstrings)
 CLASSES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
@@ -264,12 +264,27 @@ def test_leaves_alone_what_it_cannot_represent() -> None:
     pyseq.revert(layers, log=lines.append)
     assert lines == [
         "0: pyseq.nn.GRU left alone, torch has no residual",
-        "1: pyseq.nn.LSTM -> torch.nn.LSTM",
+        "1: pyseq.nn.LSTM -> torch.nn.LSTM without forget_bias=1.0, keep_every=4",
         "2: pyseq.nn.RNN left alone, its weights are quantized",
         "3: pyseq.nn.IndRNN left alone, torch has none",
     ]
     assert_close({"y": layers[1](x)[0]}, {"y": expected})
     assert not hasattr(layers[1], "keep_every")
+
+
+def test_leaves_alone_what_lies_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [conversion.has_kernels(name) for name in ("cpu", "meta", "mps")] == [True, True, False]
+    # No other device is here, so one that is stands for it.
+    monkeypatch.setattr(conversion, "has_kernels", lambda device: device != "meta")
+    lines: list[str] = []
+    model = torch.nn.ModuleList([torch.nn.GRU(I, H, device="meta"), torch.nn.GRU(I, H)])
+    pyseq.convert(model, log=lines.append)
+    assert lines == [
+        "0: torch.nn.GRU left alone, pyseq has no kernels for meta",
+        "1: torch.nn.GRU -> pyseq.nn.GRU",
+    ]
+    made = nn.GRU(I, H, device="meta")
+    assert type(pyseq.revert(made, log=None)) is torch.nn.GRU  # back is always possible
 
 
 class Tagger(torch.nn.Module):

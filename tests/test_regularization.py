@@ -27,6 +27,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTM", {}),
     "lstm_proj": ("LSTM", {"proj_size": 2}),
 }
+#: With the cells of which torch.nn has none.
+ALL_KINDS = KINDS | {"indrnn": ("IndRNN", {}), "slstm": ("SLSTM", {"num_heads": 2})}
 #: One value of each option that changes what a call in training gives.
 OPTIONS: dict[str, dict[str, Any]] = {
     "residual": {"residual": True},
@@ -48,7 +50,7 @@ def one_thread(set_threads: Callable[[int], None]) -> None:
 
 def make(kind: str, **options: Any) -> Any:
     """A module in float64, always with the same weights."""
-    name, extra = KINDS[kind]
+    name, extra = ALL_KINDS[kind]
     torch.manual_seed(1)
     return getattr(nn, name)(I, H, **{"dtype": torch.float64, **extra, **options})
 
@@ -322,7 +324,7 @@ def test_layer_norm_takes_no_notice_of_the_scale_of_the_weights(kind: str) -> No
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "two-way"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_resets_return_to_the_learned_state(kind: str, bidirectional: bool, grad: bool) -> None:
     module = make(kind, num_layers=2, bidirectional=bidirectional, learned_state=True)
     for part in module.parameters():
@@ -355,12 +357,16 @@ def test_compile_keeps_one_graph(kind: str) -> None:
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "two-way"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_learned_state_stands_in_for_one_that_is_not_given(kind: str, bidirectional: bool) -> None:
     options = {"num_layers": 2, "bidirectional": bidirectional}
     module, x = make(kind, learned_state=True, **options), make_x()
     plain = make(kind, **options)
-    learned = [module.h_0, module.c_0] if "lstm" in kind else [module.h_0]
+    named = [name for name, _ in module.named_parameters(recurse=False) if name.endswith("_0")]
+    assert named == {"slstm": ["h_0", "c_0", "m_0"]}.get(
+        kind, ["h_0", "c_0"] if "lstm" in kind else ["h_0"]
+    )
+    learned = [getattr(module, name) for name in named]
     assert all((part == 0).all() for part in learned)
     for name, value in plain.state_dict().items():
         assert torch.equal(module.state_dict()[name], value), name
@@ -368,8 +374,9 @@ def test_learned_state_stands_in_for_one_that_is_not_given(kind: str, bidirectio
         for part in learned:
             part.copy_(torch.randn_like(part))
     parts = [part.unsqueeze(1).expand(-1, B, -1) for part in learned]
+    if kind == "slstm":
+        parts.insert(2, torch.ones_like(parts[0]))  # n, which m scales
     state: Any = parts[0] if len(parts) == 1 else tuple(parts)
-    named = ["h_0", "c_0"][: len(parts)]
 
     actual = module(x)
     expected = plain(x, state)
@@ -394,6 +401,27 @@ def test_learned_state_goes_with_packed_rows() -> None:
     packed, _ = module(pack_padded_sequence(x, lengths, enforce_sorted=False))
     expected, _ = module(x, lengths=lengths)
     assert_close({"y": pad_packed_sequence(packed)[0]}, {"y": expected})
+
+
+def test_slstm_learns_its_initial_state() -> None:
+    """Zero is the empty state, from which no gradient comes: it starts beside it."""
+    module, x = make("slstm", learned_state=True), make_x()
+    module(x)[0].square().sum().backward()
+    for part in (module.c_0, module.m_0):
+        assert part.grad is not None
+    assert (module.c_0.grad != 0).all()
+    module.reset_parameters()
+    assert (module.m_0 == 0).all()
+
+
+def test_keep_every_is_an_option_of_the_constructor() -> None:
+    x = make_x()
+    for kind in ALL_KINDS:
+        module, plain = make(kind, num_layers=2, keep_every=2), make(kind, num_layers=2)
+        assert "keep_every=2" in repr(module)
+        assert_close(run(module, x), run(plain, x))
+    with pytest.raises(ValueError, match="keep_every must be a positive integer, got 0"):
+        nn.GRU(I, H, keep_every=0)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "two-way"])

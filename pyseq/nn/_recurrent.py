@@ -11,9 +11,17 @@ from torch.nn import init
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .. import functional
-from .._checks import check_tensor
+from .._checks import check_positive, check_tensor
 from .._dropout import check_probability
-from ..types import GATES, CellName, LayerNormWeights, State, join_parts, state_parts
+from ..types import (
+    GATES,
+    STATES,
+    CellName,
+    LayerNormWeights,
+    State,
+    join_parts,
+    state_parts,
+)
 from ._common import cell_name, check_input, refuse_script, weights_now
 from ._stack import Regularization, ScanWeights, join_layers, scan_layers
 
@@ -30,10 +38,6 @@ class Recurrent(torch.nn.RNNBase):
 
     weight_ih_l0: Tensor
 
-    #: k above 1 keeps only every k-th state for backward; see ``functional.scan``. May be set
-    #: at any time.
-    keep_every: int = 1
-
     #: Whether each option that torch.nn does not have is at its default, which is that of the
     #: class; found anew when one is set.
     _plain: bool = True
@@ -48,11 +52,13 @@ class Recurrent(torch.nn.RNNBase):
     zoneout_c: float = 0.0
     layer_norm: bool = False
     learned_state: bool = False
+    keep_every: int = 1
     forget_bias: float | None = None
     peepholes: bool = False
     reset_after: bool = True
     h_0: torch.nn.Parameter
     c_0: torch.nn.Parameter
+    m_0: torch.nn.Parameter
 
     def _set_options(
         self,
@@ -62,6 +68,7 @@ class Recurrent(torch.nn.RNNBase):
         weight_dropout: float,
         zoneout_h: float,
         learned_state: bool,
+        keep_every: int,
         recurrent_dropout: float = 0.0,
         layer_norm: bool = False,
         zoneout_c: float = 0.0,
@@ -91,12 +98,15 @@ class Recurrent(torch.nn.RNNBase):
                 f"forget_bias needs bias=True, got forget_bias {forget_bias!r} and no bias"
             )
         self.forget_bias = forget_bias
+        check_positive(keep_every=keep_every)
+        self.keep_every = keep_every
         self.learned_state = learned_state
         if learned_state:
-            like, count = self.weight_ih_l0, self.num_layers * directions
-            self.h_0 = torch.nn.Parameter(like.new_empty(count, width))
-            if self.cell == "lstm":
-                self.c_0 = torch.nn.Parameter(like.new_empty(count, self.hidden_size))
+            count = self.num_layers * directions
+            for part in self._learned_parts():
+                size = width if part == "h" else self.hidden_size
+                parameter = torch.nn.Parameter(self.weight_ih_l0.new_empty(count, size))
+                self.register_parameter(f"{part}_0", parameter)
         self.layer_norm = layer_norm
         if layer_norm:
             for suffix in self._suffixes():
@@ -129,8 +139,8 @@ class Recurrent(torch.nn.RNNBase):
         self._reset_options()
 
     def _reset_options(self) -> None:
-        for state in self._learned():
-            init.zeros_(state)
+        for part in self._learned_parts() if self.learned_state else ():
+            init.zeros_(getattr(self, f"{part}_0"))
         for norm in self._layer_norms():
             init.ones_(norm.gain_ih)
             init.ones_(norm.gain_hh)
@@ -145,11 +155,20 @@ class Recurrent(torch.nn.RNNBase):
                 getattr(self, f"bias_ih_{suffix}")[forget] = self.forget_bias
                 getattr(self, f"bias_hh_{suffix}")[forget] = 0
 
+    def _learned_parts(self) -> str:
+        """The parts of the state that are parameters: of an sLSTM n is one, as whatever n is
+        beside one, m can be instead, where n stays positive."""
+        return "h" + STATES.get(self.cell, "").replace("n", "")
+
     def _learned(self) -> tuple[Tensor, ...]:
         """The learned initial state in parts, each (L*D, .), or ``()``."""
         if not self.learned_state:
             return ()
-        return (self.h_0, self.c_0) if self.cell == "lstm" else (self.h_0,)
+        if self.cell not in STATES:
+            return (self.h_0,)
+        if self.cell == "lstm":
+            return self.h_0, self.c_0
+        return self.h_0, self.c_0, torch.ones_like(self.c_0), self.m_0
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -166,6 +185,8 @@ class Recurrent(torch.nn.RNNBase):
         ):
             if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
+        if self.keep_every != 1:
+            text += f", keep_every={self.keep_every}"
         if not self.reset_after:
             text += ", reset_after=False"
         return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias}"

@@ -11,7 +11,7 @@ from ._common import Device, add_weight, check_nonlinearity, check_slstm
 from ._recurrent import Recurrent
 
 
-def refuse_projection(proj_size: object) -> None:
+def _refuse_projection(proj_size: object) -> None:
     if proj_size is not None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
@@ -49,6 +49,11 @@ class RNN(Recurrent):
         learned_state: make the initial state parameters ``h_0`` (L*D, P) and for LSTM ``c_0``
             (L*D, H), zero at first, that stand in where a call gives no state, and that
             ``resets`` return to.
+        keep_every: above 1 backward keeps the state at every k-th step only and runs each stretch
+            of k steps forward once more; see :func:`pyseq.functional.scan`. May be set later too.
+
+    With ``residual`` the last state is that of the cells, to which no input is added: it is not the
+    last step of the output then.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -82,22 +87,12 @@ class RNN(Recurrent):
         zoneout_h: float = 0.0,
         layer_norm: bool = False,
         learned_state: bool = False,
+        keep_every: int = 1,
     ) -> None:
-        refuse_projection(proj_size)
+        _refuse_projection(proj_size)
         check_nonlinearity(nonlinearity)
-        super().__init__(
-            f"RNN_{nonlinearity.upper()}",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            0,
-            device,
-            dtype,
-        )
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        super().__init__(f"RNN_{nonlinearity.upper()}", *sizes, 0, device, dtype)
         self.nonlinearity = nonlinearity
         self._set_options(
             residual=residual,
@@ -107,6 +102,7 @@ class RNN(Recurrent):
             zoneout_h=zoneout_h,
             layer_norm=layer_norm,
             learned_state=learned_state,
+            keep_every=keep_every,
         )
 
 
@@ -147,22 +143,12 @@ class GRU(Recurrent):
         zoneout_h: float = 0.0,
         layer_norm: bool = False,
         learned_state: bool = False,
+        keep_every: int = 1,
         reset_after: bool = True,
     ) -> None:
-        refuse_projection(proj_size)
-        super().__init__(
-            "GRU",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            0,
-            device,
-            dtype,
-        )
+        _refuse_projection(proj_size)
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        super().__init__("GRU", *sizes, 0, device, dtype)
         if not reset_after and (recurrent_dropout or layer_norm):
             raise ValueError(
                 "recurrent_dropout and layer_norm go with reset_after=True, got "
@@ -177,6 +163,7 @@ class GRU(Recurrent):
             zoneout_h=zoneout_h,
             layer_norm=layer_norm,
             learned_state=learned_state,
+            keep_every=keep_every,
         )
 
 
@@ -224,23 +211,13 @@ class LSTM(Recurrent):
         zoneout_h: float = 0.0,
         layer_norm: bool = False,
         learned_state: bool = False,
+        keep_every: int = 1,
         zoneout_c: float = 0.0,
         forget_bias: float | None = None,
         peepholes: bool = False,
     ) -> None:
-        super().__init__(
-            "LSTM",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device,
-            dtype,
-        )
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        super().__init__("LSTM", *sizes, proj_size, device, dtype)
         if peepholes and layer_norm:
             raise ValueError("layer_norm goes without peepholes, got both")
         self.peepholes = peepholes
@@ -256,6 +233,7 @@ class LSTM(Recurrent):
             zoneout_h=zoneout_h,
             layer_norm=layer_norm,
             learned_state=learned_state,
+            keep_every=keep_every,
             zoneout_c=zoneout_c,
             forget_bias=forget_bias,
         )
@@ -295,21 +273,11 @@ class IndRNN(Recurrent):
         weight_dropout: float = 0.0,
         zoneout_h: float = 0.0,
         learned_state: bool = False,
+        keep_every: int = 1,
     ) -> None:
         check_nonlinearity(nonlinearity)
-        super().__init__(
-            f"RNN_{nonlinearity.upper()}",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            0,
-            device,
-            dtype,
-        )
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        super().__init__(f"RNN_{nonlinearity.upper()}", *sizes, 0, device, dtype)
         self.nonlinearity = nonlinearity
         for suffix in self._suffixes():
             add_weight(self, f"weight_hh_{suffix}", hidden_size)
@@ -319,6 +287,7 @@ class IndRNN(Recurrent):
             weight_dropout=weight_dropout,
             zoneout_h=zoneout_h,
             learned_state=learned_state,
+            keep_every=keep_every,
         )
 
     @property
@@ -341,11 +310,13 @@ class SLSTM(Recurrent):
     kept relative to ``exp(m_t)`` with ``m_t = max(log f + m_{t-1}, log i)``.
     A unit sees of the state the units of its own head: ``weight_hh_l0`` is (4*H, H / heads).
 
-    Args, Raises: as :class:`RNN`, without ``nonlinearity``, ``layer_norm`` and
-        ``learned_state``, and
+    Args, Raises: as :class:`RNN`, without ``nonlinearity`` and ``layer_norm``, and
         num_heads: heads of each layer, equal groups of its units; H must be a multiple.
         forget_gate: ``"sigmoid"`` or ``"exp"``.
         forget_bias: as in :class:`LSTM`.
+        learned_state: the parameters are ``h_0``, ``c_0`` and ``m_0`` (L*D, H), zero at first, and
+            n is one: the scale ``exp(m)`` makes it any positive number. (From the empty state,
+            which the first step forgets whatever it is, nothing could be learned.)
 
     The state is (h, c, n, m), each (L*D, B, H); zero is empty. All weights are drawn within
     1/sqrt(H).
@@ -373,22 +344,13 @@ class SLSTM(Recurrent):
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         zoneout_h: float = 0.0,
+        learned_state: bool = False,
+        keep_every: int = 1,
         forget_bias: float | None = None,
     ) -> None:
         check_slstm(hidden_size, num_heads, forget_gate)
-        super().__init__(
-            "LSTM",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            0,
-            device,
-            dtype,
-        )
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        super().__init__("LSTM", *sizes, 0, device, dtype)
         self.num_heads = num_heads
         self.forget_gate = forget_gate
         for suffix in self._suffixes():
@@ -399,7 +361,8 @@ class SLSTM(Recurrent):
             recurrent_dropout=recurrent_dropout,
             weight_dropout=weight_dropout,
             zoneout_h=zoneout_h,
-            learned_state=False,
+            learned_state=learned_state,
+            keep_every=keep_every,
             forget_bias=forget_bias,
         )
 
