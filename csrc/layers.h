@@ -106,6 +106,13 @@ inline Tensor summed_over_steps(const Tensor& weights, const Tensor& rows, int64
                  rows.view({steps, count, rows.size(2) / heads}).transpose(0, 1));
 }
 
+// The shape of the weights: those of one head come without a dimension for it.
+inline std::vector<int64_t> attn_sizes(int64_t steps, int64_t batch, int64_t heads,
+                                       int64_t source) {
+  if (heads == 1) return {steps, batch, source};
+  return {steps, batch, heads, source};
+}
+
 inline void check_heads(int64_t heads, const Tensor& keys, const Tensor& memory) {
   TORCH_CHECK_VALUE(heads >= 1, "heads must be at least 1, got ", heads);
   for (const auto& [name, size] : {std::pair{"A", keys.size(2)}, {"M", memory.size(2)}}) {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fake kernels: the shapes that each operator returns, for torch.compile and torch.export.
 
-Imported by ``_library`` once the extension has registered the operators. ``csrc/ops.cpp``
+Imported by ``_library`` once the extension has registered the operators. ``csrc/ops.h``
 says what the tensors are; a result without use has no elements there, and so here.
 """
 

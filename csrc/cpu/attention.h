@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Pieces of attention for one row of the batch: scores of a few queries against a run of
-// keys, softmax and its derivative, weighted sums. attend.h and decode.h put them together.
+// keys, softmax and its derivative, weighted sums. attend.h and decode_step.h put them together.
 #pragma once
 
 #include "../scores.h"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of ONE query over one row, forward and backward, with all that a row may have: a
 // window, a Gaussian in it, past weights that enter the score. One thread takes the whole of it,
-// and a row's queries in order, so that what adds up over them needs no other thread. Called by
-// attend.h and decode.h.
+// and a row's queries in order, so that what adds up over them needs no other thread. Called for
+// attend and decode.
 #pragma once
 
 #include "attention.h"

@@ -4,12 +4,14 @@
 #include "kernels.h"
 
 #include "attend.h"
-#include "decode.h"
+#include "decode_backward.h"
+#include "decode_forward.h"
 #include "gemm.h"
 #include "linear.h"
 #include "loss.h"
 #include "peak.h"
-#include "scan.h"
+#include "scan_backward.h"
+#include "scan_forward.h"
 #include "search.h"
 
 namespace pyseq::cpu::PYSEQ_TIER {

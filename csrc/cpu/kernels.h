@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What ops.cpp hands to the CPU kernels, and the table through which it reaches those of the
+// What the operators hand to the CPU kernels, and the table through which they reach those of the
 // tier in use. Raw pointers, to contiguous memory unless strides say otherwise; every shape was
-// checked, every tensor allocated by ops.cpp. No torch header here: kernels.cpp is compiled once
-// per tier.
+// checked, every tensor allocated by the operator. No torch header here: kernels.cpp is compiled
+// once per tier.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "decode.h"
+#include "decode_step.h"
 #include "gemm.h"
 
 namespace pyseq::cpu::PYSEQ_TIER {
@@ -65,7 +65,7 @@ struct Hypotheses {
   int32_t* rows;    // of the batch
 };
 
-// The memory of a search, but for its trace. Taken twice, as in decode.h; what is not of
+// The memory of a search, but for its trace. Taken twice, as in decode_step.h; what is not of
 // type T comes from `others`.
 template <class T>
 struct GenerateMemory {
