@@ -10,6 +10,7 @@
 #include "autograd.h"
 #include "build_info.h"
 #include "cpu/kernels.h"
+#include "cuda_plan.h"
 #include "dispatcher.h"
 #include "loss.h"
 #include "ops.h"
@@ -251,6 +252,9 @@ PYBIND11_MODULE(_C, m) {
         "A matrix as quantized weights in uint8.");
   m.def("quantized_values", &pyseq::quantized_values, without_gil,
         "The numbers and scales of quantized weights.");
+  m.def("cuda_plan", &pyseq::cuda_plan, pybind11::arg("operator"), pybind11::arg("device"),
+        pybind11::arg("sizes"), pybind11::kw_only(), pybind11::arg("dtype"), pybind11::arg("path"),
+        "How a loop would run on a CUDA device.");
   m.def("build_info", &pyseq::build_info, "What the extension was built with and for.");
   m.def("compiled_tiers", &pyseq::cpu::compiled_tiers, "The CPU tiers compiled in.");
   m.def("cpu_tier", [] { return pyseq::cpu::tier().name; }, "The CPU tier in use.");

@@ -94,6 +94,11 @@ def quantized_values(weight: Tensor, /) -> list[tuple[Tensor, Tensor]]:
 def build_info() -> dict[str, str]:
     """What the extension was built with and for: torch, compiler, flags, cuda."""
 
+def cuda_plan(
+    operator: str, device: dict[str, float], sizes: dict[str, int], *, dtype: str, path: str
+) -> dict[str, int | float | str]:
+    """How a loop would run on a CUDA device; see ``pyseq.cuda``."""
+
 def cpu_tier() -> str:
     """The CPU tier in use: avx512, avx2, neon or plain."""
 

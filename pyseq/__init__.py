@@ -7,6 +7,7 @@ from . import _library as _library  # isort: split
 from . import embeddings, functional, importers, nn, reference
 from .checkpoint import load, save
 from .conversion import convert, revert
+from .cuda import cuda_plan
 from .labeler import Labeler
 from .labels import Labels
 from .quantized import quantize
@@ -32,6 +33,7 @@ __all__ = [
     "Vocab",
     "__version__",
     "convert",
+    "cuda_plan",
     "embeddings",
     "functional",
     "importers",
