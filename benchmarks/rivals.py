@@ -130,6 +130,7 @@ class LoopSeq2Seq(torch.nn.Module):
         for name, parameter in model.encoder.rnn.named_parameters():
             setattr(self.encoder, name, parameter)
         self.target_embedding = model.decoder.embedding
+        assert isinstance(model.decoder.rnn, AttentionDecoder)
         self.decoder = LoopDecoder(model.decoder.rnn)
         self.output = model.decoder.output
 

@@ -11,6 +11,7 @@ from .cuda import cuda_plan
 from .labeler import Labeler
 from .labels import Labels
 from .quantized import quantize
+from .recurrent import LayerOptions
 from .search import Ensemble, Hypothesis, SearchOptions
 from .seq2seq import Seq2Seq
 from .tagger import Classifier, Tagger
@@ -26,6 +27,7 @@ __all__ = [
     "Hypothesis",
     "Labeler",
     "Labels",
+    "LayerOptions",
     "SearchOptions",
     "Seq2Seq",
     "Tagger",

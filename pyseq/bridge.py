@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import init
 
 from ._checks import check_positive, check_shape
-from .nn import cell_name
 from .nn._common import Device
-from .types import State, state_parts
+from .recurrent import layer_cell
+from .types import STATES, State, state_parts
 
 __all__ = ["BRIDGES", "Bridge", "BridgeName"]
 
@@ -37,11 +37,14 @@ class Bridge(torch.nn.Module):
     - ``"learned"``: ``s_0`` is a parameter, the same for every source.
 
     The c of an LSTM is treated like h, with weights of its own; or it is made of the encoder's h
-    too, and c plays no part.
+    too, and c plays no part. It is made of h as well if the encoder is no LSTM, and zero if copied
+    from one that is none. The c, n and m of an sLSTM are copied from another one, and otherwise
+    zero, which is an empty memory.
 
     Args:
         kind: one of the above.
-        cell: as in :class:`pyseq.nn.AttentionDecoder`, of encoder and decoder.
+        cell: as in :class:`pyseq.Seq2Seq`, of encoder and decoder.
+        encoder_cell: that of the encoder, if it has one of its own.
         encoder_layers, encoder_size: layers and features of the encoder's state, both
             directions of a layer side by side.
         decoder_layers, decoder_size: those of the decoder's.
@@ -78,6 +81,7 @@ class Bridge(torch.nn.Module):
         decoder_layers: int,
         decoder_size: int,
         c_from_h: bool = False,
+        encoder_cell: str | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -98,7 +102,8 @@ class Bridge(torch.nn.Module):
                 "one to the other"
             )
         self.kind = cast(BridgeName, kind)
-        self.cell = cell_name(cell)
+        self.cell = layer_cell(cell)
+        self.encoder_cell = layer_cell(cell if encoder_cell is None else encoder_cell)
         if c_from_h and (self.cell != "lstm" or kind not in ("linear", "tanh", "relu")):
             raise ValueError(
                 "c_from_h needs an lstm and one of the bridges linear, tanh, relu, got "
@@ -144,16 +149,21 @@ class Bridge(torch.nn.Module):
             ValueError: the state has not the form that the cell takes.
             RuntimeError: a part of it has the wrong shape, dtype or device.
         """
-        parts = state_parts(self.cell, state)
+        parts = state_parts(self.encoder_cell, state)
         expected = (self.encoder_layers, -1, self.encoder_size)
-        for name, part in zip(("h", "c"), parts, strict=False):
+        for name, part in zip("hcnm", parts, strict=False):
             check_shape(f"{name} of the encoder's state", part, "(L, B, H)", expected)
-        if self.kind == "copy":
+        others, before = STATES.get(self.cell, ""), STATES.get(self.encoder_cell, "")
+        if self.kind == "copy" and others == before:
             return state
-        h = self._map(parts[0], self.weight_h, self.bias_h)
-        if len(parts) == 1:
+        copies = self.kind == "copy"
+        h = parts[0] if copies else self._map(parts[0], self.weight_h, self.bias_h)
+        if not others:
             return h
-        return h, self._map(parts[0 if self.c_from_h else 1], self.weight_c, self.bias_c)
+        if others == "c" and not copies:
+            part = parts[1] if before == "c" and not self.c_from_h else parts[0]
+            return h, self._map(part, self.weight_c, self.bias_c)
+        return h, *(torch.zeros_like(h) for _ in others)
 
     def _map(self, part: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """One part of the state, (encoder_layers, B, encoder_size) to the decoder's."""

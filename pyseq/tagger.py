@@ -51,6 +51,7 @@ class _Labelling(torch.nn.Module):
             bidirectional=options.bidirectional,
             dropout=options.dropout,
             features=options.source_features,
+            options=options.encoder_options,
             **place,
         )
         self.output = torch.nn.Linear(options.hidden_size, options.num_labels, **place)
@@ -87,10 +88,12 @@ class Tagger(_Labelling):
         num_labels: N.
         embedding_size: features of a token.
         hidden_size: H, features of the memory; even if the encoder is bidirectional.
-        num_layers, cell, bidirectional: of the encoder, as in :class:`pyseq.Seq2Seq`.
+        num_layers, cell, bidirectional: of the encoder, as in :class:`pyseq.Seq2Seq`; any cell.
         dropout: probability of zeroing a feature of the embeddings, between layers, and of
             what the output layer reads, in training.
         source_features: D, where the source is no tokens but (B, S, D) features.
+        encoder_options: what the recurrent layers do besides running their cell:
+            :class:`pyseq.LayerOptions`, or a mapping of their names.
         device, dtype: of the parameters.
 
     Raises:
@@ -167,7 +170,8 @@ class Classifier(_Labelling):
 
     Args:
         source_vocab_size, num_labels, embedding_size, hidden_size, num_layers, cell,
-            bidirectional, dropout, source_features, device, dtype: as in :class:`Tagger`.
+            bidirectional, dropout, source_features, encoder_options, device, dtype: as in
+            :class:`Tagger`.
         pooling: one of the above.
 
     Raises:

@@ -204,7 +204,7 @@ class DecoderState(NamedTuple):
         selected: State = (
             hidden.index_select(1, rows)
             if isinstance(hidden, Tensor)
-            else (hidden[0].index_select(1, rows), hidden[1].index_select(1, rows))
+            else tuple([part.index_select(1, rows) for part in hidden])
         )
         attention = None if self.attention is None else self.attention.select(rows)
         return DecoderState(selected, self.feed.index_select(0, rows), attention)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -12,11 +11,12 @@ from torch import Tensor
 
 from .. import functional
 from .._checks import check_positive, check_shape
-from .._dropout import apply_dropout
+from .._dropout import apply_dropout, check_probability
 from ..copying import Copying
 from ..extra import Conditions, ExtraInformation, ExtraOptions, check_extra
 from ..nn import AttentionDecoder, AttentionOptions, Score
 from ..nn._common import Device
+from ..recurrent import LayerOptions
 from ..scheduled import Sampling
 from ..search import EncodedSource, choose
 from ..types import (
@@ -30,6 +30,7 @@ from ..types import (
     State,
 )
 from .inputs import check_tokens
+from .scanned import build_decoder
 
 __all__ = ["Decoder"]
 
@@ -71,6 +72,7 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 _GLOBAL = AttentionOptions()
+_NO_OPTIONS = LayerOptions()
 
 
 class Decoder(torch.nn.Module):
@@ -80,7 +82,9 @@ class Decoder(torch.nn.Module):
         vocab_size: V, number of target tokens.
         embedding_size: features of a token.
         hidden_size: H, units of each layer.
-        num_layers, cell, score, input_feeding: as in :class:`pyseq.nn.AttentionDecoder`.
+        num_layers, score, input_feeding: as in :class:`pyseq.nn.AttentionDecoder`.
+        cell, options: of the recurrent layers. What :class:`pyseq.nn.AttentionDecoder` does not
+            know, any option but ``forget_bias``, goes without input feeding, or without a score.
         dropout: probability of zeroing a feature of an embedding, of what goes from one
             layer to the next, and of the output, in training.
         memory_size: M, features of the memory. Default: H.
@@ -110,6 +114,7 @@ class Decoder(torch.nn.Module):
         hidden_size: int,
         num_layers: int = 1,
         cell: str = "lstm",
+        options: LayerOptions = _NO_OPTIONS,
         score: str | None = "general",
         input_feeding: bool = True,
         dropout: float = 0.0,
@@ -139,23 +144,25 @@ class Decoder(torch.nn.Module):
                 "tie_embeddings needs a target embedding of hidden_size numbers, the input of the "
                 f"output layer: {hidden_size}, got {embedding_size}"
             )
+        check_probability("dropout", dropout)
         self.dropout = dropout
         self.embedding = torch.nn.Embedding(
             vocab_size, embedding_size, padding_idx=PAD, device=device, dtype=dtype
         )
         self.context_size = context_size
-        self.rnn = AttentionDecoder(
+        self.rnn = build_decoder(
             embedding_size + (context_size or 0),
             hidden_size,
             hidden_size if memory_size is None else memory_size,
             num_layers,
             cell=cell,
+            options=options,
             score=score,
             input_feeding=input_feeding,
             dropout=dropout,
+            attention=attention,
             device=device,
             dtype=dtype,
-            **asdict(attention),
         )
         self.output = torch.nn.Linear(hidden_size, vocab_size, device=device, dtype=dtype)
         self.copying: Copying | None = None
@@ -480,6 +487,7 @@ class Decoder(torch.nn.Module):
 
         Args, Returns, Raises: see :func:`pyseq.functional.generate`.
         """
+        assert isinstance(self.rnn, AttentionDecoder)  # or it is not fused
         score, combine = self.rnn.score, self.rnn.combine
         return functional.generate(
             self.embedding.weight,
@@ -518,6 +526,7 @@ class Decoder(torch.nn.Module):
         masks: _Masks,
     ) -> Tensor:
         """See :func:`pyseq.functional.scheduled_inputs`; for a decoder that :meth:`is_fused`."""
+        assert isinstance(self.rnn, AttentionDecoder)  # or it is not fused
         score, combine = self.rnn.score, self.rnn.combine
         attends = memory is not None and score is not None
         limit = None

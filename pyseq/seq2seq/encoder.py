@@ -3,45 +3,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .._checks import check_positive
-from .._dropout import apply_dropout
+from .._dropout import apply_dropout, check_probability
 from ..extra import ExtraInformation, ExtraOptions, check_extra
-from ..nn import GRU, LSTM, RNN, cell_name
 from ..nn._common import Device
-from ..types import PAD, CellName, State, state_parts
+from ..recurrent import LayerOptions, build_layers, layer_cell
+from ..types import PAD, State, join_parts, state_parts
 from .inputs import check_source, last_steps, valid_steps
 
 __all__ = ["Encoder"]
 
 
-def _recurrent(
-    cell: CellName,
-    input_size: int,
-    hidden_size: int,
-    num_layers: int,
-    *,
-    bidirectional: bool,
-    dropout: float,
-    device: Device,
-    dtype: torch.dtype | None,
-) -> RNN | GRU | LSTM:
-    rest: dict[str, Any] = {
-        "dropout": dropout if num_layers > 1 else 0.0,  # it is between layers
-        "bidirectional": bidirectional,
-        "device": device,
-        "dtype": dtype,
-    }
-    if cell == "lstm":
-        return LSTM(input_size, hidden_size, num_layers, **rest)
-    if cell == "gru":
-        return GRU(input_size, hidden_size, num_layers, **rest)
-    nonlinearity = cell.removeprefix("rnn_")
-    return RNN(input_size, hidden_size, num_layers, nonlinearity=nonlinearity, **rest)
+_NO_OPTIONS = LayerOptions()
 
 
 class Encoder(torch.nn.Module):
@@ -52,7 +28,7 @@ class Encoder(torch.nn.Module):
         embedding_size: features of a token.
         hidden_size: H, features of the memory; with both directions H/2 each.
         num_layers: L.
-        cell: as in :class:`pyseq.nn.AttentionDecoder`.
+        cell: any of :class:`pyseq.Seq2Seq`.
         bidirectional: run each layer in both directions.
         dropout: probability of zeroing a feature of an embedding, of what goes from one
             layer to the next, and of the memory, in training.
@@ -61,6 +37,7 @@ class Encoder(torch.nn.Module):
         extra: how extra information enters, if it does: into the states of the top layer, or
             with the place ``"input"`` into what the bottom layer reads.
         constant: give the memory one more feature, which is 1.
+        options: what the recurrent layers do besides.
         device, dtype: of the parameters.
 
     Attributes:
@@ -86,6 +63,7 @@ class Encoder(torch.nn.Module):
         features: int | None = None,
         extra: ExtraOptions | None = None,
         constant: bool = False,
+        options: LayerOptions = _NO_OPTIONS,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -106,6 +84,7 @@ class Encoder(torch.nn.Module):
                 "hidden_size must be even for a bidirectional encoder, which has half of it "
                 f"in each direction, got {hidden_size}"
             )
+        check_probability("dropout", dropout)
         self.dropout = dropout
         self.bidirectional = bidirectional
         self.constant = constant
@@ -118,12 +97,13 @@ class Encoder(torch.nn.Module):
             check_positive(features=features)
             assert features is not None
             self.embedding = torch.nn.Linear(features, embedding_size, device=device, dtype=dtype)
-        self.cell = cell_name(cell)
-        self.rnn = _recurrent(
+        self.cell = layer_cell(cell)
+        self.rnn = build_layers(
             self.cell,
             embedding_size,
             hidden_size // 2 if bidirectional else hidden_size,
             num_layers,
+            options,
             bidirectional=bidirectional,
             dropout=dropout,
             device=device,
@@ -162,9 +142,9 @@ class Encoder(torch.nn.Module):
 
         Returns:
             The memory (S, B, H), or (S, B, H + 1) with ``constant``, zero at padding, and the
-            last state: h (L, B, H), or for LSTM (h, c), the directions side by side. Extra
-            information at the output enters the h of the top layer like the memory; that of each
-            step by its last valid one.
+            last state: h (L, B, H), or for LSTM (h, c) and so on, the directions side by side.
+            Extra information at the output enters the h of the top layer like the memory; that of
+            each step by its last valid one.
 
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
@@ -189,4 +169,4 @@ class Encoder(torch.nn.Module):
         if self.constant:
             ones = valid_steps(lengths, source).t().unsqueeze(2).to(memory.dtype)
             memory = torch.cat([memory, ones], 2)
-        return memory, parts[0] if len(parts) == 1 else (parts[0], parts[1])
+        return memory, join_parts(tuple(parts))

@@ -57,7 +57,9 @@ class Seq2Seq(torch.nn.Module):
         hidden_size: H, units of the decoder and features of the memory; even if the
             encoder is bidirectional, since it then has H/2 units a direction.
         num_layers: layers of encoder and decoder.
-        cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` (or ``"rnn"``) or ``"rnn_relu"``.
+        cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` (or ``"rnn"``) or ``"rnn_relu"``; without
+            input feeding also ``"gru_reset_before"``, ``"indrnn_relu"`` (or ``"indrnn"``),
+            ``"indrnn_tanh"``, ``"slstm_sigmoid"`` (or ``"slstm"``) and ``"slstm_exp"``.
         bidirectional: whether the encoder reads in both directions.
         score: ``"dot"``, ``"scaled_dot"``, ``"general"``, ``"concat"``, ``"location"``, or None
             for no attention.
@@ -68,6 +70,11 @@ class Seq2Seq(torch.nn.Module):
             embedding_size.
         encoder_hidden_size, encoder_num_layers: those of the encoder, whose hidden_size is
             the number of features of the memory. Default: hidden_size and num_layers.
+        encoder_cell: that of the encoder, any of these. Default: cell. The bridge ``"copy"``
+            hands on what both have, h at least.
+        encoder_options, decoder_options: what the recurrent layers of either side do besides
+            running their cell: :class:`pyseq.LayerOptions`, or a mapping of their names. Those of
+            the decoder but ``forget_bias`` go without input feeding.
         bridge: ``"copy"``, ``"linear"``, ``"tanh"``, ``"relu"``, ``"zero"`` or ``"learned"``;
             see :class:`pyseq.bridge.Bridge`. Copying needs equal layers and sizes.
         tie_embeddings: one matrix serves as the decoder's embedding and as the weight of its
@@ -123,22 +130,25 @@ class Seq2Seq(torch.nn.Module):
         place: Placing = {"device": options.device, "dtype": options.dtype}
         memory_size = or_else(options.encoder_hidden_size, options.hidden_size)
         encoder_layers = or_else(options.encoder_num_layers, options.num_layers)
+        encoder_cell = options.encoder_cell or options.cell
         self.encoder = Encoder(
             options.source_vocab_size,
             embedding_size=or_else(options.source_embedding_size, options.embedding_size),
             hidden_size=memory_size,
             num_layers=encoder_layers,
-            cell=options.cell,
+            cell=encoder_cell,
             bidirectional=options.bidirectional,
             dropout=options.dropout,
             features=options.source_features,
             extra=options.extra(options.source_extra_size),
             constant=options.memory_bias,
+            options=options.encoder_options,
             **place,
         )
         self.bridge = Bridge(
             options.bridge,
             cell=options.cell,
+            encoder_cell=encoder_cell,
             encoder_layers=encoder_layers,
             encoder_size=memory_size,
             decoder_layers=options.num_layers,
@@ -152,6 +162,7 @@ class Seq2Seq(torch.nn.Module):
             hidden_size=options.hidden_size,
             num_layers=options.num_layers,
             cell=options.cell,
+            options=options.decoder_options,
             score=options.score,
             input_feeding=options.input_feeding,
             dropout=options.dropout,

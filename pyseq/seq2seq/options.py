@@ -16,8 +16,9 @@ from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar
 import torch
 
 from ..extra import ExtraOptions
-from ..nn import AttentionOptions, cell_name
+from ..nn import AttentionOptions
 from ..nn._common import Device
+from ..recurrent import LayerOptions, layer_cell
 
 __all__ = ["ClassifierOptions", "EncoderOptions", "Seq2SeqOptions", "takes"]
 
@@ -33,6 +34,8 @@ _P = ParamSpec("_P")
 _Model = TypeVar("_Model")
 _Arguments = TypeVar("_Arguments")
 
+_NO_OPTIONS = LayerOptions()
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions:
@@ -45,6 +48,11 @@ class EncoderOptions:
     bidirectional: bool = True
     dropout: float = 0.1
     source_features: int | None = None
+    #: A mapping of their names will do, as :attr:`pyseq.Seq2Seq.config` has them.
+    encoder_options: LayerOptions = _NO_OPTIONS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "encoder_options", LayerOptions.of(self.encoder_options))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,8 @@ class Seq2SeqOptions(EncoderOptions, AttentionOptions):
     """See :class:`pyseq.Seq2Seq`: ``Seq2Seq(source_vocab_size, target_vocab_size,
     **asdict(options))`` is a model with these."""
 
+    encoder_cell: str | None = None
+    decoder_options: LayerOptions = _NO_OPTIONS
     score: str | None = "general"
     input_feeding: bool = True
     source_embedding_size: int | None = None
@@ -77,6 +87,10 @@ class Seq2SeqOptions(EncoderOptions, AttentionOptions):
     memory_bias: bool = False
     bridge_c_from_h: bool = False
     coverage_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "decoder_options", LayerOptions.of(self.decoder_options))
 
     @property
     def attention(self) -> AttentionOptions:
@@ -140,10 +154,16 @@ class ClassifierArguments(ClassifierOptions):
 def config_of(
     arguments: Seq2SeqArguments | TaggerArguments | ClassifierArguments,
 ) -> dict[str, Any]:
-    """What a model is made of, in values that JSON knows; the cell by its full name."""
+    """What a model is made of, in values that JSON knows; cells by their full names."""
     config = asdict(arguments)
     del config["device"], config["dtype"]
-    return {**config, "cell": cell_name(arguments.cell)}
+    for name in ("cell", "encoder_cell"):
+        if config.get(name) is not None:
+            config[name] = layer_cell(config[name])
+    for name in ("encoder_options", "decoder_options"):
+        if name in config:
+            config[name] = getattr(arguments, name).changed()
+    return config
 
 
 def takes(

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder of any recurrent layers, which attends when they have run: nothing is fed back.
+
+What ``Decoder`` is built on where the fused operator of :class:`pyseq.nn.AttentionDecoder` does
+not know the cell or an option of the layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from .._checks import check_positive, check_shape
+from ..nn import AttentionDecoder, AttentionOptions, Positions, Score
+from ..nn._common import Device
+from ..nn.attention import check_window
+from ..recurrent import LayerOptions, build_layers, layer_cell
+from ..types import (
+    GATES,
+    CellName,
+    DecoderOutput,
+    DecoderStart,
+    DecoderState,
+    decoder_parts,
+    join_parts,
+)
+
+
+class ScannedDecoder(torch.nn.Module):
+    """Recurrent layers over all steps, then attention over all steps: two kinds of fused operators.
+
+    With the output h_t of the top layer, ``out_t = tanh(W_c [c_t; h_t])`` where h_t attends
+    over the memory for the context c_t; with ``score=None`` it is h_t. The arguments are those
+    of :class:`pyseq.nn.AttentionDecoder`.
+
+    Attributes:
+        layers: the recurrent layers.
+        score, positions, combine: as in :class:`pyseq.nn.AttentionDecoder`.
+
+    Raises:
+        ValueError: an option is unknown, a size is out of its range, or the attention is of a
+            kind that depends on what came out of the steps before.
+
+    Reference:
+        Luong et al. 2015, arXiv 1508.04025, eq. 5 to 10, without section 3.3 (input feeding).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        memory_size: int,
+        num_layers: int,
+        *,
+        cell: CellName,
+        score: str | None,
+        dropout: float,
+        attention: AttentionOptions,
+        options: LayerOptions,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(
+            input_size=input_size,
+            hidden_size=hidden_size,
+            memory_size=memory_size,
+            num_layers=num_layers,
+        )
+        if options.learned_state:
+            raise ValueError(
+                "learned_state is no option of a decoder, which starts from what it is given: the "
+                "bridge 'learned' gives it a learned state"
+            )
+        allowed = AttentionOptions(
+            attention_size=attention.attention_size,
+            max_positions=attention.max_positions,
+            heads=attention.heads,
+            window=attention.window if attention.window == "local-p" else None,
+            window_size=attention.window_size,
+        )
+        if attention != (allowed if score is not None else AttentionOptions()):
+            raise ValueError(
+                f"a decoder with {_described(cell, options)} attends after its layers, over all of "
+                "the memory or in the window local-p, without a history and only with a score, "
+                f"got score {score!r} and {attention}"
+            )
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.memory_size = memory_size
+        self.num_layers = num_layers
+        self.cell = cell
+        self.fed_size = hidden_size
+        self.layers = build_layers(
+            cell,
+            input_size,
+            hidden_size,
+            num_layers,
+            options,
+            dropout=dropout,
+            device=device,
+            dtype=dtype,
+        )
+        self.window_size = check_window(attention.window, attention.window_size)
+        self.score: Score | None = None
+        self.positions: Positions | None = None
+        self.combine: torch.nn.Linear | None = None
+        if score is not None:
+            self.score = Score(
+                score,
+                hidden_size,
+                memory_size,
+                attention.attention_size,
+                heads=attention.heads,
+                max_positions=attention.max_positions,
+                device=device,
+                dtype=dtype,
+            )
+            if attention.window is not None:
+                self.positions = Positions(hidden_size, device=device, dtype=dtype)
+            self.combine = torch.nn.Linear(
+                memory_size + hidden_size, hidden_size, bias=False, device=device, dtype=dtype
+            )
+
+    def project(self, memory: Tensor, lengths: Tensor | None = None) -> Tensor | None:
+        """The keys of ``memory`` (S, B, M); None without attention."""
+        return None if self.score is None else self.score.project(memory, lengths)
+
+    def is_plain(self) -> bool:
+        """No: a step is more than the operator of :class:`pyseq.nn.AttentionDecoder`."""
+        return False
+
+    def draw_dropout_masks(self, steps: int, batch: int) -> None:
+        """Nothing: the layers draw their own, in every call anew."""
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        state: DecoderStart | None = None,
+        need_weights: bool = False,
+        keys: Tensor | None = None,
+        dropout_masks: Tensor | None = None,
+    ) -> DecoderOutput:
+        """Run all steps of ``x``.
+
+        Args:
+            x, memory, lengths, state, need_weights, keys: as in
+                :meth:`pyseq.nn.AttentionDecoder.forward`, time-major.
+            dropout_masks: None, since the layers draw their own.
+
+        Returns, Raises: as there.
+        """
+        check_shape("x", x, "(T, B, I)", (-1, -1, self.input_size))
+        parts, _ = decoder_parts(self.cell, state)
+        hidden, last = self.layers(x, join_parts(parts) if parts else None)
+        if self.score is None or self.combine is None:
+            return DecoderOutput(hidden, None, DecoderState(last, hidden[-1]))
+        if memory is None:
+            raise RuntimeError("memory must be given unless score is None, got None")
+        check_shape("memory", memory, "(S, B, M)", (-1, x.shape[1], self.memory_size))
+        positions = None
+        if self.positions is not None:
+            positions = self.positions(hidden, memory.shape[0], lengths)
+        context, weights = functional.attend(
+            hidden,
+            self.score.project(memory, lengths) if keys is None else keys,
+            memory,
+            self.score.limit(memory, lengths),
+            score=self.score.fused,
+            weight_query=self.score.weight_query,
+            weight_v=self.score.weight_v,
+            heads=self.score.heads,
+            window=self.window_size,
+            positions=positions,
+            need_weights=need_weights,
+        )
+        output = self.combine(torch.cat([context, hidden], 2)).tanh()
+        return DecoderOutput(output, weights, DecoderState(last, output[-1]))
+
+
+def build_decoder(
+    input_size: int,
+    hidden_size: int,
+    memory_size: int,
+    num_layers: int,
+    *,
+    cell: str,
+    options: LayerOptions,
+    score: str | None,
+    input_feeding: bool,
+    dropout: float,
+    attention: AttentionOptions,
+    device: Device,
+    dtype: torch.dtype | None,
+) -> AttentionDecoder | ScannedDecoder:
+    """The layers of a decoder with its attention; the arguments are those of ``Decoder``.
+
+    Raises:
+        ValueError: an option is unknown, or does not go with the others.
+    """
+    name = layer_cell(cell)
+    given = options.changed()
+    if name not in GATES or given.keys() - ({"forget_bias"} if name == "lstm" else set()):
+        if input_feeding and score is not None:
+            raise ValueError(
+                "input_feeding goes with a decoder of the cells "
+                f"{', '.join(GATES)} and of no layer options but forget_bias, got cell {name!r} "
+                f"and {given}: pass input_feeding=False, or give them to the encoder alone"
+            )
+        return ScannedDecoder(
+            input_size,
+            hidden_size,
+            memory_size,
+            num_layers,
+            cell=name,
+            score=score,
+            dropout=dropout,
+            attention=attention,
+            options=options,
+            device=device,
+            dtype=dtype,
+        )
+    decoder = AttentionDecoder(
+        input_size,
+        hidden_size,
+        memory_size,
+        num_layers,
+        cell=name,
+        score=score,
+        input_feeding=input_feeding,
+        dropout=dropout,
+        device=device,
+        dtype=dtype,
+        **asdict(attention),
+    )
+    if options.forget_bias is not None:
+        forget = slice(hidden_size, 2 * hidden_size)
+        with torch.no_grad():
+            for layer in decoder.layer_weights():
+                assert layer.b_ih is not None
+                assert layer.b_hh is not None
+                layer.b_ih[forget] = options.forget_bias
+                layer.b_hh[forget] = 0
+    return decoder
+
+
+def _described(cell: CellName, options: LayerOptions) -> str:
+    names = ", ".join(options.changed())
+    return f"the cell {cell}" + (f" and {names}" if names else "")
