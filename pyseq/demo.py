@@ -109,6 +109,7 @@ def _run(out: Path, epochs: int) -> None:
         model=ModelOptions(**g2p.SHORT_MODEL),
         options=TrainingOptions(**{**g2p.SHORT_TRAINING, "epochs": epochs}),
         out=out,
+        overwrite=True,
         progress=True,
         log=lambda line: print(line, flush=True),
     )

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from pyseq import checkpoint, cli, g2p
+from pyseq.cli import train_arguments
+from pyseq.training import LabelerOptions, ModelOptions, TrainingOptions
 from pyseq.translator import Translator
 from pyseq.types import STOP
 
@@ -386,6 +389,11 @@ def test_skip_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["evaluate", "{model}", "{tmp}/missing.tsv"], 1, "missing.tsv: No such file"),
         (["evaluate", "{model}", "{empty}"], 1, "no pairs in this file"),
         (["evaluate", "{model}"], 1, "give either a file of pairs or --task g2p"),
+        (["train", "{pairs}", "--out", "{model}", "--resume", "--min-count", "2"], 1,
+         "leave --min-count out"),
+        (["train", "{pairs}", "--out", "{model}", "--resume", "--overwrite"], 2, "not allowed"),
+        (["train", "{pairs}", "--out", "{tmp}/x", "--freeze-source", "x"], 2, "or all"),
+        (["predict", "{model}", "--seed", "2"], 1, "--seed goes with --sample"),
         ([], 2, "COMMAND"),
     ],
 )  # fmt: skip
@@ -415,6 +423,74 @@ def test_errors_are_one_sentence(
     assert last.startswith("pyseq")
     assert message in last
     assert "Traceback" not in output.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--warmup-steps", "5"], "--warmup-steps goes with --schedule warmup"),
+        (["--halve-after", "5"], "--halve-after goes with --schedule halving"),
+        (["--halve-every", "5", "--schedule", "warmup"], "--halve-every goes with --schedule halv"),
+        (["--average-decay", "0.9"], "--average-decay goes with --average exponential"),
+        (["--average-epochs", "2", "--average", "exponential"], "--average-epochs goes with --ave"),
+        (["--sampling-coin", "token"], "--sampling-coin goes with --scheduled-sampling"),
+        (["--sampling-choice", "sample"], "--sampling-choice goes with --scheduled-sampling"),
+        (["--window-size", "3"], "window_size goes with a window"),
+        (["--history-size", "3"], "history_size goes with a history"),
+        (["--attention-size", "3"], "attention_size goes with score 'concat'"),
+        (["--max-positions", "3"], "max_positions must be given for score 'location' and no other"),
+        (["--feed", "context", "--no-input-feeding"], "feed goes with input_feeding"),
+        (["--extra-mode", "add"], "--extra-mode goes with --source-extra-size or --target-extra"),
+        (["--extra-hidden-size", "4", "--source-extra-size", "2"], "goes with --extra-mode mlp"),
+        (["--fold-case"], "--fold-case goes with --source-embeddings or --target-embeddings"),
+        (["--embeddings-format", "glove"], "--embeddings-format goes with --source-embeddings or"),
+        (["--select", "loss", "--valid-share", "0"], "--select goes with validation pairs"),
+        (["--embedding-size", "4", "--source-embedding-size", "4", "--target-embedding-size", "4"],
+         "--embedding-size has no side left to be about"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_an_option_that_would_do_nothing_is_refused(
+    options: list[str],
+    message: str,
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["train", str(pairs), "--out", str(tmp_path / "x"), *options]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--valid", "x.tsv"], ["--valid-share", "0.5"], ["--tokens", "char"], ["--skip-bad-lines"]],
+    ids=" ".join,
+)
+def test_the_dictionary_needs_no_files(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "--task", "g2p", "--out", str(tmp_path / "x"), *options]
+    assert cli.main(train) == 1
+    assert f"leave {options[0]} out" in capsys.readouterr().err
+
+
+def test_a_file_after_an_option_stays_a_file(pairs: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    train = ["train", "--out", out, "--epochs", "1", *SMALL, "--freeze-source", "all", str(pairs)]
+    assert cli.main(train) == 0
+
+
+def test_every_option_has_an_argument() -> None:
+    of_model = {*train_arguments.MODEL, *train_arguments.ATTENTION, *train_arguments.EXTRA}
+    assert of_model == {field.name for field in fields(ModelOptions)}
+    assert set(train_arguments.LABELS) == {f.name for f in fields(LabelerOptions)} - of_model
+    # These two are beside the files of vectors.
+    assert {*train_arguments.TRAINING, "freeze_source", "freeze_target"} == {
+        field.name for field in fields(TrainingOptions)
+    }
 
 
 def test_bad_utf8_on_standard_input(
@@ -471,6 +547,22 @@ def test_predict_as_a_process(model: Path) -> None:
         timeout=120,
     )
     assert done.stdout == b"x y\ny x\n"
+
+
+def test_output_is_utf8_in_any_locale(tmp_path: Path) -> None:
+    path, out = tmp_path / "pairs.tsv", tmp_path / "out"
+    path.write_text("a\tß\n", encoding="utf-8")
+    train = ["train", str(path), "--out", str(out), "--valid-share", "0", "--epochs", "30", *SMALL]
+    assert cli.main(train) == 0
+    done = subprocess.run(
+        command("predict", out, "--threads", "1"),
+        input=b"a\n",
+        capture_output=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )
+    assert done.stdout == "ß\n".encode()
 
 
 def test_a_reader_that_leaves_early_is_no_error(model: Path) -> None:

@@ -209,7 +209,7 @@ def test_commands(vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     pairs.write_text("aB\tba\ncd\tdc\n")
     train = ["train", str(pairs), "--out", str(out), "--valid-share", "0", "--threads", "1"]
     given = ["--source-embeddings", str(vectors), "--fold-case", "--embeddings-format", "glove"]
-    sizes = ["--hidden-size", "8", "--embedding-size", "4", "--freeze-source"]
+    sizes = ["--hidden-size", "8", "--embedding-size", "4", "--freeze-source", "all"]
     assert cli.main([*train, *given, *sizes, "--epochs", "1"]) == 0
     assert "vectors for 4 of 4 words (100.0%), 1 of them under another" in capsys.readouterr().err
     translator = Translator.load(out)

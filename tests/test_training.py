@@ -55,9 +55,21 @@ def reversals(count: int, seed: int) -> Data:
 TRAIN, VALID = reversals(40, 1), reversals(16, 2)
 
 
-def begin(out: Path | None, options: TrainingOptions = OPTIONS, data: Data = TRAIN) -> Trainer:
+def begin(
+    out: Path | None,
+    options: TrainingOptions = OPTIONS,
+    data: Data = TRAIN,
+    *,
+    overwrite: bool = False,
+) -> Trainer:
     return training.start(
-        data, VALID, tokens=("char", "char"), model=MODEL, options=options, out=out
+        data,
+        VALID,
+        tokens=("char", "char"),
+        model=MODEL,
+        options=options,
+        out=out,
+        overwrite=overwrite,
     )
 
 
@@ -598,7 +610,7 @@ def test_a_new_run_leaves_nothing_of_the_one_before(tmp_path: Path, step: int) -
     def crash() -> None:
         raise RuntimeError("power cut")
 
-    trainer = begin(tmp_path)
+    trainer = begin(tmp_path, overwrite=True)
     at_step(trainer, step, crash)
     with pytest.raises(RuntimeError, match="power cut"):
         trainer.run()
@@ -617,8 +629,49 @@ def test_a_new_run_that_cannot_write_leaves_the_one_before_alone(
     begin(tmp_path).run()
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(TrainingError, match="No space left on device"):
-        begin(tmp_path, TrainingOptions(seed=9)).run()
+        begin(tmp_path, TrainingOptions(seed=9), overwrite=True).run()
     assert contents(tmp_path) == uninterrupted
+
+
+def test_a_finished_model_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    train, short = [("ab", "x"), ("ba", "y")], replace(OPTIONS, epochs=1)
+    begin(tmp_path, short).run()
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a model already; overwrite=True replaces it"):
+        begin(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a model already"):
+        training.train(train, hidden_size=8, epochs=1, out=tmp_path)
+    with pytest.raises(CheckpointError, match="holds a model already"):
+        training.train_labeler(train, task="classify", hidden_size=8, epochs=1, out=tmp_path)
+    checkpoint.remove(tmp_path)  # what can be resumed is kept, too
+    with pytest.raises(CheckpointError, match="last: holds a model already"):
+        begin(tmp_path)
+    assert contents(tmp_path) == {
+        name: data for name, data in before.items() if name.startswith("last/")
+    }
+    training.train(train, hidden_size=8, epochs=1, out=tmp_path, overwrite=True)
+    saved = checkpoint.load(tmp_path / "last")
+    assert saved.model.config["hidden_size"] == 8
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([2.0, math.nan])
+    monkeypatch.setattr(training.trainer, "mean_loss", lambda *_, **__: next(losses))
+    with pytest.raises(
+        TrainingError, match=r"reversals: the validation loss is nan after epoch 2.*last checkpoint"
+    ):
+        begin(tmp_path).run()
+    assert len(go_on(tmp_path).reports) == 1
+    assert checkpoint.exists(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["epochs", "checkpoint_every", "patience"])
+def test_nothing_is_no_number_to_resume_with(tmp_path: Path, name: str) -> None:
+    begin(tmp_path, replace(OPTIONS, epochs=1)).run()
+    with pytest.raises(ValueError, match=f"{name} must be at least 1.*got 0"):
+        go_on(tmp_path, **{name: 0})
 
 
 def test_the_best_epoch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

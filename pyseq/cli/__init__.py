@@ -9,6 +9,7 @@ standard error.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name. Default: those of the process.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Files of text are UTF-8 here, whatever the locale, and this may be piped into one.
+        sys.stdout.reconfigure(encoding="utf-8")
     try:
         arguments = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], None] = arguments.run

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,8 +71,11 @@ def require_one_source(arguments: argparse.Namespace) -> None:
         raise PyseqError("give either a file of pairs or --task g2p")
 
 
-def read_texts(path: str, *, skip_bad_lines: bool) -> list[TextPair]:
+def read_texts(
+    path: str, *, skip_bad_lines: bool, log: Callable[[str], None] | None = say
+) -> list[TextPair]:
+    """The pairs of a file; ``log`` is told of lines that are left out."""
     found: PairsFile = read_pairs(path, skip_bad_lines=skip_bad_lines)
-    if found.skipped:
-        say(f"{len(found.skipped)} bad lines left out, the first: {found.skipped[0]}")
+    if found.skipped and log is not None:
+        log(f"{len(found.skipped)} bad lines left out, the first: {found.skipped[0]}")
     return found.pairs

@@ -61,7 +61,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     metrics.require_packages(text_scores=True)
     translator = load(arguments)
-    search = searcher(arguments, translator)
+    search = searcher(arguments, translator, need_weights=False)
     if arguments.by_position and arguments.others:
         raise PyseqError("--by-position goes with one model: leave out --with")
     if arguments.task == "g2p":

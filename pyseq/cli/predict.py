@@ -54,7 +54,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         _predict_labels(arguments)
         return
     translator = load(arguments)
-    search = searcher(arguments, translator)
+    search = searcher(arguments, translator, need_weights=arguments.attention is not None)
     pictures = None if arguments.attention is None else Path(arguments.attention)
     if pictures is not None:
         if any(model.config["score"] is None for model in (translator.model, *translator.others)):

@@ -70,9 +70,7 @@ def add_search(command: argparse.ArgumentParser) -> None:
     add_search_option(
         group, "top_p", float, "draw from the likeliest tokens that make up this probability"
     )
-    group.add_argument(
-        "--seed", type=int, default=1, metavar="N", help="fixes what is drawn (default: 1)"
-    )
+    group.add_argument("--seed", type=int, metavar="N", help="fixes what is drawn (default: 1)")
     command.set_defaults(of_search={name: command.get_default(name) for name in _OF_SEARCH})
 
 
@@ -91,6 +89,7 @@ _OF_SEARCH = (
     "temperature",
     "top_k",
     "top_p",
+    "seed",
     "n_best",
     "attention",
 )
@@ -123,18 +122,21 @@ def load(arguments: argparse.Namespace) -> Translator:
 
 
 def searcher(
-    arguments: argparse.Namespace, translator: Translator
+    arguments: argparse.Namespace, translator: Translator, *, need_weights: bool
 ) -> Callable[[list[str]], list[list[Translation]]]:
     """What finds the outputs for some lines, as the arguments say."""
     names = {field.name for field in fields(SearchOptions)} - {"prefix"}  # which is text here
     given = {name: value for name, value in vars(arguments).items() if name in names}
+    given["need_weights"] = need_weights
     for name, default in (("max_length", translator.max_length), ("n_best", 1)):
         if given.get(name) is None:
             given[name] = default
+    if arguments.seed is not None and not arguments.sample:
+        raise PyseqError("--seed goes with --sample, which is not given")
     generator = torch.Generator(next(translator.model.parameters()).device)
     try:
         options = SearchOptions(**given)
-        generator.manual_seed(arguments.seed)
+        generator.manual_seed(1 if arguments.seed is None else arguments.seed)
     except (ValueError, RuntimeError) as error:  # what argparse cannot judge
         raise PyseqError(str(error)) from error
 

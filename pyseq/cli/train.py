@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import checkpoint, distributed, g2p, metrics, training
+from .. import distributed, g2p, metrics, training
 from ..embeddings import EmbeddingsFile
 from ..errors import PyseqError
 from ..text import Pair, Tokenizer, hold_out
@@ -19,7 +19,8 @@ from ..text import tokenise_pairs as tokenise
 from ..training import Data, Interrupted, LabelerOptions, ModelOptions, Trainer, TrainingOptions
 from ..translator import Translator
 from .common import EXIT_SIGNAL, TASK_OF, begin, read_texts, require_one_source, say
-from .train_arguments import add_arguments
+from .fields import flag
+from .train_arguments import VALID_SHARE, add_arguments, check_given, given_options
 
 
 def add(commands: Any) -> None:
@@ -41,17 +42,19 @@ def _train(arguments: argparse.Namespace) -> None:
     begin(arguments)
     require_one_source(arguments)
     if arguments.task == "g2p":
+        _refuse_files(arguments)
         metrics.require_packages(text_scores=False)
     out = Path(arguments.out)
-    if not arguments.resume and not arguments.overwrite:
-        for folder in (out, out / training.LAST):
-            if checkpoint.exists(folder):
-                raise PyseqError(
-                    f"{folder}: holds a model already; give --resume to go on with it, "
-                    "--overwrite to begin anew, or another --out"
-                )
+    held = None if arguments.resume or arguments.overwrite else training.held_model(out)
+    if held is not None:
+        raise PyseqError(
+            f"{held}: holds a model already; give --resume to go on with it, --overwrite to begin "
+            "anew, or another --out"
+        )
     with distributed.joined(torch.device("cpu")) as processes:
-        trainer = _resume(arguments, out) if arguments.resume else _start(arguments, out)
+        log = say if processes.is_first else None
+        begin_run = _resume if arguments.resume else _start
+        trainer = begin_run(arguments, out, log)
         if not processes.is_first:
             try:
                 trainer.run()
@@ -71,27 +74,25 @@ def _train(arguments: argparse.Namespace) -> None:
         print(g2p.summary(Translator.load(out)))
 
 
-def _names(options: type) -> list[str]:
-    return [field.name for field in fields(options)]
+def _refuse_files(arguments: argparse.Namespace) -> None:
+    """Refuse what is about a file of pairs, for the task that brings its own."""
+    split = ("tokens", "source_tokens", "target_tokens")
+    for name in ("valid", "valid_share", "skip_bad_lines", *split):
+        if getattr(arguments, name) not in (None, False):
+            raise PyseqError(
+                f"--task g2p brings its own words, and their split: leave {flag(name)} out"
+            )
 
 
 def _label_options(arguments: argparse.Namespace) -> LabelerOptions:
     """What a Tagger or Classifier is made of; what belongs to a decoder is refused."""
-    given = set(_given(arguments, ModelOptions)) - set(_names(LabelerOptions))
+    given = set(given_options(arguments, ModelOptions)) - {
+        field.name for field in fields(LabelerOptions)
+    }
     others = ("target_tokens", "target_embeddings", "reverse_source", "min_count")
     for name in (*sorted(given), *(name for name in others if getattr(arguments, name))):
         raise PyseqError(f"a model of labels has no decoder and takes no {name}: leave it out")
-    return LabelerOptions(**_given(arguments, LabelerOptions))
-
-
-def _given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
-    """The fields of an options class that were given as arguments."""
-    names = _names(options)
-    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    if given.get("score") == "none":
-        given["score"] = None
-        given.setdefault("input_feeding", False)  # what is fed back is made by attention
-    return given
+    return LabelerOptions(**given_options(arguments, LabelerOptions))
 
 
 def _embeddings_file(arguments: argparse.Namespace, side: str) -> EmbeddingsFile | None:
@@ -101,23 +102,36 @@ def _embeddings_file(arguments: argparse.Namespace, side: str) -> EmbeddingsFile
     return EmbeddingsFile(path, format=arguments.embeddings_format, fold_case=arguments.fold_case)
 
 
-def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
-    tokens = (
+def _presets(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a task has in place of the defaults, of the model and of training."""
+    return (dict(g2p.MODEL), dict(g2p.TRAINING)) if arguments.task == "g2p" else ({}, {})
+
+
+def _tokens(arguments: argparse.Namespace) -> tuple[str, str]:
+    """How source and target of a new run are split."""
+    if arguments.task == "g2p":
+        return g2p.SOURCE_TOKENS, g2p.TARGET_TOKENS
+    if arguments.task in training.TASKS:
+        source_tokens = training.LABELER_TOKENS[arguments.task]
+        return arguments.source_tokens or arguments.tokens or source_tokens, "space"
+    return (
         arguments.source_tokens or arguments.tokens or "char",
         arguments.target_tokens or arguments.tokens or "char",
     )
-    if arguments.task in training.TASKS:
-        source_tokens = training.LABELER_TOKENS[arguments.task]
-        tokens = (arguments.source_tokens or arguments.tokens or source_tokens, "space")
-    model_given = _given(arguments, ModelOptions)
-    training_given = _given(arguments, TrainingOptions)
-    if arguments.task == "g2p":
-        tokens = (g2p.SOURCE_TOKENS, g2p.TARGET_TOKENS)
-        model_given = {**g2p.MODEL, **model_given}
-        training_given = {**g2p.TRAINING, **training_given}
+
+
+def _start(arguments: argparse.Namespace, out: Path, log: Callable[[str], None] | None) -> Trainer:
+    tokens = _tokens(arguments)
+    model_preset, training_preset = _presets(arguments)
+    check_given(arguments, {**model_preset, **training_preset})
+    model_given = {**model_preset, **given_options(arguments, ModelOptions)}
+    training_given = {**training_preset, **given_options(arguments, TrainingOptions)}
+    _refuse_embedding_size(arguments, model_given)
     try:
         options = TrainingOptions(**training_given)
-        data, validation = _data(arguments, tokens, options.seed, model_given)
+        data, validation = _data(arguments, tokens, options.seed, model_given, log)
+        if validation is None and "select" in training_given:
+            raise PyseqError("--select goes with validation pairs, and there are none")
         if arguments.task in training.TASKS:
             return training.start_labeler(
                 data,
@@ -127,13 +141,12 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
                 model=_label_options(arguments),
                 options=options,
                 out=out,
+                overwrite=arguments.overwrite,
                 progress=True,
-                log=say,
+                log=log,
                 tensorboard=arguments.tensorboard,
                 source_embeddings=_embeddings_file(arguments, "source"),
             )
-        if hasattr(arguments, "pooling"):
-            raise PyseqError("--pooling goes with --task classify")
         return training.start(
             data,
             validation,
@@ -143,8 +156,9 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
             model=ModelOptions(**model_given),
             options=options,
             out=out,
+            overwrite=arguments.overwrite,
             progress=True,
-            log=say,
+            log=log,
             tensorboard=arguments.tensorboard,
             source_embeddings=_embeddings_file(arguments, "source"),
             target_embeddings=_embeddings_file(arguments, "target"),
@@ -155,7 +169,21 @@ def _start(arguments: argparse.Namespace, out: Path) -> Trainer:
         raise PyseqError(str(error)) from error
 
 
-def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
+def _refuse_embedding_size(arguments: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Refuse a size that the files of vectors set for every side that has it."""
+    sides = ("source",) if arguments.task in training.TASKS else ("source", "target")
+    if hasattr(arguments, "embedding_size") and all(
+        getattr(arguments, f"{side}_embeddings") or given.get(f"{side}_embedding_size")
+        for side in sides
+    ):
+        raise PyseqError(
+            "--embedding-size has no side left to be about: the vectors in "
+            f"{arguments.source_embeddings or arguments.target_embeddings} and the sizes of the "
+            "sides say it all; leave it out"
+        )
+
+
+def _resume(arguments: argparse.Namespace, out: Path, log: Callable[[str], None] | None) -> Trainer:
     saved, state = training.last_checkpoint(out)
     tokens = (saved.source_tokens or "char", saved.target_tokens or "char")
     task = TASK_OF.get(type(saved.model).__name__)
@@ -172,8 +200,12 @@ def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
             "--resume goes on with sources as they stand: leave --reverse-source out, or begin "
             "a new run"
         )
+    if arguments.min_count is not None:
+        raise PyseqError(
+            "--resume goes on with the vocabularies of that run: leave --min-count out"
+        )
     seed = state.record["options"]["seed"]
-    data, validation = _data(arguments, tokens, seed, saved.model.config)
+    data, validation = _data(arguments, tokens, seed, saved.model.config, log)
     return training.resume(
         data,
         validation,
@@ -182,7 +214,7 @@ def _resume(arguments: argparse.Namespace, out: Path) -> Trainer:
         checkpoint_every=getattr(arguments, "checkpoint_every", None),
         patience=getattr(arguments, "patience", None),
         progress=True,
-        log=say,
+        log=log,
         tensorboard=arguments.tensorboard,
         source_embeddings=_embeddings_file(arguments, "source"),
         target_embeddings=_embeddings_file(arguments, "target"),
@@ -195,7 +227,7 @@ def _refuse_changes(
     """Refuse arguments that contradict the run to be resumed."""
     now: dict[str, Any] = {}
     for kind in (ModelOptions, LabelerOptions, TrainingOptions):
-        now |= _given(arguments, kind)
+        now |= given_options(arguments, kind)
     before = {**options, "source_tokens": tokens[0], "target_tokens": tokens[1]}
     for side in ("source_tokens", "target_tokens"):
         value = getattr(arguments, side) or arguments.tokens
@@ -210,7 +242,11 @@ def _refuse_changes(
 
 
 def _data(
-    arguments: argparse.Namespace, tokens: tuple[str, str], seed: int, options: Mapping[str, Any]
+    arguments: argparse.Namespace,
+    tokens: tuple[str, str],
+    seed: int,
+    options: Mapping[str, Any],
+    log: Callable[[str], None] | None,
 ) -> tuple[Data, Data | None]:
     """Training and validation pairs, for a model with these options."""
     if arguments.task == "g2p":
@@ -221,7 +257,7 @@ def _data(
         )
 
     def read(path: str) -> list[Pair]:
-        texts = read_texts(path, skip_bad_lines=arguments.skip_bad_lines)
+        texts = read_texts(path, skip_bad_lines=arguments.skip_bad_lines, log=log)
         if arguments.task in training.TASKS:
             return training.tokenise_labels(texts, task=arguments.task, tokens=tokens[0])
         return tokenise(
@@ -236,5 +272,6 @@ def _data(
     if arguments.valid is not None:
         held = read(arguments.valid)
         return Data(pairs, arguments.pairs), Data(held, arguments.valid)
-    pairs, held = hold_out(pairs, arguments.valid_share, seed=seed)
+    share = VALID_SHARE if arguments.valid_share is None else arguments.valid_share
+    pairs, held = hold_out(pairs, share, seed=seed)
     return Data(pairs, arguments.pairs), Data(held, arguments.pairs) if held else None

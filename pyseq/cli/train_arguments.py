@@ -4,19 +4,102 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from .. import embeddings, scheduled, training
-from ..averaging import AVERAGES
-from ..bridge import BRIDGES
-from ..copying import COPIES
-from ..extra import EXTRA_MODES, EXTRA_PLACES
-from ..tagger import POOLINGS
+from .. import embeddings, training
 from ..text import TOKENS
-from ..training import ModelOptions, TrainingOptions
-from ..types import FEEDS, GATES, HISTORIES, ORDERS, SCORES, WINDOWS
-from .common import add_threads, positive, schedule, share
+from ..training import LabelerOptions, ModelOptions, TrainingOptions
+from ..types import GATES
+from .common import add_threads, positive, share
+from .fields import Need, add_fields, given_fields, require_switches
+
+MODEL: dict[str, str] = {
+    "embedding_size": "numbers in an embedding",
+    "hidden_size": "units of a layer",
+    "num_layers": "layers of encoder and decoder",
+    "cell": "recurrent cell",
+    "bidirectional": "read the source forwards only",
+    "dropout": "dropout probability",
+    "source_embedding_size": "numbers in an embedding of the source; else --embedding-size",
+    "target_embedding_size": "numbers in an embedding of the target; else --embedding-size",
+    "encoder_hidden_size": "units of a layer of the encoder; else --hidden-size",
+    "encoder_num_layers": "layers of the encoder; else --num-layers",
+    "bridge": "what the decoder starts from",
+    "tie_embeddings": "one matrix as the decoder's embedding and in its output layer",
+    "context_every_step": "let the decoder read the encoder's last state at every step",
+    "copy": "copy symbols of the source",
+}
+
+ATTENTION: dict[str, str] = {
+    "score": "attention score",
+    "input_feeding": "do not feed the attentional vector into the next step",
+    "order": "attention after the cells, or before them",
+    "feed": "what is fed to the next step; else output, or with --order bahdanau context",
+    "heads": "heads of attention",
+    "window": "attention over a window only",
+    "window_size": "positions on either side of its centre; else 10",
+    "history": "past weights that enter --score concat",
+    "history_size": "how many neighbours of a position's; else 31",
+    "attention_size": "units of --score concat; else --hidden-size",
+    "max_positions": "positions that --score location can see",
+    "coverage_loss": "weight of the coverage loss",
+}
+
+EXTRA: dict[str, str] = {
+    "source_extra_size": "numbers of extra information for the source, in a further column",
+    "target_extra_size": "numbers of extra information for the target, in a further column",
+    "extra_mode": "how it enters",
+    "extra_hidden_size": "hidden units of --extra-mode mlp",
+    "extra_place": "where it enters",
+}
+
+LABELS: dict[str, str] = {
+    "pooling": "what --task classify judges by: the last state, or mean or maximum over all; "
+    "else last",
+}
+
+TRAINING: dict[str, str] = {
+    "epochs": "passes over the data",
+    "batch_size": "pairs of a batch",
+    "optimizer": "what updates",
+    "learning_rate": "learning rate; for sgd try 1",
+    "schedule": "of the learning rate",
+    "warmup_steps": "steps of --schedule warmup",
+    "halve_after": "epochs of --schedule halving",
+    "halve_every": "epochs between its halvings",
+    "select": "what tells the best epoch, of the validation pairs",
+    "patience": "epochs without a better one, then stop",
+    "average": "of the weights, which is what DIR gets",
+    "average_decay": "of --average exponential",
+    "average_epochs": "epochs of --average epochs",
+    "clip_norm": "largest norm of the gradients",
+    "label_smoothing": "share spread over all symbols",
+    "scheduled_sampling": "how often the decoder reads the truth: constant:EPSILON, "
+    "linear:SLOPE[,BEGIN[,LEAST]], exponential:K or inverse-sigmoid:K, by the number of updates",
+    "sampling_choice": "what it reads else",
+    "sampling_coin": "thrown for each",
+    "seed": "fixes everything random",
+    "checkpoint_every": "steps between checkpoints",
+}
+
+#: Options that do nothing unless another one is set.
+NEEDS: dict[str, tuple[Need, ...]] = {
+    "warmup_steps": (Need("schedule", ("warmup",)),),
+    "halve_after": (Need("schedule", ("halving",)),),
+    "halve_every": (Need("schedule", ("halving",)),),
+    "average_decay": (Need("average", ("exponential",)),),
+    "average_epochs": (Need("average", ("epochs",)),),
+    "sampling_choice": (Need("scheduled_sampling"),),
+    "sampling_coin": (Need("scheduled_sampling"),),
+    "extra_mode": (Need("source_extra_size"), Need("target_extra_size")),
+    "extra_place": (Need("source_extra_size"), Need("target_extra_size")),
+    "extra_hidden_size": (Need("extra_mode", ("mlp",)),),
+    "embeddings_format": (Need("source_embeddings"), Need("target_embeddings")),
+    "fold_case": (Need("source_embeddings"), Need("target_embeddings")),
+    "pooling": (Need("task", ("classify",)),),
+}
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -32,12 +115,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tensorboard", metavar="FOLDER", help="write curves there that TensorBoard shows"
     )
-    command.add_argument(
+    begun = command.add_mutually_exclusive_group()
+    begun.add_argument(
         "--resume",
         action="store_true",
         help="go on from DIR/last with the options of that run; --epochs may be raised",
     )
-    command.add_argument(
+    begun.add_argument(
         "--overwrite",
         action="store_true",
         help="begin anew though DIR holds a model, which the new run's first checkpoint replaces",
@@ -47,8 +131,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out lines that are not pairs instead of stopping",
     )
+    _add_data(command.add_argument_group("data"))
+    add_fields(
+        command.add_argument_group("model"), ModelOptions, MODEL, narrowed={"cell": tuple(GATES)}
+    )
+    add_fields(command.add_argument_group("attention"), ModelOptions, ATTENTION)
+    add_fields(command.add_argument_group("extra information"), ModelOptions, EXTRA)
+    add_fields(command.add_argument_group("labels"), LabelerOptions, LABELS)
+    _add_embeddings(command.add_argument_group("pretrained embeddings"))
+    group = command.add_argument_group("training")
+    add_fields(group, TrainingOptions, TRAINING, from_zero=("warmup_steps", "seed"))
+    add_threads(group)
 
-    group = command.add_argument_group("data")
+
+def _add_data(group: Any) -> None:
     group.add_argument("--tokens", choices=TOKENS, help="how both sides are split (default: char)")
     group.add_argument("--source-tokens", choices=TOKENS, help="how the source is split")
     group.add_argument("--target-tokens", choices=TOKENS, help="how the target is split")
@@ -68,79 +164,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     held_out.add_argument(
         "--valid-share",
         type=share,
-        default=0.05,
         metavar="SHARE",
-        help="share of the sources held out for validation if there is no --valid (default: 0.05)",
+        help="share of the sources held out for validation if there is no --valid "
+        f"(default: {VALID_SHARE})",
     )
 
-    group = command.add_argument_group("model")
-    add_option(group, ModelOptions, "embedding_size", positive, "numbers in an embedding")
-    add_option(group, ModelOptions, "hidden_size", positive, "units of a layer")
-    add_option(group, ModelOptions, "num_layers", positive, "layers of encoder and decoder")
-    add_option(group, ModelOptions, "cell", str, "recurrent cell", choices=tuple(GATES))
-    add_option(group, ModelOptions, "score", str, "attention score", choices=(*SCORES, "none"))
-    for name, kind, text, choices in (
-        ("order", str, "attention after the cells, or before them", ORDERS),
-        ("feed", str, "what is fed to the next step (default: output)", FEEDS),
-        ("heads", positive, "heads of attention", None),
-        ("window", str, "attention over a window only", WINDOWS),
-        ("window_size", positive, "positions on either side of its centre (default: 10)", None),
-        ("history", str, "past weights that enter --score concat", HISTORIES),
-        ("history_size", positive, "how many neighbours of a position's (default: 31)", None),
-        ("attention_size", positive, "units of --score concat (default: --hidden-size)", None),
-        ("max_positions", positive, "positions that --score location can see", None),
-        ("coverage_loss", float, "weight of the coverage loss (default: 0)", None),
-    ):
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            choices=choices,
-            default=argparse.SUPPRESS,
-            metavar=None if choices else "N",
-            help=text,
-        )
-    add_option(group, ModelOptions, "copy", str, "copy symbols of the source", choices=COPIES)
-    add_switch(group, "bidirectional", "read the source forwards only")
-    add_switch(group, "input_feeding", "do not feed the attentional vector into the next step")
-    add_option(group, ModelOptions, "dropout", float, "dropout probability")
-    for name, text, default in (
-        ("source_embedding_size", "numbers in an embedding of the source", "embedding_size"),
-        ("target_embedding_size", "numbers in an embedding of the target", "embedding_size"),
-        ("encoder_hidden_size", "units of a layer of the encoder", "hidden_size"),
-        ("encoder_num_layers", "layers of the encoder", "num_layers"),
-    ):
-        add_option(group, ModelOptions, name, positive, text, default_text=default)
-    add_option(group, ModelOptions, "bridge", str, "what the decoder starts from", choices=BRIDGES)
-    group.add_argument(
-        "--tie-embeddings",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="one matrix as the decoder's embedding and in its output layer",
-    )
-    group.add_argument(
-        "--context-every-step",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="let the decoder read the encoder's last state at every step",
-    )
 
-    for side in ("source", "target"):
-        text = f"numbers of extra information for the {side}, in a further column"
-        add_option(group, ModelOptions, f"{side}_extra_size", positive, text)
-    add_option(group, ModelOptions, "extra_mode", str, "how it enters", choices=EXTRA_MODES)
-    add_option(
-        group, ModelOptions, "extra_hidden_size", positive, "hidden units of --extra-mode mlp"
-    )
-    add_option(group, ModelOptions, "extra_place", str, "where it enters", choices=EXTRA_PLACES)
-    group.add_argument(
-        "--pooling",
-        choices=POOLINGS,
-        default=argparse.SUPPRESS,
-        help="what --task classify judges by: the last state, or mean or maximum over all "
-        "(default: last)",
-    )
+#: Of the sources, held out for validation.
+VALID_SHARE = 0.05
 
-    group = command.add_argument_group("pretrained embeddings")
+
+def _add_embeddings(group: Any) -> None:
     for side in ("source", "target"):
         group.add_argument(
             f"--{side}-embeddings",
@@ -150,13 +184,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         )
         group.add_argument(
             f"--freeze-{side}",
-            type=positive,
-            nargs="?",
-            const=None,
+            type=_freeze,
             default=argparse.SUPPRESS,
             metavar="EPOCHS",
-            help=f"do not train the embeddings of the {side}: in the first epochs, or without a "
-            "number in all",
+            help=f"do not train the embeddings of the {side} in the first EPOCHS, or in all",
         )
     group.add_argument(
         "--embeddings-format",
@@ -169,94 +200,35 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="a word may take the vector of another that differs in upper and lower case",
     )
 
-    group = command.add_argument_group("training")
-    add_option(group, TrainingOptions, "epochs", positive, "passes over the data")
-    add_option(group, TrainingOptions, "batch_size", positive, "pairs of a batch")
-    add_option(
-        group, TrainingOptions, "optimizer", str, "what updates", choices=training.OPTIMIZERS
-    )
-    add_option(group, TrainingOptions, "learning_rate", float, "learning rate; for sgd try 1")
-    add_option(
-        group, TrainingOptions, "schedule", str, "of the learning rate", choices=training.SCHEDULES
-    )
-    add_option(
-        group,
-        TrainingOptions,
-        "select",
-        str,
-        "what tells the best epoch, of the validation pairs",
-        choices=training.SELECTIONS,
-    )
-    add_option(group, TrainingOptions, "warmup_steps", int, "steps of --schedule warmup")
-    add_option(group, TrainingOptions, "halve_after", float, "epochs of --schedule halving")
-    add_option(group, TrainingOptions, "halve_every", float, "epochs between its halvings")
-    add_option(
-        group, TrainingOptions, "patience", positive, "epochs without a better one, then stop"
-    )
-    add_option(
-        group,
-        TrainingOptions,
-        "average",
-        str,
-        "of the weights, which is what DIR gets",
-        choices=AVERAGES,
-    )
-    add_option(group, TrainingOptions, "average_decay", float, "of --average exponential")
-    add_option(group, TrainingOptions, "average_epochs", positive, "epochs of --average epochs")
-    add_option(group, TrainingOptions, "clip_norm", float, "largest norm of the gradients")
-    add_option(group, TrainingOptions, "label_smoothing", float, "share spread over all symbols")
-    add_option(
-        group,
-        TrainingOptions,
-        "scheduled_sampling",
-        schedule,
-        "how often the decoder reads the truth: constant:EPSILON, linear:SLOPE[,BEGIN[,LEAST]], "
-        "exponential:K or inverse-sigmoid:K, by the number of updates",
-    )
-    add_option(
-        group,
-        TrainingOptions,
-        "sampling_choice",
-        str,
-        "what it reads else",
-        choices=scheduled.CHOICES,
-    )
-    add_option(
-        group, TrainingOptions, "sampling_coin", str, "thrown for each", choices=scheduled.COINS
-    )
-    add_option(group, TrainingOptions, "seed", int, "fixes everything random")
-    add_option(group, TrainingOptions, "checkpoint_every", positive, "steps between checkpoints")
-    add_threads(group)
+
+def _freeze(text: str) -> int | None:
+    return None if text == "all" else positive(text)
 
 
-def add_option(
-    group: Any,
-    options: type[ModelOptions] | type[TrainingOptions],
-    name: str,
-    kind: Callable[[str], Any],
-    text: str,
-    *,
-    choices: Sequence[str] | None = None,
-    default_text: str | None = None,
-) -> None:
-    """An argument for one field of an options class, absent from the result if not given."""
-    default = getattr(options, name)
-    group.add_argument(
-        f"--{name.replace('_', '-')}",
-        type=kind,
-        choices=choices,
-        default=argparse.SUPPRESS,
-        metavar=None if choices else "N",
-        help=f"{text} (default: {default if default_text is None else default_text})",
-    )
+_freeze.__name__ = "number of epochs, or all"
 
 
-def add_switch(group: Any, name: str, text: str) -> None:
-    """``--no-NAME`` for a field that is true by default, absent from the result if not given."""
-    group.add_argument(
-        f"--no-{name.replace('_', '-')}",
-        dest=name,
-        action="store_false",
-        default=argparse.SUPPRESS,
-        help=text,
-    )
+def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The fields of an options class that were given, and what follows from them."""
+    given = given_fields(arguments, options)
+    if options is ModelOptions and "score" in given and given["score"] is None:
+        given.setdefault("input_feeding", False)  # what is fed back is made by attention
+    return given
+
+
+def check_given(arguments: argparse.Namespace, presets: Mapping[str, Any]) -> None:
+    """Refuse options that do nothing without others.
+
+    Args:
+        arguments: of a new run.
+        presets: values that stand in for the defaults.
+    """
+    settings: dict[str, Any] = {}
+    given: dict[str, Any] = {}
+    for kind in (LabelerOptions, ModelOptions, TrainingOptions):
+        settings |= {field.name: field.default for field in fields(kind)}
+        given |= given_options(arguments, kind)
+    for name in ("source_embeddings", "target_embeddings", "embeddings_format", "fold_case"):
+        if getattr(arguments, name):
+            given[name] = getattr(arguments, name)
+    require_switches(given, {**settings, **presets, **given, "task": arguments.task}, NEEDS)

@@ -21,7 +21,15 @@ from .options import (
     TaskName,
     TrainingOptions,
 )
-from .runs import Data, last_checkpoint, resume, start, start_labeler, tokenise_labels
+from .runs import (
+    Data,
+    held_model,
+    last_checkpoint,
+    resume,
+    start,
+    start_labeler,
+    tokenise_labels,
+)
 from .short import train, train_labeler
 from .signals import Interrupted
 from .trainer import LAST, EpochReport, Trainer, begun_options
@@ -50,6 +58,7 @@ __all__ = [
     "accuracy",
     "begun_options",
     "errors_by_position",
+    "held_model",
     "last_checkpoint",
     "learning_rate_factor",
     "mean_loss",

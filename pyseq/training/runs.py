@@ -44,6 +44,7 @@ def start(
     tensorboard: str | Path | None = None,
     source_embeddings: EmbeddingsFile | None = None,
     target_embeddings: EmbeddingsFile | None = None,
+    overwrite: bool = False,
 ) -> Trainer:
     """A trainer at the beginning of a run: vocabularies and model are new.
 
@@ -61,13 +62,14 @@ def start(
         options, out, progress, log, tensorboard: as for :class:`Trainer`.
         source_embeddings, target_embeddings: pretrained vectors with which the embeddings of
             that side begin; they set its embedding size.
+        overwrite: whether a model that ``out`` holds may be replaced.
 
     Raises:
+        CheckpointError: ``out`` holds a model, and it may not be replaced.
         DataError: there are no pairs, or a file of vectors cannot be used.
         ValueError: the model asks for another embedding size than a file has.
     """
-    if not data.pairs:
-        raise DataError(f"{data.name}: no pairs to train on")
+    _check_begin(data, out, overwrite=overwrite)
     check_option("min_count", min_count, min_count >= 1, "at least 1")
     source_vocab = Vocab.build((pair.source for pair in data.pairs), min_count=min_count)
     target_vocab = Vocab.build((pair.target for pair in data.pairs), min_count=min_count)
@@ -106,6 +108,22 @@ def start(
     )
 
 
+def held_model(out: str | Path) -> Path | None:
+    """The folder of a model that a run in ``out`` would replace: it, or its last checkpoint's."""
+    folders = (Path(out), Path(out) / LAST)
+    return next((folder for folder in folders if checkpoint.exists(folder)), None)
+
+
+def _check_begin(data: Data, out: str | Path | None, *, overwrite: bool) -> None:
+    if not data.pairs:
+        raise DataError(f"{data.name}: no pairs to train on")
+    held = None if out is None or overwrite else held_model(out)
+    if held is not None:
+        raise CheckpointError(
+            f"{held}: holds a model already; overwrite=True replaces it, another out keeps it"
+        )
+
+
 def tokenise_labels(pairs: Iterable[TextPair], *, task: TaskName, tokens: str) -> list[Pair]:
     """Split the text of each line, and the labels of a tagger, which spaces separate.
 
@@ -138,6 +156,7 @@ def start_labeler(
     log: Callable[[str], None] | None = None,
     tensorboard: str | Path | None = None,
     source_embeddings: EmbeddingsFile | None = None,
+    overwrite: bool = False,
 ) -> Trainer:
     """A trainer at the beginning of a run that teaches labels; vocabulary and model are new.
 
@@ -150,17 +169,17 @@ def start_labeler(
         tokens: how the source was split.
         model: what the model is made of.
         options, out, progress, log, tensorboard: as for :class:`Trainer`.
-        source_embeddings: as for :func:`start`.
+        source_embeddings, overwrite: as for :func:`start`.
 
     Raises:
+        CheckpointError: ``out`` holds a model, and it may not be replaced.
         DataError: there are no examples, one has not the right number of labels, or a file of
             vectors cannot be used.
         ValueError: the task is unknown, or an option does not go with it.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    if not data.pairs:
-        raise DataError(f"{data.name}: no pairs to train on")
+    _check_begin(data, out, overwrite=overwrite)
     parts = [data] if validation is None else [data, validation]
     for part in parts:
         check_labels(part.pairs, name=part.name, per_token=task == "tag")
@@ -263,6 +282,7 @@ def resume(
         CheckpointError: there is no such checkpoint, or it is not one of this data or of
             these vectors.
         DataError: a file of vectors cannot be used.
+        ValueError: ``epochs``, ``checkpoint_every`` or ``patience`` is below 1.
     """
     saved, state = last_checkpoint(out)
     folder = Path(out) / LAST
@@ -275,9 +295,11 @@ def resume(
         options = begun_options(state)
         options = replace(
             options,
-            epochs=epochs or options.epochs,
-            checkpoint_every=checkpoint_every or options.checkpoint_every,
-            patience=patience or options.patience,
+            epochs=options.epochs if epochs is None else epochs,
+            checkpoint_every=(
+                options.checkpoint_every if checkpoint_every is None else checkpoint_every
+            ),
+            patience=options.patience if patience is None else patience,
         )
         files = {"source": (source_embeddings, translator.source_vocab)}
         if isinstance(translator, Translator):

@@ -101,6 +101,7 @@ def train(
     source_embeddings: EmbeddingsFile | str | Path | None = None,
     target_embeddings: EmbeddingsFile | str | Path | None = None,
     out: str | Path | None = None,
+    overwrite: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> Translator:
     """Train a translator from pairs of strings.
@@ -124,6 +125,7 @@ def train(
         source_embeddings, target_embeddings: a file of pretrained vectors for that side, or how
             it is read, :class:`pyseq.embeddings.EmbeddingsFile`.
         out: save the best model there and checkpoints in its subfolder ``last``.
+        overwrite: whether a model that ``out`` holds may be replaced.
         log: is called with a line of text after each epoch, ``print`` for example.
 
     Returns:
@@ -131,6 +133,7 @@ def train(
         given and of the last epoch otherwise.
 
     Raises:
+        CheckpointError: ``out`` holds a model, and it may not be replaced.
         DataError: a pair is not two strings, a side is empty, there are no pairs, or a file of
             vectors cannot be used. It is a ValueError.
         ValueError: an option is out of its range.
@@ -202,6 +205,7 @@ def train(
             freeze_target=freeze_target,
         ),
         out=out,
+        overwrite=overwrite,
         log=log,
         source_embeddings=_embeddings_file(source_embeddings),
         target_embeddings=_embeddings_file(target_embeddings),
@@ -233,6 +237,7 @@ def train_labeler(
     freeze_source: int | None = TrainingOptions.freeze_source,
     source_embeddings: EmbeddingsFile | str | Path | None = None,
     out: str | Path | None = None,
+    overwrite: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> Labeler:
     """Train a labeler from labelled lines.
@@ -246,14 +251,15 @@ def train_labeler(
             :data:`LABELER_TOKENS`.
         embedding_size, hidden_size, num_layers, cell, bidirectional, dropout, pooling: as for
             :class:`pyseq.Tagger` and :class:`pyseq.Classifier`, which alone has a pooling.
-        epochs, batch_size, learning_rate, seed, freeze_source, source_embeddings, out, log: as
-            for :func:`train`.
+        epochs, batch_size, learning_rate, seed, freeze_source, source_embeddings, out,
+            overwrite, log: as for :func:`train`.
 
     Returns:
         The labeler, with the weights of the best epoch if ``out`` and ``validation`` are given
         and of the last epoch otherwise.
 
     Raises:
+        CheckpointError: ``out`` holds a model, and it may not be replaced.
         DataError: an example is not two strings, a side is empty, the number of labels is not
             right, there are no examples, or a file of vectors cannot be used. It is a
             ValueError.
@@ -291,6 +297,7 @@ def train_labeler(
             freeze_source=freeze_source,
         ),
         out=out,
+        overwrite=overwrite,
         log=log,
         source_embeddings=_embeddings_file(source_embeddings),
     )

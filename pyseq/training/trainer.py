@@ -57,7 +57,8 @@ class Trainer:
     the same methods: each computes some rows of every batch (with dropout of its own), so that
     the run is that of one process but for the order of sums, and the first one writes and logs.
 
-    A new run replaces what another one left in ``out``, once its own first checkpoint is
+    A new run replaces what another one left in ``out`` (:func:`start` refuses that, unless it is
+    asked for), once its own first checkpoint is
     written; from then until its first epoch ends, ``out`` holds no best model.
 
     Args:
@@ -153,8 +154,8 @@ class Trainer:
 
         Raises:
             Interrupted: a signal came. It is a KeyboardInterrupt.
-            TrainingError: the loss or a gradient is no longer finite, or a checkpoint cannot
-                be written; the one before it is whole.
+            TrainingError: the loss, that of the validation pairs or a gradient is no longer
+                finite, or a checkpoint cannot be written; the one before it is whole.
             OSError: the folder for TensorBoard cannot be written.
         """
         with peers_may_end(self._processes):
@@ -310,6 +311,7 @@ class Trainer:
     def _judge_epoch(self) -> None:
         """Validate, report, and save the model if it is the best so far."""
         valid_loss, right, best = None, None, True
+        number = len(self.reports) + 1
         if self.validation is not None:
             size = self.options.batch_size
             valid_loss = mean_loss(
@@ -319,12 +321,13 @@ class Trainer:
                 right = accuracy(
                     self.model, self.validation, batch_size=size, processes=self._processes
                 )
+            if not math.isfinite(valid_loss):
+                raise TrainingError(self._not_judged_text(valid_loss, number))
             criterion = valid_loss if right is None else 1 - right
             best = criterion < self._best
             if best:
                 self._best = criterion
         train_loss = self._loss_sum / max(1, self._tokens)
-        number = len(self.reports) + 1
         self.reports.append(EpochReport(number, train_loss, valid_loss, best, right))
         self._loss_sum, self._tokens = 0.0, 0
         self._batches.next_epoch()
@@ -502,15 +505,24 @@ class Trainer:
     def _not_finite_text(self, value: float, batch: AnyBatch) -> str:
         shown = ", ".join(map(str, sorted(batch.lines)[:10]))
         more = f" and {len(batch.lines) - 10} more" if len(batch.lines) > 10 else ""
-        kept = (
-            "the weights of the step before are kept"
-            if self.out is None
-            else f"the last checkpoint is kept in {self.out / LAST}"
-        )
+        kept = self._kept_text("the weights of the step before are kept")
         return (
             f"{self.examples.name}: the loss or its gradient is {value} in {self._place_text()}, "
             f"in the batch of lines {shown}{more}; {kept}; a lower learning rate may help"
         )
+
+    def _not_judged_text(self, value: float, epoch: int) -> str:
+        assert self.validation is not None
+        kept = self._kept_text("the model keeps the weights")
+        return (
+            f"{self.validation.name}: the validation loss is {value} after epoch {epoch}, so that "
+            f"no epoch can be the best; {kept}; a lower learning rate may help"
+        )
+
+    def _kept_text(self, without_folder: str) -> str:
+        if self.out is None:
+            return without_folder
+        return f"the last checkpoint is kept in {self.out / LAST}"
 
     def _interrupted_text(self, signum: int) -> str:
         name = signal.Signals(signum).name
