@@ -483,10 +483,45 @@ def test_a_file_after_an_option_stays_a_file(pairs: Path, tmp_path: Path) -> Non
     assert cli.main(train) == 0
 
 
+KINDS = [
+    "--score concat --order bahdanau --heads 2 --attention-size 6",
+    "--score concat --history cumulative --history-size 1 --coverage-loss 1",
+    "--score dot --window local-p --window-size 2 --feed context",
+    "--score location --max-positions 9 --window local-m",
+    "--copy pointer --scheduled-sampling constant:0.5",
+    "--score none --context-every-step --bridge tanh --encoder-num-layers 2",
+    "--cell slstm_exp --no-input-feeding --decoder-options num_heads=2",
+    "--encoder-cell gru --encoder-options layer_norm,zoneout_h=0.1 --bridge linear",
+    "--tie-embeddings --target-embedding-size 16 --memory-bias",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_is_trained_and_used(
+    kind: str,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = str(tmp_path)
+    train = ["train", str(pairs), "--out", out, *SMALL, *kind.split()]
+    assert cli.main([*train, "--epochs", "1"]) == 0
+    assert cli.main([*train, "--epochs", "2", "--resume"]) == 0
+    feed(monkeypatch, b"ab\nba\n")
+    capsys.readouterr()
+    assert cli.main(["predict", out, "--beam-size", "2", "--n-best", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
 def test_every_option_has_an_argument() -> None:
     of_model = {*train_arguments.MODEL, *train_arguments.ATTENTION, *train_arguments.EXTRA}
-    assert of_model == {field.name for field in fields(ModelOptions)}
-    assert set(train_arguments.LABELS) == {f.name for f in fields(LabelerOptions)} - of_model
+    assert of_model == {field.name for field in fields(ModelOptions)} - {
+        "source_features"  # of the file of features
+    }
+    assert set(train_arguments.LABELS) == {f.name for f in fields(LabelerOptions)} - of_model - {
+        "source_features"
+    }
     # These two are beside the files of vectors.
     assert {*train_arguments.TRAINING, "freeze_source", "freeze_target"} == {
         field.name for field in fields(TrainingOptions)

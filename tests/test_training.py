@@ -283,12 +283,15 @@ def test_the_average_is_judged_and_saved_and_resuming_is_exact(
     assert contents(tmp_path / "parts") == contents(tmp_path / "again")
 
 
-def test_train_gives_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    defaults = {"average": "epochs", "average_epochs": 2}
-    monkeypatch.setattr(
-        training.short, "TrainingOptions", lambda **given: TrainingOptions(**defaults, **given)
+def test_train_gives_the_average(tmp_path: Path) -> None:
+    translator = training.train(
+        [("ab", "x"), ("ba", "y")],
+        hidden_size=8,
+        epochs=2,
+        out=tmp_path,
+        average="epochs",
+        average_epochs=2,
     )
-    translator = training.train([("ab", "x"), ("ba", "y")], hidden_size=8, epochs=2, out=tmp_path)
     saved = Translator.load(tmp_path).model.state_dict()
     for name, weight in translator.model.state_dict().items():
         assert torch.equal(weight, saved[name]), name

@@ -12,6 +12,7 @@ import torch
 
 from .. import checkpoint, scheduled, training
 from ..errors import PyseqError
+from ..recurrent import LayerOptions
 from ..seq2seq import Seq2Seq
 from ..text import PairsFile, TextPair, read_pairs
 
@@ -42,6 +43,13 @@ def share(text: str) -> float:
 def schedule(text: str) -> scheduled.Schedule:
     try:
         return scheduled.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def layer_options(text: str) -> LayerOptions:
+    try:
+        return LayerOptions.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ..errors import PyseqError
+from ..recurrent import LayerOptions
 from ..scheduled import Schedule
-from .common import positive, schedule
+from .common import layer_options, positive, schedule
 
 
 class Need(NamedTuple):
@@ -30,9 +31,9 @@ def add_fields(
     group: Any,
     options: type,
     texts: Mapping[str, str],
+    names: Mapping[str, tuple[str, ...]] | None = None,
     *,
     from_zero: Collection[str] = (),
-    narrowed: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Arguments for fields of an options class, absent from the result if they are not given.
 
@@ -43,27 +44,30 @@ def add_fields(
         group: where they go.
         options: the class, whose fields have defaults.
         texts: a word on each field; what the default is stands behind it, unless it is None.
+        names: by option, the choices of one that is a string.
         from_zero: integers that may be below 1.
-        narrowed: by name, the choices where they are fewer than those of the type.
     """
     hints = get_type_hints(options)
     for name, text in texts.items():
         default = getattr(options, name)
-        told = text if default is None else f"{text} (default: {_shown(default)})"
+        bare = default is None or isinstance(default, LayerOptions)
+        told = text if bare else f"{text} (default: {_shown(default)})"
         if hints[name] is bool:
             _add_switch(group, name, text, default=default)
             continue
         parts = _parts(hints[name])
         choices: tuple[str, ...] | None = None
         kind: Callable[[str], Any] = str
-        if narrowed is not None and name in narrowed:
-            choices = tuple(narrowed[name])
+        if names is not None and name in names:
+            choices = names[name]
         elif any(get_origin(part) is Literal for part in parts):
             choices = tuple(choice for part in parts for choice in get_args(part))
             if type(None) in parts and default is not None:
                 choices += ("none",)
         elif set(parts) >= set(get_args(Schedule)):
             kind = schedule
+        elif LayerOptions in parts:
+            kind = layer_options
         elif float in parts:
             kind = float
         elif int in parts:
@@ -73,7 +77,7 @@ def add_fields(
             type=kind,
             choices=choices,
             default=argparse.SUPPRESS,
-            metavar=None if choices else "N",
+            metavar=None if choices else "OPTIONS" if kind is layer_options else "N",
             help=told,
         )
 

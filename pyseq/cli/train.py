@@ -14,6 +14,7 @@ import torch
 from .. import distributed, g2p, metrics, training
 from ..embeddings import EmbeddingsFile
 from ..errors import PyseqError
+from ..recurrent import LayerOptions
 from ..text import Pair, Tokenizer, hold_out
 from ..text import tokenise_pairs as tokenise
 from ..training import Data, Interrupted, LabelerOptions, ModelOptions, Trainer, TrainingOptions
@@ -234,6 +235,8 @@ def _refuse_changes(
         if value is not None:
             now[side] = value
     for name, value in now.items():
+        if isinstance(value, LayerOptions):
+            before[name] = LayerOptions.of(before.get(name) or {})
         if name not in training.FREE_ON_RESUME and before.get(name) != value:
             raise PyseqError(
                 f"--resume goes on with {name} = {before.get(name)}, got {value}: leave the "

@@ -9,9 +9,12 @@ from dataclasses import fields
 from typing import Any
 
 from .. import embeddings, training
+from ..bridge import BRIDGES
+from ..copying import COPIES
+from ..extra import EXTRA_MODES, EXTRA_PLACES
 from ..text import TOKENS
 from ..training import LabelerOptions, ModelOptions, TrainingOptions
-from ..types import GATES
+from ..types import FEEDS, HISTORIES, ORDERS, SCAN_GATES, SCORES, WINDOWS
 from .common import add_threads, positive, share
 from .fields import Need, add_fields, given_fields, require_switches
 
@@ -20,6 +23,7 @@ MODEL: dict[str, str] = {
     "hidden_size": "units of a layer",
     "num_layers": "layers of encoder and decoder",
     "cell": "recurrent cell",
+    "encoder_cell": "that of the encoder; else --cell",
     "bidirectional": "read the source forwards only",
     "dropout": "dropout probability",
     "source_embedding_size": "numbers in an embedding of the source; else --embedding-size",
@@ -30,6 +34,10 @@ MODEL: dict[str, str] = {
     "tie_embeddings": "one matrix as the decoder's embedding and in its output layer",
     "context_every_step": "let the decoder read the encoder's last state at every step",
     "copy": "copy symbols of the source",
+    "encoder_options": "what its layers do besides, such as layer_norm,zoneout_h=0.1",
+    "decoder_options": "what the decoder's layers do besides, likewise",
+    "memory_bias": "give combination and keys of attention a bias",
+    "bridge_c_from_h": "make the decoder's first c of the encoder's h",
 }
 
 ATTENTION: dict[str, str] = {
@@ -102,6 +110,22 @@ NEEDS: dict[str, tuple[Need, ...]] = {
 }
 
 
+#: The names that options take which are strings.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "cell": tuple(SCAN_GATES),
+    "encoder_cell": tuple(SCAN_GATES),
+    "bridge": BRIDGES,
+    "copy": COPIES,
+    "score": (*SCORES, "none"),
+    "order": ORDERS,
+    "feed": FEEDS,
+    "window": WINDOWS,
+    "history": HISTORIES,
+    "extra_mode": EXTRA_MODES,
+    "extra_place": EXTRA_PLACES,
+}
+
+
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Give ``pyseq train`` its arguments."""
     command.add_argument("pairs", nargs="?", metavar="PAIRS.tsv", help="the training pairs")
@@ -132,11 +156,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="leave out lines that are not pairs instead of stopping",
     )
     _add_data(command.add_argument_group("data"))
-    add_fields(
-        command.add_argument_group("model"), ModelOptions, MODEL, narrowed={"cell": tuple(GATES)}
-    )
-    add_fields(command.add_argument_group("attention"), ModelOptions, ATTENTION)
-    add_fields(command.add_argument_group("extra information"), ModelOptions, EXTRA)
+    add_fields(command.add_argument_group("model"), ModelOptions, MODEL, _NAMES)
+    add_fields(command.add_argument_group("attention"), ModelOptions, ATTENTION, _NAMES)
+    add_fields(command.add_argument_group("extra information"), ModelOptions, EXTRA, _NAMES)
     add_fields(command.add_argument_group("labels"), LabelerOptions, LABELS)
     _add_embeddings(command.add_argument_group("pretrained embeddings"))
     group = command.add_argument_group("training")

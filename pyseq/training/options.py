@@ -8,15 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from ..averaging import AVERAGES, AverageName
-from ..bridge import BridgeName
-from ..copying import CopyName
-from ..extra import ExtraMode, ExtraPlace
 from ..labels import Labels
 from ..scheduled import CHOICES, COINS, ChoiceName, CoinName, Sampling, Schedule
 from ..seq2seq import Seq2Seq
+from ..seq2seq.options import EncoderOptions, Seq2SeqOptions
 from ..tagger import Classifier, PoolingName, Tagger
 from ..text import Vocab
-from ..types import CellName, FeedName, HistoryName, OrderName, ScoreName, WindowName
 
 OptimizerName = Literal["adam", "sgd"]
 OPTIMIZERS: tuple[str, ...] = ("adam", "sgd")
@@ -31,45 +28,17 @@ SELECTIONS: tuple[str, ...] = ("loss", "accuracy")
 FREE_ON_RESUME: tuple[str, ...] = ("epochs", "checkpoint_every", "patience")
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """What a model is made of; see :class:`pyseq.Seq2Seq`."""
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Seq2SeqOptions):
+    """What a model is made of: the options of :class:`pyseq.Seq2Seq`."""
 
-    embedding_size: int = 256
-    hidden_size: int = 256
-    num_layers: int = 1
-    cell: CellName = "lstm"
-    bidirectional: bool = True
-    score: ScoreName | None = "general"
-    input_feeding: bool = True
-    dropout: float = 0.1
-    source_embedding_size: int | None = None
-    target_embedding_size: int | None = None
-    encoder_hidden_size: int | None = None
-    encoder_num_layers: int | None = None
-    bridge: BridgeName = "copy"
-    tie_embeddings: bool = False
-    context_every_step: bool = False
-    copy: CopyName | None = None
-    source_extra_size: int | None = None
-    target_extra_size: int | None = None
-    extra_mode: ExtraMode = "concat"
-    extra_hidden_size: int | None = None
-    extra_place: ExtraPlace = "output"
-    attention_size: int | None = None
-    max_positions: int | None = None
-    order: OrderName = "luong"
-    feed: FeedName | None = None
-    heads: int = 1
-    window: WindowName | None = None
-    window_size: int | None = None
-    history: HistoryName | None = None
-    history_size: int | None = None
-    coverage_loss: float = 0.0
+    def build(self, source_vocab: Vocab | None, target_vocab: Vocab) -> Seq2Seq:
+        """A new model for these vocabularies, weights drawn from torch's global generator.
 
-    def build(self, source_vocab: Vocab, target_vocab: Vocab) -> Seq2Seq:
-        """A new model for these vocabularies, weights drawn from torch's global generator."""
-        return Seq2Seq(len(source_vocab), len(target_vocab), **asdict(self))
+        With ``source_features`` there is no vocabulary of the source.
+        """
+        size = None if source_vocab is None else len(source_vocab)
+        return Seq2Seq(size, len(target_vocab), **asdict(self))
 
 
 TaskName = Literal["tag", "classify"]
@@ -79,34 +48,33 @@ TASKS: tuple[str, ...] = ("tag", "classify")
 LABELER_TOKENS: dict[str, str] = {"tag": "space", "classify": "word"}
 
 
-@dataclass(frozen=True)
-class LabelerOptions:
-    """What a model of labels is made of; see :class:`pyseq.Tagger` and ``Classifier``."""
+@dataclass(frozen=True, kw_only=True)
+class LabelerOptions(EncoderOptions):
+    """What a model of labels is made of: the options of :class:`pyseq.Tagger`, and a pooling."""
 
-    embedding_size: int = 256
-    hidden_size: int = 256
-    num_layers: int = 1
-    cell: CellName = "lstm"
-    bidirectional: bool = True
-    dropout: float = 0.1
     pooling: PoolingName | None = None  # of a Classifier; None for "last"
 
-    def build(self, task: TaskName, source_vocab: Vocab, labels: Labels) -> Tagger | Classifier:
+    def build(
+        self, task: TaskName, source_vocab: Vocab | None, labels: Labels
+    ) -> Tagger | Classifier:
         """A new model of a task, weights drawn from torch's global generator.
+
+        With ``source_features`` there is no vocabulary of the source.
 
         Raises:
             ValueError: an option is out of its range, or ``pooling`` is given for a Tagger.
         """
         given = asdict(self)
         pooling = given.pop("pooling")
+        size = None if source_vocab is None else len(source_vocab)
         if task == "classify":
-            return Classifier(len(source_vocab), len(labels), **given, pooling=pooling or "last")
+            return Classifier(size, len(labels), **given, pooling=pooling or "last")
         if pooling is not None:
             raise ValueError(f"pooling goes with the task 'classify', got {pooling!r} for 'tag'")
-        return Tagger(len(source_vocab), len(labels), **given)
+        return Tagger(size, len(labels), **given)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """How a model is trained.
 

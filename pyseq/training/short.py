@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-from ..bridge import BridgeName
-from ..copying import CopyName
 from ..embeddings import EmbeddingsFile
 from ..errors import DataError
-from ..extra import ExtraMode, ExtraPlace
 from ..labeler import Labeler
-from ..tagger import PoolingName
 from ..text import TextPair, Tokenizer, make_pair, tokenise_pairs
 from ..translator import Translator
-from ..types import CellName, FeedName, HistoryName, OrderName, ScoreName, WindowName
 from .options import (
     LABELER_TOKENS,
     TASKS,
@@ -54,56 +52,81 @@ _AnyPair = (
 )
 
 
-def train(
-    pairs: Sequence[_AnyPair],
-    *,
-    validation: Sequence[_AnyPair] | None = None,
-    tokens: str | tuple[str, str] = "char",
-    reverse_source: bool = False,
-    min_count: int = 1,
-    embedding_size: int = ModelOptions.embedding_size,
-    hidden_size: int = ModelOptions.hidden_size,
-    num_layers: int = ModelOptions.num_layers,
-    cell: CellName = ModelOptions.cell,
-    bidirectional: bool = ModelOptions.bidirectional,
-    score: ScoreName | None = ModelOptions.score,
-    input_feeding: bool = ModelOptions.input_feeding,
-    dropout: float = ModelOptions.dropout,
-    source_embedding_size: int | None = ModelOptions.source_embedding_size,
-    target_embedding_size: int | None = ModelOptions.target_embedding_size,
-    encoder_hidden_size: int | None = ModelOptions.encoder_hidden_size,
-    encoder_num_layers: int | None = ModelOptions.encoder_num_layers,
-    bridge: BridgeName = ModelOptions.bridge,
-    tie_embeddings: bool = ModelOptions.tie_embeddings,
-    context_every_step: bool = ModelOptions.context_every_step,
-    copy: CopyName | None = ModelOptions.copy,
-    source_extra_size: int | None = ModelOptions.source_extra_size,
-    target_extra_size: int | None = ModelOptions.target_extra_size,
-    extra_mode: ExtraMode = ModelOptions.extra_mode,
-    extra_hidden_size: int | None = ModelOptions.extra_hidden_size,
-    extra_place: ExtraPlace = ModelOptions.extra_place,
-    attention_size: int | None = ModelOptions.attention_size,
-    max_positions: int | None = ModelOptions.max_positions,
-    order: OrderName = ModelOptions.order,
-    feed: FeedName | None = ModelOptions.feed,
-    heads: int = ModelOptions.heads,
-    window: WindowName | None = ModelOptions.window,
-    window_size: int | None = ModelOptions.window_size,
-    history: HistoryName | None = ModelOptions.history,
-    history_size: int | None = ModelOptions.history_size,
-    coverage_loss: float = ModelOptions.coverage_loss,
-    epochs: int = TrainingOptions.epochs,
-    batch_size: int = TrainingOptions.batch_size,
-    learning_rate: float = TrainingOptions.learning_rate,
-    seed: int = TrainingOptions.seed,
-    freeze_source: int | None = TrainingOptions.freeze_source,
-    freeze_target: int | None = TrainingOptions.freeze_target,
-    source_embeddings: EmbeddingsFile | str | Path | None = None,
-    target_embeddings: EmbeddingsFile | str | Path | None = None,
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    log: Callable[[str], None] | None = None,
-) -> Translator:
+@dataclass(frozen=True, kw_only=True)
+class _RunArguments(TrainingOptions):
+    """What both ways take besides examples and a model."""
+
+    out: str | Path | None = None
+    overwrite: bool = False
+    log: Callable[[str], None] | None = None
+    tensorboard: str | Path | None = None
+    source_embeddings: EmbeddingsFile | str | Path | None = None
+
+
+@dataclass(frozen=True)
+class TrainArguments(ModelOptions, _RunArguments):
+    """What :func:`train` takes."""
+
+    pairs: Sequence[_AnyPair]
+    validation: Sequence[_AnyPair] | None = field(default=None, kw_only=True)
+    tokens: str | tuple[str, str] = field(default="char", kw_only=True)
+    reverse_source: bool = field(default=False, kw_only=True)
+    min_count: int = field(default=1, kw_only=True)
+    target_embeddings: EmbeddingsFile | str | Path | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class TrainLabelerArguments(LabelerOptions, _RunArguments):
+    """What :func:`train_labeler` takes."""
+
+    examples: Sequence[tuple[str, str]]
+    task: TaskName = field(kw_only=True)
+    validation: Sequence[tuple[str, str]] | None = field(default=None, kw_only=True)
+    tokens: str | None = field(default=None, kw_only=True)
+
+
+_P = ParamSpec("_P")
+_Arguments = TypeVar("_Arguments")
+_Result = TypeVar("_Result")
+_Options = TypeVar("_Options", ModelOptions, LabelerOptions, TrainingOptions)
+
+
+def _takes(
+    arguments: Callable[_P, _Arguments],
+) -> Callable[[Callable[[_Arguments], _Result]], Callable[_P, _Result]]:
+    """A function that is called with the arguments of the class ``arguments``, and is given one
+    of that class, so that each option has one place."""
+
+    def decorate(function: Callable[[_Arguments], _Result]) -> Callable[_P, _Result]:
+        @wraps(function)
+        def called(*args: _P.args, **kwargs: _P.kwargs) -> _Result:
+            return function(arguments(*args, **kwargs))
+
+        signature = inspect.signature(arguments)
+        result = inspect.signature(function).return_annotation
+        called.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            return_annotation=result
+        )
+        return called
+
+    return decorate
+
+
+def _part(arguments: TrainArguments | TrainLabelerArguments, options: type[_Options]) -> _Options:
+    """The options of one kind among the arguments."""
+    return options(**{each.name: getattr(arguments, each.name) for each in fields(options)})
+
+
+def _both(tokens: str | tuple[str, str]) -> tuple[str, str]:
+    """How source and target are split."""
+    given: Sequence[str] = (tokens, tokens) if isinstance(tokens, str) else tokens
+    if len(given) != 2:
+        raise ValueError(f"tokens must be one name or a pair (source, target), got {tokens!r}")
+    return given[0], given[1]
+
+
+@_takes(TrainArguments)
+def train(arguments: TrainArguments) -> Translator:
     """Train a translator from pairs of strings.
 
     Args:
@@ -114,19 +137,14 @@ def train(
         tokens: how text is split, for both sides or for (source, target): ``"char"``,
             ``"space"`` or ``"word"``; see :class:`pyseq.text.Tokenizer`.
         reverse_source, min_count: see :func:`start`.
-        embedding_size, hidden_size, num_layers, cell, bidirectional, score, input_feeding,
-            dropout, source_embedding_size, target_embedding_size, encoder_hidden_size,
-            encoder_num_layers, bridge, tie_embeddings, context_every_step, copy,
-            source_extra_size, target_extra_size, extra_mode, extra_hidden_size, extra_place,
-            attention_size, max_positions, order, feed, heads, window, window_size, history,
-            history_size, coverage_loss: as for :class:`pyseq.Seq2Seq`.
-        epochs, batch_size, learning_rate, seed, freeze_source, freeze_target: see
-            :class:`TrainingOptions`.
         source_embeddings, target_embeddings: a file of pretrained vectors for that side, or how
             it is read, :class:`pyseq.embeddings.EmbeddingsFile`.
         out: save the best model there and checkpoints in its subfolder ``last``.
         overwrite: whether a model that ``out`` holds may be replaced.
         log: is called with a line of text after each epoch, ``print`` for example.
+        tensorboard: as for :class:`Trainer`.
+        all others: the model's are those of :class:`pyseq.Seq2Seq`, such as ``hidden_size``, and
+            the run's those of :class:`TrainingOptions`, such as ``epochs``.
 
     Returns:
         The translator, with the weights of the best epoch if ``out`` and ``validation`` are
@@ -140,106 +158,48 @@ def train(
         TrainingError: the loss is no longer finite.
         Interrupted: Ctrl-C; a KeyboardInterrupt.
     """
-    given: Sequence[str] = (tokens, tokens) if isinstance(tokens, str) else tokens
-    if len(given) != 2:
-        raise ValueError(f"tokens must be one name or a pair (source, target), got {tokens!r}")
-    sides = (given[0], given[1])
-    source, target = Tokenizer(sides[0]), Tokenizer(sides[1])
-
-    sizes = (source_extra_size, target_extra_size)
-    extras = sum(size is not None for size in sizes)
+    source_size, target_size = arguments.source_extra_size, arguments.target_extra_size
+    tokens = _both(arguments.tokens)
+    source, target = Tokenizer(tokens[0]), Tokenizer(tokens[1])
+    extras = sum(size is not None for size in (source_size, target_size))
 
     def tokenise(part: Sequence[_AnyPair], name: str) -> Data:
         texts = [
             _text_pair(pair, line, name=name, extras=extras)
             for line, pair in enumerate(part, start=1)
         ]
-        pairs = tokenise_pairs(texts, source=source, target=target, extra_sizes=sizes, name=name)
+        pairs = tokenise_pairs(
+            texts,
+            source=source,
+            target=target,
+            extra_sizes=(source_size, target_size),
+            name=name,
+        )
         return Data(pairs, name)
 
+    validation = arguments.validation
     trainer = start(
-        tokenise(pairs, "pairs"),
+        tokenise(arguments.pairs, "pairs"),
         None if validation is None else tokenise(validation, "validation"),
-        tokens=sides,
-        reverse_source=reverse_source,
-        min_count=min_count,
-        model=ModelOptions(
-            embedding_size=embedding_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            cell=cell,
-            bidirectional=bidirectional,
-            score=score,
-            input_feeding=input_feeding,
-            dropout=dropout,
-            source_embedding_size=source_embedding_size,
-            target_embedding_size=target_embedding_size,
-            encoder_hidden_size=encoder_hidden_size,
-            encoder_num_layers=encoder_num_layers,
-            bridge=bridge,
-            tie_embeddings=tie_embeddings,
-            context_every_step=context_every_step,
-            copy=copy,
-            source_extra_size=source_extra_size,
-            target_extra_size=target_extra_size,
-            extra_mode=extra_mode,
-            extra_hidden_size=extra_hidden_size,
-            extra_place=extra_place,
-            attention_size=attention_size,
-            max_positions=max_positions,
-            order=order,
-            feed=feed,
-            heads=heads,
-            window=window,
-            window_size=window_size,
-            history=history,
-            history_size=history_size,
-            coverage_loss=coverage_loss,
-        ),
-        options=TrainingOptions(
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-            freeze_source=freeze_source,
-            freeze_target=freeze_target,
-        ),
-        out=out,
-        overwrite=overwrite,
-        log=log,
-        source_embeddings=_embeddings_file(source_embeddings),
-        target_embeddings=_embeddings_file(target_embeddings),
+        tokens=tokens,
+        reverse_source=arguments.reverse_source,
+        min_count=arguments.min_count,
+        model=_part(arguments, ModelOptions),
+        options=_part(arguments, TrainingOptions),
+        out=arguments.out,
+        overwrite=arguments.overwrite,
+        log=arguments.log,
+        tensorboard=arguments.tensorboard,
+        source_embeddings=_embeddings_file(arguments.source_embeddings),
+        target_embeddings=_embeddings_file(arguments.target_embeddings),
     )
-    _run(trainer, out, validation is not None)
-    if out is not None and validation is not None:
-        return Translator.load(out)
-    assert isinstance(trainer.translator, Translator)
-    return trainer.translator
+    found = _run(trainer, arguments.out, validated=validation is not None)
+    assert isinstance(found, Translator)
+    return found
 
 
-def train_labeler(
-    examples: Sequence[tuple[str, str]],
-    *,
-    task: TaskName,
-    validation: Sequence[tuple[str, str]] | None = None,
-    tokens: str | None = None,
-    embedding_size: int = LabelerOptions.embedding_size,
-    hidden_size: int = LabelerOptions.hidden_size,
-    num_layers: int = LabelerOptions.num_layers,
-    cell: CellName = LabelerOptions.cell,
-    bidirectional: bool = LabelerOptions.bidirectional,
-    dropout: float = LabelerOptions.dropout,
-    pooling: PoolingName | None = LabelerOptions.pooling,
-    epochs: int = TrainingOptions.epochs,
-    batch_size: int = TrainingOptions.batch_size,
-    learning_rate: float = TrainingOptions.learning_rate,
-    seed: int = TrainingOptions.seed,
-    freeze_source: int | None = TrainingOptions.freeze_source,
-    source_embeddings: EmbeddingsFile | str | Path | None = None,
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    log: Callable[[str], None] | None = None,
-) -> Labeler:
+@_takes(TrainLabelerArguments)
+def train_labeler(arguments: TrainLabelerArguments) -> Labeler:
     """Train a labeler from labelled lines.
 
     Args:
@@ -249,10 +209,10 @@ def train_labeler(
         validation: lines that choose the best epoch. Default: the last epoch is taken.
         tokens: how text is split, ``"char"``, ``"space"`` or ``"word"``. Default: that of
             :data:`LABELER_TOKENS`.
-        embedding_size, hidden_size, num_layers, cell, bidirectional, dropout, pooling: as for
-            :class:`pyseq.Tagger` and :class:`pyseq.Classifier`, which alone has a pooling.
-        epochs, batch_size, learning_rate, seed, freeze_source, source_embeddings, out,
-            overwrite, log: as for :func:`train`.
+        source_embeddings, out, overwrite, log, tensorboard: as for :func:`train`.
+        all others: the model's are those of :class:`pyseq.Tagger` and
+            :class:`pyseq.Classifier`, which alone has a pooling; the run's those of
+            :class:`TrainingOptions`.
 
     Returns:
         The labeler, with the weights of the best epoch if ``out`` and ``validation`` are given
@@ -267,49 +227,36 @@ def train_labeler(
         TrainingError: the loss is no longer finite.
         Interrupted: Ctrl-C; a KeyboardInterrupt.
     """
+    task = arguments.task
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    split = LABELER_TOKENS[task] if tokens is None else tokens
+    tokens = LABELER_TOKENS[task] if arguments.tokens is None else arguments.tokens
 
     def tokenise(part: Sequence[tuple[str, str]], name: str) -> Data:
         texts = [_text_pair(pair, line, name=name) for line, pair in enumerate(part, start=1)]
-        return Data(tokenise_labels(texts, task=task, tokens=split), name)
+        return Data(tokenise_labels(texts, task=task, tokens=tokens), name)
 
+    validation = arguments.validation
     trainer = start_labeler(
-        tokenise(examples, "examples"),
+        tokenise(arguments.examples, "examples"),
         None if validation is None else tokenise(validation, "validation"),
         task=task,
-        tokens=split,
-        model=LabelerOptions(
-            embedding_size=embedding_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            cell=cell,
-            bidirectional=bidirectional,
-            dropout=dropout,
-            pooling=pooling,
-        ),
-        options=TrainingOptions(
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-            freeze_source=freeze_source,
-        ),
-        out=out,
-        overwrite=overwrite,
-        log=log,
-        source_embeddings=_embeddings_file(source_embeddings),
+        tokens=tokens,
+        model=_part(arguments, LabelerOptions),
+        options=_part(arguments, TrainingOptions),
+        out=arguments.out,
+        overwrite=arguments.overwrite,
+        log=arguments.log,
+        tensorboard=arguments.tensorboard,
+        source_embeddings=_embeddings_file(arguments.source_embeddings),
     )
-    _run(trainer, out, validation is not None)
-    if out is not None and validation is not None:
-        return Labeler.load(out)
-    assert isinstance(trainer.translator, Labeler)
-    return trainer.translator
+    found = _run(trainer, arguments.out, validated=validation is not None)
+    assert isinstance(found, Labeler)
+    return found
 
 
-def _run(trainer: Trainer, out: str | Path | None, validated: bool) -> None:
-    """Train to the end, and leave the model as its user wants it.
+def _run(trainer: Trainer, out: str | Path | None, *, validated: bool) -> Translator | Labeler:
+    """Train to the end; the model of the best epoch, if there is one.
 
     Raises:
         Interrupted: the text says by what command the run goes on.
@@ -327,3 +274,5 @@ def _run(trainer: Trainer, out: str | Path | None, validated: bool) -> None:
         ) from None
     trainer.take_average()
     trainer.model.eval()
+    model = trainer.translator
+    return model if out is None or not validated else type(model).load(out)
