@@ -7,13 +7,14 @@ Used by ``Seq2Seq``; encoder and decoder may so differ in layers, sizes and dire
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn import init
 
 from ._checks import check_positive, check_shape
+from ._pickled import fill_in
 from .nn._common import Device
 from .recurrent import layer_cell
 from .types import STATES, State, state_parts
@@ -125,6 +126,10 @@ class Bridge(torch.nn.Module):
             self.register_parameter(f"weight_{part}", weight)
             self.register_parameter(f"bias_{part}", bias)
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        fill_in(self, {"c_from_h": False, "encoder_cell": self.cell})
 
     def reset_parameters(self) -> None:
         """Draw the weights as torch.nn.Linear does; a learned state begins at zero."""

@@ -122,11 +122,7 @@ class Copying(torch.nn.Module):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
         vocab = logits.shape[2]
-        if target.numel() and int(target.max()) >= vocab + copies.extra:
-            raise RuntimeError(
-                f"target_out must be below {vocab + copies.extra}, the vocabulary and what may be "
-                f"copied, got {int(target.max())}"
-            )
+        _check_target(target, copies, vocab)
         if label_smoothing > 0:
             log_probs = self(logits, hidden, memory, embedded, copies)
             losses = -log_probs.gather(2, target.unsqueeze(2)).squeeze(2)
@@ -162,6 +158,26 @@ class Copying(torch.nn.Module):
             gate = gate - torch.logsumexp(scores, 2, keepdim=True)
         generates = F.logsigmoid(gate).masked_fill(nothing, 0.0)
         return generates, (attn + F.logsigmoid(-gate)).masked_fill(fixed, -math.inf)
+
+
+def _check_target(target: Tensor, copies: Copies, vocab: int) -> None:
+    """Raise unless each token is in the vocabulary, or may be copied from the row's own source."""
+    highest = int(target.max()) if target.numel() else 0
+    if highest >= vocab + copies.extra:
+        raise RuntimeError(
+            f"target_out must be below {vocab + copies.extra}, the vocabulary and what may be "
+            f"copied, got {highest}"
+        )
+    if highest < vocab:
+        return
+    present = (copies.ids.unsqueeze(1) == target.unsqueeze(2)).any(2)
+    missing = ((target >= vocab) & ~present).nonzero()
+    if len(missing):
+        row, step = missing[0].tolist()
+        raise RuntimeError(
+            f"target_out must hold, from {vocab} on, what the source of its own row has to copy, "
+            f"got {int(target[row, step])} in row {row}, of another row or of none"
+        )
 
 
 def _log_sum(generated: Tensor, known: Tensor, copied: Tensor, same: Tensor) -> Tensor:

@@ -142,7 +142,8 @@ def test_the_loss_is_that_of_all_probabilities(kind: str) -> None:
     with pytest.raises(RuntimeError, match=r"target_out must be below 9, .* got 9"):
         head.loss(*arguments, copies, target + 2)
     # What no source of the row has cannot be said.
-    assert head.loss(*arguments, copies, target.where(target != 5, 8)) == torch.inf
+    with pytest.raises(RuntimeError, match="what the source of its own row has to copy, got 8"):
+        head.loss(*arguments, copies, target.where(target != 5, 8))
 
 
 # The model
@@ -244,6 +245,21 @@ def test_streams_and_scheduled_sampling_copy_too() -> None:
         emitted = [*hypothesis.tokens, STOP][: len(row) - 1]
         assert row[1 : 1 + len(emitted)] == emitted
     assert fed.max() >= V
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_another_row_has_to_copy_is_refused(kind: str, label_smoothing: float) -> None:
+    """It has no probability: the loss would be infinite."""
+    model, (source, lengths, target_in, target_out), copies = model_and_batch(kind)
+    copies = copies.clamp(max=V - 1)
+    copies[0, 0], target_out = V, target_out.clamp(max=V - 1)
+    options = {"copies": copies, "label_smoothing": label_smoothing}
+    target_out[0, 0] = V
+    assert model.loss(source, lengths, target_in, target_out, **options).isfinite()
+    target_out[1, 0] = V
+    with pytest.raises(RuntimeError, match=f"of its own row has to copy, got {V} in row 1"):
+        model.loss(source, lengths, target_in, target_out, **options)
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -448,8 +448,21 @@ def with_another_forward(model: Seq2Seq) -> None:
     output.forward = lambda x: 2 * linear(x, output.weight)  # type: ignore[method-assign]
 
 
+def with_a_step_of_its_own(model: Seq2Seq) -> None:
+    step = model.step
+    model.step = lambda *args, **options: step(*args, **options)  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(
-    "change", [hooked, parametrized, replaced, renormalizing, with_another_forward]
+    "change",
+    [
+        hooked,
+        parametrized,
+        replaced,
+        renormalizing,
+        with_another_forward,
+        with_a_step_of_its_own,
+    ],
 )
 def test_a_model_that_does_more_is_searched_step_by_step(
     change: Callable[[Seq2Seq], None], fused_calls: list[int]
@@ -459,6 +472,22 @@ def test_a_model_that_does_more_is_searched_step_by_step(
     for beam_size in (1, 3):
         model.generate(source, lengths, max_length=4, beam_size=beam_size)
     assert fused_calls == []
+
+
+def test_hooks_of_all_modules_are_called(fused_calls: list[int]) -> None:
+    model, source, lengths = model_and_sources()
+
+    def double(module: torch.nn.Module, args: object, output: Tensor) -> Tensor | None:
+        return 2 * output if module is model.decoder.output else None
+
+    plain = model.eval().generate(source, lengths, max_length=4)
+    handle = torch.nn.modules.module.register_module_forward_hook(double)
+    try:
+        sharper = model.generate(source, lengths, max_length=4)
+    finally:
+        handle.remove()
+    assert fused_calls == [1]
+    assert [h.score for h in sharper] != [h.score for h in plain]
 
 
 def test_a_step_of_ones_own_is_taken(fused_calls: list[int]) -> None:

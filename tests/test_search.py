@@ -283,6 +283,51 @@ def test_generate_does_not_depend_on_the_batch(name: str) -> None:
             assert alone.score == pytest.approx(hypothesis.score, abs=1e-10)
 
 
+@pytest.mark.parametrize("how", ["alone", "ensemble", "given", "stream"])
+def test_a_search_changes_no_module_even_for_a_while(how: str) -> None:
+    """Another thread may train the model, or search it too."""
+    model, source, lengths = model_and_sources("gru-concat-L2")
+    modes: list[bool] = []
+
+    def look(*_: object) -> None:
+        modes.extend(module.training for module in model.modules())
+
+    model.decoder.output.register_forward_hook(look)
+    options = search.SearchOptions(max_length=4)
+    searched: Any = model
+    if how == "ensemble":
+        searched = search.Ensemble([model, model])
+    elif how == "given":
+        searched = model.given()
+    tokens: list[list[int]] = [[] for _ in source]
+    for _ in range(2):
+        if how == "stream":
+            found = [[] for _ in source]
+            for token in model.stream(source, lengths, options):
+                found[token.row].append(token.token)
+        else:
+            found = [best.tokens for best, *_ in search.search(searched, source, lengths, options)]
+        assert not any(tokens) or tokens == found  # no dropout
+        tokens = found
+    assert modes
+    assert all(modes)
+
+
+def test_what_cannot_be_stood_in_for_is_put_into_eval_mode() -> None:
+    model, source, lengths = model_and_sources("gru-concat-L2")
+    inner, modes = model.encoder.forward, []
+
+    def forward(*args: Any) -> Any:
+        modes.append(model.encoder.training)
+        return inner(*args)
+
+    model.encoder.forward = forward  # type: ignore[method-assign]
+    found = [model.generate(source, lengths, max_length=4) for _ in range(2)]
+    assert [h.score for h in found[0]] == [h.score for h in found[1]]
+    assert modes == [False, False]
+    assert model.encoder.training
+
+
 def test_search_leaves_the_mode_and_the_graph_alone() -> None:
     model, source, lengths = model_and_sources("gru-concat-L2")
     model.decoder.eval()  # one part is frozen, say

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +112,54 @@ def test_every_parameter_is_made_where_and_as_what_it_is_told(name: str) -> None
     nowhere = Seq2Seq(vocab, 9, **sizes, device="meta")
     assert {each.device.type for each in nowhere.parameters()} == {"meta"}
     assert nowhere.config == doubled.config == Seq2Seq(vocab, 9, **sizes).config
+
+
+#: What pyseq 0.1.0 knew, of which modules were pickled whole.
+FIRST_CONFIG = (
+    "source_vocab_size",
+    "target_vocab_size",
+    "embedding_size",
+    "hidden_size",
+    "num_layers",
+    "cell",
+    "bidirectional",
+    "score",
+    "input_feeding",
+    "dropout",
+)
+LATER: dict[str, tuple[str, ...]] = {
+    "Encoder": ("cell", "extra", "extra_at_input", "constant"),
+    "Decoder": ("context_size", "extra", "extra_at_input", "copying", "coverage_loss"),
+    "AttentionDecoder": (
+        "order",
+        "feed",
+        "fed_size",
+        "window",
+        "window_size",
+        "history",
+        "positions",
+    ),
+    "Score": ("heads", "weight_history"),
+}
+
+
+@pytest.mark.parametrize("score", ["general", "concat", None])
+def test_modules_pickled_by_the_first_version_still_work(score: str | None) -> None:
+    module = model(score=score, num_layers=2).eval()
+    data = batch()
+    expected = module(*data)
+    again = copy.deepcopy(module)
+    vars(again)["_config"] = {name: again.config[name] for name in FIRST_CONFIG}
+    del again._modules["bridge"]
+    for part in again.modules():
+        for name in LATER.get(type(part).__name__, ()):
+            for names in (vars(part), part._parameters):
+                names.pop(name, None)
+    loaded = pickle.loads(pickle.dumps(again))
+    assert torch.equal(loaded(*data), expected)
+    assert loaded.config == module.config
+    found = loaded.generate(*data[:2], max_length=4, beam_size=2)
+    assert found[0].tokens == module.generate(*data[:2], max_length=4, beam_size=2)[0].tokens
 
 
 def test_an_unknown_option_is_refused_by_its_name() -> None:

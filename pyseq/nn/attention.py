@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn import init
 
 from .. import functional
 from .._checks import check_like, check_positive, check_shape
+from .._pickled import fill_in
 from ..types import DEFAULT_WINDOW_SIZE, SCORES, WINDOWS, ScoreName
 from ._common import Device, refuse_script
 
@@ -122,6 +124,10 @@ class Score(torch.nn.Module):
                 )
             self.register_parameter(name, parameter)
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        fill_in(self, {"heads": 1, "weight_history": None})
 
     def reset_parameters(self) -> None:
         """Draw every weight uniformly within 1/sqrt of the size that it sums over."""
@@ -273,6 +279,10 @@ class Attention(torch.nn.Module):
         self.positions: Positions | None = None
         if window == "local-p":
             self.positions = Positions(query_size, device=device, dtype=dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        fill_in(self, {"window": None, "window_size": None, "positions": None})
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.nn import init
 from .. import functional
 from .._checks import check_positive, check_shape
 from .._dropout import apply_dropout
+from .._pickled import fill_in
 from ..types import (
     DEFAULT_HISTORY_SIZE,
     FEEDS,
@@ -48,6 +49,17 @@ class AttentionOptions:
     window_size: int | None = None
     history: str | None = None
     history_size: int | None = None
+
+
+#: What decoders pickled before there were such options are.
+_PICKLED = {
+    "order": "luong",
+    "feed": "output",
+    "window": None,
+    "window_size": None,
+    "history": None,
+    "positions": None,
+}
 
 
 class AttentionDecoder(torch.nn.Module):
@@ -218,6 +230,11 @@ class AttentionDecoder(torch.nn.Module):
                 memory_size + hidden_size, hidden_size, bias=False, device=device, dtype=dtype
             )
         self._reset_layers()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        fill_in(self, _PICKLED)
+        fill_in(self, {"fed_size": self.hidden_size})
 
     @staticmethod
     def _layer_names(layer: int) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..types import START, STOP
+from .evaluation import search_mode
 from .options import Hypothesis, SearchOptions, length_normalizer
-from .protocols import SearchModel, search_mode
+from .protocols import SearchModel
 from .rules import Rules
 from .trace import Finished, Record, trace_back
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .evaluation import in_eval_mode
 from .protocols import SearchModel, Selectable, Step
 
 
@@ -55,6 +56,10 @@ class Ensemble:
     def modules(self) -> Iterator[torch.nn.Module]:
         """All modules of all models."""
         return chain.from_iterable(model.modules() for model in self.models)
+
+    def in_eval_mode(self) -> Ensemble:
+        """The same of the models in eval mode; see :class:`SearchModel`."""
+        return Ensemble([in_eval_mode(model) for model in self.models], weights=self.weights)
 
     def encode_source(self, source: Tensor, lengths: Tensor) -> tuple[_Parts, _Parts]:
         """What each model attends to, and their states; see :class:`SearchModel`."""

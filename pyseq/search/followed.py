@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..types import START, STOP
+from .evaluation import search_mode
 from .options import Hypothesis, SearchOptions, StreamedToken
-from .protocols import SearchModel, search_mode
+from .protocols import SearchModel
 from .rules import Rules, choose
 from .trace import Finished, Record, trace_back
 

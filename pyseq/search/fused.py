@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .evaluation import search_mode
 from .options import Hypothesis, SearchOptions
-from .protocols import FusedSearch, SearchModel, search_mode
+from .protocols import FusedSearch, SearchModel
 from .rules import Rules
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -79,28 +78,16 @@ class SearchModel(Protocol):
     What it carries from step to step, ``encoded`` and ``state``, is its own affair as long as
     it is :class:`Selectable`. One that also has a method ``fused_search``, without arguments,
     may return there a :class:`FusedSearch` that does the same as the searches here do with its
-    ``step``, or None where it cannot.
+    ``step``, or None where it cannot. One that is no torch module may have a method
+    ``in_eval_mode``, without arguments, which returns one like it whose modules are in eval mode;
+    of others the modules are put into it during a search, which only one thread may do then.
     """
 
     def modules(self) -> Iterator[torch.nn.Module]:
-        """All modules of the model; they are in eval mode during a search."""
+        """All modules of the model, which are in eval mode during a search."""
 
     def encode_source(self, source: Tensor, lengths: Tensor) -> tuple[Any, Any]:
         """What to attend to, and the state before the first token, for source (B, S)."""
 
     def step(self, tokens: Tensor, encoded: Any, state: Any, *, need_weights: bool) -> Step:
         """Read the tokens (N,) and predict the next ones."""
-
-
-@contextmanager
-def search_mode(model: SearchModel) -> Iterator[None]:
-    """No gradients, and every module of the model in eval mode until the end."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .beams import beam_search
+from .evaluation import in_eval_mode
 from .followed import follow, follow_streaming
 from .fused import can_fuse, fused_search_of, search_fused
 from .options import Hypothesis, SearchOptions, StreamedToken
@@ -47,6 +48,7 @@ def search(
     check_prefix_rows(options, source.shape[0])
     if source.shape[0] == 0:
         return []
+    model = in_eval_mode(model)
     if can_fuse(options):
         fused = fused_search_of(model)
         if fused is not None:
@@ -67,8 +69,9 @@ def stream(
     """Yield the tokens of greedy search or sampling one by one, as they are found.
 
     Between two tokens of a row the model makes one step. They are those that :func:`search`
-    finds with the same options and the same generator. The model must not be changed before
-    the end.
+    finds with the same options and the same generator; but where the options come to forbid
+    every token, :func:`search` finds nothing for the row, and what the stream has given until
+    then stands. The model must not be changed before the end.
 
     Args:
         model, source, source_lengths, generator: as in :func:`search`.
@@ -86,7 +89,7 @@ def stream(
             f"got {options}"
         )
     check_prefix_rows(options, source.shape[0])
-    return follow_streaming(model, source, source_lengths, options, generator)
+    return follow_streaming(in_eval_mode(model), source, source_lengths, options, generator)
 
 
 def greedy(

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as _of_all_modules
 
 from .. import functional
 from .._checks import check_positive, check_shape
 from .._dropout import apply_dropout, check_probability
+from .._pickled import fill_in
 from ..copying import Copying
 from ..extra import Conditions, ExtraInformation, ExtraOptions, check_extra
 from ..nn import AttentionDecoder, AttentionOptions, Score
@@ -43,6 +45,8 @@ def _is_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
         and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
+        and not _of_all_modules._global_forward_hooks
+        and not _of_all_modules._global_forward_pre_hooks
         and all(
             type(weight) is torch.nn.Parameter and weight.is_cpu and weight.is_floating_point()
             for weight in module._parameters.values()
@@ -73,6 +77,14 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 _GLOBAL = AttentionOptions()
 _NO_OPTIONS = LayerOptions()
+#: What decoders pickled before there were such options are.
+_PICKLED = {
+    "context_size": None,
+    "extra": None,
+    "extra_at_input": False,
+    "copying": None,
+    "coverage_loss": 0.0,
+}
 
 
 class Decoder(torch.nn.Module):
@@ -186,6 +198,10 @@ class Decoder(torch.nn.Module):
         if extra is not None:
             size = embedding_size if self.extra_at_input else hidden_size
             self.extra = extra.build(size, device=device, dtype=dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        fill_in(self, _PICKLED)
 
     def forward(
         self,

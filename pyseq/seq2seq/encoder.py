@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._checks import check_positive
 from .._dropout import apply_dropout, check_probability
+from .._pickled import fill_in
 from ..extra import ExtraInformation, ExtraOptions, check_extra
 from ..nn._common import Device
 from ..recurrent import LayerOptions, build_layers, layer_cell
@@ -114,6 +117,11 @@ class Encoder(torch.nn.Module):
         if extra is not None:
             size = embedding_size if self.extra_at_input else hidden_size
             self.extra = extra.build(size, device=device, dtype=dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        fill_in(self, {"cell": self.rnn.cell})
+        fill_in(self, {"extra": None, "extra_at_input": False, "constant": False})
 
     def _join_directions(self, part: Tensor) -> Tensor:
         """(L*D, B, H/D) to (L, B, H), each layer's directions side by side."""

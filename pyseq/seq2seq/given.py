@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..extra import Conditions, check_extra
 from ..search import EncodedSource, FusedSearch, Step
+from ..search.evaluation import in_eval_mode
 from ..types import DecoderState
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ class Given:
     def modules(self) -> Iterator[torch.nn.Module]:
         """All modules of the model."""
         return self.model.modules()
+
+    def in_eval_mode(self) -> Given:
+        """The same of the model in eval mode; see :class:`pyseq.search.SearchModel`."""
+        model = in_eval_mode(self.model)
+        return Given(model, self.source_extra, self.target_extra, self.copies)
 
     def encode_source(
         self, source: Tensor, lengths: Tensor

@@ -27,7 +27,7 @@ from ..types import PAD, Copies, DecoderState, State, kind, state_parts
 from .decoder import Decoder
 from .encoder import Encoder
 from .given import Given
-from .inputs import check_vocab_size
+from .inputs import check_vocab_size, valid_steps
 from .options import Placing, Seq2SeqArguments, config_of, takes
 
 __all__ = ["Seq2Seq"]
@@ -175,6 +175,22 @@ class Seq2Seq(torch.nn.Module):
             coverage_loss=options.coverage_loss,
             **place,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Pickled by a version that had fewer options: the others are at their defaults.
+        options = Seq2SeqArguments(**self._config)
+        self._config = config_of(options)
+        if "bridge" not in self._modules:
+            encoder = self.encoder.rnn
+            self.bridge = Bridge(
+                "copy",
+                cell=options.cell,
+                encoder_layers=encoder.num_layers,
+                encoder_size=options.hidden_size,
+                decoder_layers=options.num_layers,
+                decoder_size=options.hidden_size,
+            )
 
     @property
     def config(self) -> dict[str, Any]:
@@ -342,8 +358,7 @@ class Seq2Seq(torch.nn.Module):
         if ids.dtype != torch.int64:
             raise RuntimeError(f"copies must be int64, got {ids.dtype}")
         ids = ids.to(source.device)
-        steps = torch.arange(ids.shape[1], device=ids.device)
-        ids = ids.masked_fill(steps >= lengths.to(ids.device).unsqueeze(1), PAD)
+        ids = ids.masked_fill(~valid_steps(lengths, ids), PAD)
         if ids.numel() and int(ids.min()) < 0:
             raise RuntimeError(f"copies must hold ids of at least 0, got {int(ids.min())}")
         vocab = self.decoder.output.out_features
@@ -535,8 +550,8 @@ class Seq2Seq(torch.nn.Module):
     def fused_search(self) -> FusedSearch | None:
         """The searches of :mod:`pyseq.search` in one operator; see its ``SearchModel``.
 
-        None if :meth:`step` does more than the operator: in a subclass that has its own, or
-        with a decoder that is not :meth:`Decoder.is_fused`.
+        None if :meth:`step` does more than the operator: in a subclass or an object that has its
+        own, or with a decoder that is not :meth:`Decoder.is_fused`.
         """
-        fused = type(self).step is Seq2Seq.step and self.decoder.is_fused()
-        return self.decoder.generate if fused else None
+        own = type(self).step is not Seq2Seq.step or "step" in vars(self)
+        return None if own or not self.decoder.is_fused() else self.decoder.generate
