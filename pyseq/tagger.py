@@ -40,6 +40,7 @@ class _Labelling(torch.nn.Module):
         check_positive(num_labels=options.num_labels)
         if options.source_vocab_size is not None:  # else the encoder asks for features
             check_vocab_size("source_vocab_size", options.source_vocab_size)
+        options.check_extra()
         self._config = config_of(options)
         place: Placing = {"device": options.device, "dtype": options.dtype}
         self.encoder = Encoder(
@@ -51,6 +52,7 @@ class _Labelling(torch.nn.Module):
             bidirectional=options.bidirectional,
             dropout=options.dropout,
             features=options.source_features,
+            extra=options.extra(options.source_extra_size),
             options=options.encoder_options,
             **place,
         )
@@ -94,6 +96,9 @@ class Tagger(_Labelling):
         source_features: D, where the source is no tokens but (B, S, D) features.
         encoder_options: what the recurrent layers do besides running their cell:
             :class:`pyseq.LayerOptions`, or a mapping of their names.
+        source_extra_size: Z, numbers of extra information. Default: there is none.
+        extra_mode, extra_hidden_size, extra_place: how and where it enters the encoder, as in
+            :class:`pyseq.Seq2Seq`.
         device, dtype: of the parameters.
 
     Raises:
@@ -108,12 +113,16 @@ class Tagger(_Labelling):
     def __init__(self, options: TaggerArguments) -> None:
         super().__init__(options)
 
-    def forward(self, source: Tensor, source_lengths: Tensor) -> Tensor:
+    def forward(
+        self, source: Tensor, source_lengths: Tensor, *, source_extra: Tensor | None = None
+    ) -> Tensor:
         """Logits of the labels of every token.
 
         Args:
             source: (B, S) int64, token ids; or features (B, S, D).
             source_lengths: (B,) int64, valid steps of each row, on any device.
+            source_extra: extra information (B, Z), or of each step (S, B, Z), time-major; of a
+                model with ``source_extra_size``.
 
         Returns:
             (B, S, N), zero at padding.
@@ -121,7 +130,7 @@ class Tagger(_Labelling):
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
-        memory, _ = self.encoder(source, source_lengths)
+        memory, _ = self.encoder(source, source_lengths, source_extra)
         # Transposed here, where it is narrow, so that the logits are contiguous.
         logits = self.output(memory.transpose(0, 1))
         valid = valid_steps(source_lengths, source)
@@ -134,6 +143,7 @@ class Tagger(_Labelling):
         labels: Tensor,
         *,
         label_smoothing: float = 0.0,
+        source_extra: Tensor | None = None,
     ) -> Tensor:
         """Cross entropy in nats, averaged over the tokens.
 
@@ -142,6 +152,7 @@ class Tagger(_Labelling):
             labels: (B, S) int64, from 0 to N - 1, or -100 for a token that does not count;
                 what stands at padding does not matter.
             label_smoothing: share of the target probability that is spread over all labels.
+            source_extra: as in :meth:`forward`.
 
         Returns:
             0-dimensional; NaN if no token counts.
@@ -150,7 +161,7 @@ class Tagger(_Labelling):
             ValueError: ``label_smoothing`` is out of its range.
             RuntimeError: a tensor has the wrong shape, dtype or device, or a label is none.
         """
-        memory, _ = self.encoder(source, source_lengths)
+        memory, _ = self.encoder(source, source_lengths, source_extra)
         check_shape("labels", labels, "(B, S)", tuple(source.shape[:2]))
         labels = labels.where(valid_steps(source_lengths, labels), IGNORE)
         return self._cross_entropy(memory.flatten(0, 1), labels.t().flatten(), label_smoothing)
@@ -166,12 +177,12 @@ class Classifier(_Labelling):
     - ``"mean"``: ``sum_s h_s / S``;
     - ``"max"``: ``max_s h_s``, for each feature by itself.
 
-    For a row of length 0 all three are zero.
+    For a row of length 0 all three are zero, but for what extra information adds.
 
     Args:
         source_vocab_size, num_labels, embedding_size, hidden_size, num_layers, cell,
-            bidirectional, dropout, source_features, encoder_options, device, dtype: as in
-            :class:`Tagger`.
+            bidirectional, dropout, source_features, encoder_options, source_extra_size,
+            extra_mode, extra_hidden_size, extra_place, device, dtype: as in :class:`Tagger`.
         pooling: one of the above.
 
     Raises:
@@ -190,9 +201,9 @@ class Classifier(_Labelling):
         super().__init__(options)
         self.pooling = cast(PoolingName, options.pooling)
 
-    def _pooled(self, source: Tensor, lengths: Tensor) -> Tensor:
+    def _pooled(self, source: Tensor, lengths: Tensor, extra: Tensor | None) -> Tensor:
         """What the output layer reads (B, H)."""
-        memory, state = self.encoder(source, lengths)
+        memory, state = self.encoder(source, lengths, extra)
         if self.pooling == "last":
             h = state_parts(self.encoder.cell, state)[0]
             return apply_dropout(h[-1], self.encoder.dropout, self.training)
@@ -204,12 +215,16 @@ class Classifier(_Labelling):
         highest = memory.masked_fill(~valid, float("-inf")).amax(0)
         return torch.where((lengths > 0).unsqueeze(1), highest, 0.0)
 
-    def forward(self, source: Tensor, source_lengths: Tensor) -> Tensor:
+    def forward(
+        self, source: Tensor, source_lengths: Tensor, *, source_extra: Tensor | None = None
+    ) -> Tensor:
         """Logits of the labels.
 
         Args:
             source: (B, S) int64, token ids; or features (B, S, D); S at least 1.
             source_lengths: (B,) int64, valid steps of each row, on any device.
+            source_extra: extra information (B, Z), or of each step (S, B, Z), time-major; of a
+                model with ``source_extra_size``.
 
         Returns:
             (B, N).
@@ -217,7 +232,7 @@ class Classifier(_Labelling):
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
-        logits: Tensor = self.output(self._pooled(source, source_lengths))
+        logits: Tensor = self.output(self._pooled(source, source_lengths, source_extra))
         return logits
 
     def loss(
@@ -227,6 +242,7 @@ class Classifier(_Labelling):
         labels: Tensor,
         *,
         label_smoothing: float = 0.0,
+        source_extra: Tensor | None = None,
     ) -> Tensor:
         """Cross entropy in nats, averaged over the rows.
 
@@ -234,6 +250,7 @@ class Classifier(_Labelling):
             source, source_lengths: as in :meth:`forward`.
             labels: (B,) int64, from 0 to N - 1, or -100 for a row that does not count.
             label_smoothing: share of the target probability that is spread over all labels.
+            source_extra: as in :meth:`forward`.
 
         Returns:
             0-dimensional; NaN if no row counts.
@@ -242,7 +259,7 @@ class Classifier(_Labelling):
             ValueError: ``label_smoothing`` is out of its range.
             RuntimeError: a tensor has the wrong shape, dtype or device, or a label is none.
         """
-        pooled = self._pooled(source, source_lengths)
+        pooled = self._pooled(source, source_lengths, source_extra)
         check_shape("labels", labels, "(B,)", tuple(source.shape[:1]))
         return self._cross_entropy(pooled, labels, label_smoothing)
 

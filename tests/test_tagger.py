@@ -193,6 +193,44 @@ def test_learns(kind: str) -> None:
     assert right.double().mean() > 0.9
 
 
+@pytest.mark.parametrize("place", ["output", "input"])
+@pytest.mark.parametrize("steps", [False, True], ids=["whole", "each-step"])
+@pytest.mark.parametrize("mode", ["add", "concat", "mlp"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_extra_information_enters_the_encoder(
+    kind: str, mode: str, steps: bool, place: str
+) -> None:
+    model = MODELS[kind](source_extra_size=3, extra_mode=mode, extra_place=place)
+    source = sources()
+    extra = torch.randn(*((5, 4, 3) if steps else (4, 3)), dtype=torch.float64)
+    model.encoder.dropout = 0.0
+    memory, state = model.encoder(source, LENGTHS, extra)
+    if kind == "tagger":
+        valid = (torch.arange(5) < LENGTHS.unsqueeze(1)).unsqueeze(2)
+        expected = torch.where(valid, model.output(memory.transpose(0, 1)), 0.0)
+        labels = torch.randint(LABELS, (4, 5))
+    else:
+        pools = {
+            "last": state[0][-1],
+            "mean": memory.sum(0) / LENGTHS.clamp(min=1).unsqueeze(1),
+            "max": torch.stack(
+                [memory[:n, b].amax(0) if n else memory[0, b] for b, n in enumerate(LENGTHS)]
+            ),
+        }
+        expected = model.output(pools[kind])
+        labels = torch.randint(LABELS, (4,))
+    logits = model(source, LENGTHS, source_extra=extra)
+    assert_close({"logits": logits}, {"logits": expected})
+    assert not torch.equal(logits, model(source, LENGTHS, source_extra=-extra))
+    model.loss(source, LENGTHS, labels, source_extra=extra).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    again = type(model)(**json.loads(json.dumps(model.config))).double()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(source, LENGTHS, source_extra=extra), logits)
+    with pytest.raises(RuntimeError, match="source_extra must be given"):
+        model(source, LENGTHS)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_models_are_made_where_and_as_what_they_are_told(kind: str) -> None:
     build: Any = type(MODELS[kind]())
@@ -217,6 +255,16 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
     "vocabulary": (lambda: Tagger(3, 2), ValueError, "source_vocab_size must be .* got 3"),
     "no-source": (lambda: Tagger(None, 2), ValueError, "exactly one of .* got None and None"),
     "pooling": (lambda: classifier("sum"), ValueError, "pooling must be one of last.* got 'sum'"),
+    "extra": (
+        lambda: tagger(extra_mode="add"),
+        ValueError,
+        "extra_place go with source_extra_size, got 'add', None and 'output' without",
+    ),
+    "no-extra": (
+        lambda: tagger()(sources(), LENGTHS, source_extra=torch.zeros(4, 3)),
+        RuntimeError,
+        "source_extra must be left out: this model takes none",
+    ),
     "odd": (lambda: tagger(hidden_size=7), ValueError, "hidden_size must be even .* got 7"),
     "tags": (
         lambda: tagger().loss(sources(), LENGTHS, torch.zeros(4, dtype=torch.int64)),

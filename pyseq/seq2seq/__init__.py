@@ -10,7 +10,7 @@ from .encoder import Encoder
 from .given import Given
 from .inputs import valid_steps
 from .model import Seq2Seq
-from .options import ClassifierOptions, EncoderOptions, Seq2SeqOptions
+from .options import ClassifierOptions, EncoderOptions, Seq2SeqOptions, TaggerOptions
 
 __all__ = [
     "ClassifierOptions",
@@ -20,5 +20,6 @@ __all__ = [
     "Given",
     "Seq2Seq",
     "Seq2SeqOptions",
+    "TaggerOptions",
     "valid_steps",
 ]

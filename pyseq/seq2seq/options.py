@@ -20,7 +20,7 @@ from ..nn import AttentionOptions
 from ..nn._common import Device
 from ..recurrent import LayerOptions, layer_cell
 
-__all__ = ["ClassifierOptions", "EncoderOptions", "Seq2SeqOptions", "takes"]
+__all__ = ["ClassifierOptions", "EncoderOptions", "Seq2SeqOptions", "TaggerOptions", "takes"]
 
 
 class Placing(TypedDict):
@@ -39,7 +39,7 @@ _NO_OPTIONS = LayerOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions:
-    """What all models are made of; see :class:`pyseq.Tagger`, which has these options."""
+    """What all models are made of; see :class:`pyseq.Tagger`, which has these options too."""
 
     embedding_size: int = 256
     hidden_size: int = 256
@@ -56,14 +56,45 @@ class EncoderOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierOptions(EncoderOptions):
+class _SourceExtraOptions:
+    """How extra information enters; see :class:`pyseq.Seq2Seq`."""
+
+    source_extra_size: int | None = None
+    extra_mode: str = "concat"
+    extra_hidden_size: int | None = None
+    extra_place: str = "output"
+
+    def extra(self, size: int | None) -> ExtraOptions | None:
+        """How a side takes ``size`` numbers of extra information; None if it takes none."""
+        if size is None:
+            return None
+        return ExtraOptions(size, self.extra_mode, self.extra_hidden_size, self.extra_place)
+
+    def check_extra(self) -> None:
+        """Raise a ValueError if it is told how extra information enters, but not that it does."""
+        names = [each.name for each in fields(self) if each.name.endswith("_extra_size")]
+        told = (self.extra_mode, self.extra_hidden_size, self.extra_place)
+        if told != ("concat", None, "output") and all(getattr(self, n) is None for n in names):
+            raise ValueError(
+                f"extra_mode, extra_hidden_size and extra_place go with {' or '.join(names)}, got "
+                f"{told[0]!r}, {told[1]!r} and {told[2]!r} without"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaggerOptions(EncoderOptions, _SourceExtraOptions):
+    """See :class:`pyseq.Tagger`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions(TaggerOptions):
     """See :class:`pyseq.Classifier`."""
 
     pooling: str = "last"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seq2SeqOptions(EncoderOptions, AttentionOptions):
+class Seq2SeqOptions(EncoderOptions, _SourceExtraOptions, AttentionOptions):
     """See :class:`pyseq.Seq2Seq`: ``Seq2Seq(source_vocab_size, target_vocab_size,
     **asdict(options))`` is a model with these."""
 
@@ -78,11 +109,7 @@ class Seq2SeqOptions(EncoderOptions, AttentionOptions):
     bridge: str = "copy"
     tie_embeddings: bool = False
     context_every_step: bool = False
-    source_extra_size: int | None = None
     target_extra_size: int | None = None
-    extra_mode: str = "concat"
-    extra_hidden_size: int | None = None
-    extra_place: str = "output"
     copy: str | None = None
     memory_bias: bool = False
     bridge_c_from_h: bool = False
@@ -96,22 +123,6 @@ class Seq2SeqOptions(EncoderOptions, AttentionOptions):
     def attention(self) -> AttentionOptions:
         """How the decoder attends."""
         return AttentionOptions(**{each.name: getattr(self, each.name) for each in _ATTENTION})
-
-    def extra(self, size: int | None) -> ExtraOptions | None:
-        """How a side takes ``size`` numbers of extra information; None if it takes none."""
-        if size is None:
-            return None
-        return ExtraOptions(size, self.extra_mode, self.extra_hidden_size, self.extra_place)
-
-    def check_extra(self) -> None:
-        """Raise a ValueError if it is told how extra information enters, but not that it does."""
-        told = (self.extra_mode, self.extra_hidden_size, self.extra_place)
-        none = self.source_extra_size is None and self.target_extra_size is None
-        if none and told != ("concat", None, "output"):
-            raise ValueError(
-                "extra_mode, extra_hidden_size and extra_place go with source_extra_size or "
-                f"target_extra_size, got {told[0]!r}, {told[1]!r} and {told[2]!r} without"
-            )
 
 
 _ATTENTION = fields(AttentionOptions)
@@ -132,7 +143,7 @@ class Seq2SeqArguments(Seq2SeqOptions):
 
 
 @dataclass(frozen=True)
-class TaggerArguments(EncoderOptions):
+class TaggerArguments(TaggerOptions):
     """What :class:`pyseq.Tagger` takes."""
 
     source_vocab_size: int | None
