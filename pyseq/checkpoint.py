@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ from . import embeddings
 from ._packed import is_quantized
 from .errors import CheckpointError, require
 from .labels import Labels
+from .recurrent import LayerOptions
 from .seq2seq import Seq2Seq
+from .seq2seq.options import ClassifierArguments, Seq2SeqArguments, TaggerArguments
 from .tagger import AnyModel, Classifier, Tagger
-from .text import SourceMarks, Vocab
+from .text import SOURCE_MARKS, TOKENS, SourceMarks, Vocab
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -43,6 +45,42 @@ _MODELS: dict[str, type[AnyModel]] = {
     "Seq2Seq": Seq2Seq,
     "Tagger": Tagger,
     "Classifier": Classifier,
+}
+
+#: What their constructors take.
+_ARGUMENTS: dict[str, type] = {
+    "Seq2Seq": Seq2SeqArguments,
+    "Tagger": TaggerArguments,
+    "Classifier": ClassifierArguments,
+}
+
+#: Options that a model is as deep as.
+_DEPTHS = ("num_layers", "encoder_num_layers")
+
+
+class _Setting(NamedTuple):
+    """What ``config.json`` says besides the options of the model."""
+
+    default: Any
+    is_valid: Callable[[Any], bool]
+    expected: str
+
+
+_SETTINGS: dict[str, _Setting] = {
+    **{
+        f"{side}_tokens": _Setting(
+            None, lambda value: value is None or value in TOKENS, f"one of {', '.join(TOKENS)}"
+        )
+        for side in ("source", "target")
+    },
+    "max_length": _Setting(
+        None, lambda value: value is None or (type(value) is int and value >= 1), "at least 1"
+    ),
+    "reverse_source": _Setting(False, lambda value: isinstance(value, bool), "true or false"),
+    "source_marks": _Setting(
+        "stop", lambda value: value in SOURCE_MARKS, f"one of {', '.join(SOURCE_MARKS)}"
+    ),
+    "embeddings": _Setting({}, lambda value: isinstance(value, dict), "an object"),
 }
 
 # New files are written to _WRITING, which one rename turns into _COMMITTED; from that
@@ -183,7 +221,7 @@ def load(path: str | Path) -> Saved:
             raise CheckpointError(
                 f"{path / name}: has {len(vocab)} symbols, but the model was built for {size}"
             )
-    _check_embeddings(path, config.get("embeddings", {}), model, vocabs)
+    _check_embeddings(path, config["embeddings"], model, vocabs)
     labels = _read_labels(path, files.get(LABELS), config["options"].get("num_labels"))
     training = None
     if TRAINING_RECORD in files and TRAINING_TENSORS in files:
@@ -195,12 +233,12 @@ def load(path: str | Path) -> Saved:
         model,
         vocabs["source"],
         vocabs["target"],
-        config.get("source_tokens"),
-        config.get("target_tokens"),
-        config.get("max_length"),
+        config["source_tokens"],
+        config["target_tokens"],
+        config["max_length"],
         training,
-        bool(config.get("reverse_source")),  # older files do not say
-        config.get("source_marks", "stop"),
+        config["reverse_source"],
+        config["source_marks"],
         labels,
     )
 
@@ -244,7 +282,14 @@ def remove(path: str | Path) -> None:
 
 def _build_model(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> AnyModel:
     build = _model_class(path, config)
+    _check_options(path, _ARGUMENTS[build.__name__], config["options"])
+    deepest = max((config["options"].get(name) or 0 for name in _DEPTHS), default=0)
     try:
+        if deepest > len(weights):
+            raise ValueError(f"{deepest} layers, but {len(weights)} tensors")
+        # Without memory for it first: sizes that are wrong may be too large for the machine.
+        with torch.device("meta"):
+            _compare_shapes(build(**config["options"]).state_dict(), weights)
         model = build(**config["options"])
         dtype = next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
         model.to(dtype).load_state_dict(weights)
@@ -254,6 +299,42 @@ def _build_model(path: Path, config: dict[str, Any], weights: dict[str, Tensor])
             f"{path}: the options in {CONFIG} do not go with {WEIGHTS}: {reason}"
         ) from error
     return model.eval()
+
+
+def _compare_shapes(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError unless the weights are those of a model with such a state."""
+    for name in sorted(expected.keys() ^ weights.keys()):
+        raise ValueError(f"{name} is {'missing' if name in expected else 'no weight of it'}")
+    for name, tensor in expected.items():
+        shape, found = tuple(tensor.shape), tuple(weights[name].shape)
+        if shape != found:
+            raise ValueError(f"size mismatch for {name}: expected {shape}, got {found}")
+
+
+def _check_options(path: Path, options: type, given: Mapping[str, Any]) -> None:
+    """Refuse a value of another type than an option has; "false" would pass for true.
+
+    Names that are missing or too many are the constructor's affair.
+    """
+    hints = get_type_hints(options)
+    for name, value in given.items():
+        hint = hints.get(name)
+        parts = get_args(hint) or (hint,)
+        if LayerOptions in parts and isinstance(value, dict):
+            _check_options(path, LayerOptions, value)
+        elif hint is not None and not any(_is_of(value, part) for part in parts):
+            shown = getattr(hint, "__name__", None) or str(hint)
+            raise CheckpointError(
+                f"{path / CONFIG}: the option {name} must be {shown}, got {value!r}"
+            )
+
+
+def _is_of(value: object, kind: object) -> bool:
+    """Whether JSON's ``value`` is one of a type; an int is a float, a bool is no number."""
+    if kind in (int, float):
+        numbers = (int, float) if kind is float else int
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(kind, type) and isinstance(value, kind)
 
 
 def _read_labels(path: Path, data: bytes | None, size: int | None) -> Labels | None:
@@ -281,14 +362,12 @@ def _embedding_fingerprints(model: AnyModel, vocabs: Mapping[str, Vocab | None])
 
 
 def _check_embeddings(
-    path: Path, expected: object, model: AnyModel, vocabs: Mapping[str, Vocab | None]
+    path: Path, expected: dict[str, Any], model: AnyModel, vocabs: Mapping[str, Vocab | None]
 ) -> None:
     """Refuse a vocabulary and a matrix that do not belong together.
 
     The fingerprints of the files only say that each is one that ``config.json`` lists.
     """
-    if not isinstance(expected, dict):
-        raise CheckpointError(f"{path / CONFIG}: not the settings of a pyseq model")
     for side, fingerprint in _embedding_fingerprints(model, vocabs).items():
         if expected.get(side, fingerprint) != fingerprint:  # older files do not say
             raise CheckpointError(
@@ -363,6 +442,7 @@ def _locked(path: Path, *, exclusive: bool) -> Iterator[None]:
 
 
 def _replace_files(path: Path, files: Mapping[str, bytes]) -> None:
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     writing, committed = path / _WRITING, path / _COMMITTED
     with _locked(path, exclusive=True):
@@ -379,7 +459,8 @@ def _replace_files(path: Path, files: Mapping[str, bytes]) -> None:
             raise
         _sync_folder(path)
         _finish(path)
-    _sync_folder(path.parent)
+    for folder in made or [path]:
+        _sync_folder(folder.parent)
 
 
 def _finish(path: Path) -> None:
@@ -454,6 +535,10 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path / CONFIG}: format must be {FORMAT}, got {config.get('format')!r}; "
             "another version of pyseq wrote it"
         )
+    for name, (default, is_valid, expected) in _SETTINGS.items():
+        value = config.setdefault(name, default)  # older files do not say
+        if not is_valid(value):
+            raise CheckpointError(f"{path / CONFIG}: {name} must be {expected}, got {value!r}")
     return config
 
 

@@ -49,7 +49,7 @@ _SPECIAL_NAMES: dict[int, tuple[str, ...]] = {
 # What no real file exceeds, so that one that is something else is not read into memory whole.
 _LONGEST_LINE = 1 << 24  # bytes
 _LONGEST_WORD = 1 << 12  # bytes
-_LARGEST_SIZE = 1 << 20  # numbers of a vector
+_LARGEST_SIZE = 1 << 14  # numbers of a vector
 _CHUNK = 1 << 20  # bytes
 
 Array = np.ndarray[Any, np.dtype[np.float32]]

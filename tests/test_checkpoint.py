@@ -141,6 +141,25 @@ def _edit(**changes: object) -> Callable[[Path], None]:
         ("config.json", _edit(format=99), "format must be 1, got 99"),
         ("config.json", _edit(model="Other"), "the model must be Seq2Seq or .*, got 'Other'"),
         ("config.json", _edit(options={"depth": 3}), "options in config.json do not go with"),
+        ("config.json", _edit(reverse_source="false"), "reverse_source must be true or false, got"),
+        (
+            "config.json",
+            _edit(source_tokens="words"),
+            "source_tokens must be one of char, .*'words'",
+        ),
+        ("config.json", _edit(target_tokens=[1]), "target_tokens must be one of char, .*got \\[1"),
+        ("config.json", _edit(max_length=0), "max_length must be at least 1, got 0"),
+        ("config.json", _edit(max_length=True), "max_length must be at least 1, got True"),
+        ("config.json", _edit(source_marks="all"), "source_marks must be one of stop, .*got 'all'"),
+        ("config.json", _edit(embeddings=[]), "embeddings must be an object, got"),
+        ("config.json", _edit(options={"dropout": "0"}), "option dropout must be float, got '0'"),
+        ("config.json", _edit(options={"hidden_size": 6.0}), "hidden_size must be int, got 6.0"),
+        ("config.json", _edit(options={"bidirectional": "false"}), "bidirectional must be bool"),
+        (
+            "config.json",
+            _edit(options={"encoder_options": {"layer_norm": 1}}),
+            "layer_norm must be",
+        ),
         ("config.json", _edit(fingerprints={}), r"does not list model\.safetensors"),
         ("config.json", _edit(fingerprints={"../x": "?"}), "missing, though config.json lists"),
     ],
@@ -160,6 +179,18 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
     config["options"]["hidden_size"] = 8
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"do not go with .*: .*size mismatch"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options", [{"hidden_size": 60000}, {"num_layers": 10**9}, {"embedding_size": 1 << 40}], ids=str
+)
+def test_sizes_that_are_wrong_take_no_memory(tmp_path: Path, options: dict[str, int]) -> None:
+    checkpoint.save(tmp_path, small_model())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["options"] |= options
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"do not go with model.safetensors: "):
         checkpoint.load(tmp_path)
 
 

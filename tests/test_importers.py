@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import math
 import os
 import pickle
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 import pyseq
 from pyseq import cli
 from pyseq.errors import CheckpointError
-from pyseq.importers import g2p_en, read_layers, read_model
+from pyseq.importers import g2p_en, load_layers, read_layers, read_model
+from pyseq.importers._pickles import load_pickle
 from pyseq.text import encode_sources
 from pyseq.translator import Translator
 from pyseq.types import START, UNK
@@ -188,7 +190,7 @@ class OpenNMT(Model):
         return self.generator(found), (memory, parts, found)
 
 
-def opennmt(version: int = 3, **given: Any) -> Case:
+def opennmt(version: int = 3, start: str | None = None, **given: Any) -> Case:
     options = {"cell": "lstm", "kind": "general", "feeding": True, "bidirectional": True}
     options = {**options, "bridge": False, **given}
     specials = ["<unk>", "<blank>", "<s>", "</s>"]
@@ -201,6 +203,8 @@ def opennmt(version: int = 3, **given: Any) -> Case:
         prefix = "" if version == 3 else "0."
         generator = {f"{prefix}{k}": v for k, v in model.generator.state_dict().items()}
         vocab: Any = {"src": source, "tgt": target, "data_task": "seq2seq"}
+        if start is not None:
+            vocab["decoder_start_token"] = start
         if version < 3:
             vocab = fields(source, target, version)
         opt = argparse.Namespace(rnn_type="LSTM", global_attention_function="softmax")
@@ -210,7 +214,8 @@ def opennmt(version: int = 3, **given: Any) -> Case:
             {**content, "optim": {"step": 3}}, path, _use_new_zipfile_serialization=version > 1
         )
 
-    return Case("opennmt", model, source, target, list, 1, 0, 2, 3, write)
+    begin = 3 if start == "</s>" else 2
+    return Case("opennmt", model, source, target, list, 1, 0, begin, 3, write)
 
 
 class Elsewhere:
@@ -529,6 +534,7 @@ def g2p() -> Case:
 
 CASES: dict[str, Callable[[Path], Case]] = {
     "opennmt-3-lstm-general-feeding": lambda _: opennmt(),
+    "opennmt-3-starts-with-stop": lambda _: opennmt(start="</s>"),
     "opennmt-2-gru-dot": lambda _: opennmt(2, cell="gru", kind="dot", feeding=False),
     "opennmt-1-gru-general-bridge": lambda _: opennmt(1, cell="gru", bridge=True),
     "opennmt-3-lstm-bridge-one-direction": lambda _: opennmt(bridge=True, bidirectional=False),
@@ -680,6 +686,52 @@ def test_what_pyseq_does_not_have_is_named(
         read_model(case.layout, tmp_path / "model", **case.options)
 
 
+def test_an_unknown_start_is_refused(tmp_path: Path) -> None:
+    opennmt(start="<go>").write(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="no symbol '<go>', with which the decoder starts"):
+        read_model("opennmt", tmp_path / "model")
+
+
+def test_two_cells_in_one_model_are_refused(tmp_path: Path) -> None:
+    case = joey(tmp_path)
+    case.write(tmp_path / "model")
+
+    def change(content: dict[str, Any]) -> None:
+        for name in list(content["model_state"]):
+            if name.startswith("encoder.rnn."):
+                tensor = content["model_state"][name]
+                more = tensor[: len(tensor) // 3]
+                content["model_state"][name] = torch.cat([tensor, more])
+
+    rewrite(tmp_path / "model", change)
+    with pytest.raises(CheckpointError, match="the same cell, got lstm and gru; its weights are"):
+        read_model("joeynmt", tmp_path / "model", **case.options)
+
+
+def test_numbers_that_only_repeat_are_refused(tmp_path: Path) -> None:
+    case = joey(tmp_path)
+    case.write(tmp_path / "model")
+    huge = torch.zeros(1).expand(1 << 40, 4)
+    rewrite(tmp_path / "model", lambda c: c["model_state"].update({"src_embed.lut.weight": huge}))
+    with pytest.raises(CheckpointError, match="fewer numbers in the file than its shape"):
+        read_model("joeynmt", tmp_path / "model", **case.options)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_unknown_classes_are_found_in_one_reading(
+    zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"a": argparse.Namespace(x=1), "b": Counter("ab"), "c": Path("d")}
+    torch.save(
+        {"model": {}, "opt": values}, tmp_path / "file", _use_new_zipfile_serialization=zipped
+    )
+    loads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: (loads.append(1), load(*a, **k))[1])
+    found = load_pickle(tmp_path / "file")
+    assert found["opt"]["a"].get("x") == 1
+    assert not zipped or len(loads) == 1
+
+
 @pytest.mark.parametrize("name", ["decoder.rnn.weight_hh_l0", "src_embed.lut.weight"])
 @pytest.mark.parametrize("shape", [(), (3,), (1, 1), (4, 0), (2, 2, 2)], ids=str)
 def test_other_shapes_are_refused(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
@@ -696,6 +748,11 @@ def test_an_initial_state_is_not_guessed(tmp_path: Path) -> None:
         read_model("joeynmt", tmp_path / "model")
     with pytest.raises(ValueError, match="go with the layout 'joeynmt', got 'stanza'"):
         read_model("stanza", tmp_path / "model", initial_state="zero")
+    joey(tmp_path).write(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"starts from a bridge .*leave the initial"):
+        read_model("joeynmt", tmp_path / "model", initial_state="zero")
+    with pytest.raises(ValueError, match="one vocabulary for both sides"):
+        read_model("stanza", tmp_path / "model", source_vocab="a", target_vocab="b")
     with pytest.raises(ValueError, match="layout must be one of opennmt, fairseq"):
         read_model("marian", tmp_path / "model")
 
@@ -815,26 +872,40 @@ def test_layers_of_torch(layer: Any, tmp_path: Path) -> None:
     assert list(read_layers(layer.state_dict())) == [""]
 
 
-def haste_lstm(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def haste_normed(rows: Tensor, weights: dict[str, Tensor], part: int) -> Tensor:
+    if "gamma" not in weights:
+        return rows
+    return nn.functional.layer_norm(rows, rows.shape[-1:], weights["gamma"][part])
+
+
+def haste_lstm(x: Tensor, weights: dict[str, Tensor], zoneout: float = 0.0) -> Tensor:
     h = c = torch.zeros(x.shape[1], len(weights["recurrent_kernel"]))
     steps = []
     for step in x:
-        gates = step @ weights["kernel"] + h @ weights["recurrent_kernel"] + weights["bias"]
+        gates = haste_normed(step @ weights["kernel"], weights, 0) + weights["bias"]
+        gates = gates + haste_normed(h @ weights["recurrent_kernel"], weights, 1)
         i, g, f, o = gates.chunk(4, 1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
+        seen = c
+        if "gamma_h" in weights:
+            size = c.shape[-1:]
+            seen = nn.functional.layer_norm(c, size, weights["gamma_h"], weights["beta_h"])
+        h = zoneout * h + (1 - zoneout) * torch.sigmoid(o) * torch.tanh(seen)
         steps.append(h)
     return torch.stack(steps)
 
 
-def haste_gru(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def haste_gru(x: Tensor, weights: dict[str, Tensor], zoneout: float = 0.0) -> Tensor:
     h = torch.zeros(x.shape[1], len(weights["recurrent_kernel"]))
     steps = []
     for step in x:
-        zx, rx, gx = (step @ weights["kernel"] + weights["bias"]).chunk(3, 1)
-        zh, rh, gh = (h @ weights["recurrent_kernel"] + weights["recurrent_bias"]).chunk(3, 1)
+        of_x = haste_normed(step @ weights["kernel"], weights, 0) + weights["bias"]
+        of_h = haste_normed(h @ weights["recurrent_kernel"], weights, 1)
+        zx, rx, gx = of_x.chunk(3, 1)
+        zh, rh, gh = (of_h + weights["recurrent_bias"]).chunk(3, 1)
         z, r = torch.sigmoid(zx + zh), torch.sigmoid(rx + rh)
-        h = z * h + (1 - z) * torch.tanh(gx + r * gh)
+        new = z * h + (1 - z) * torch.tanh(gx + r * gh)
+        h = zoneout * h + (1 - zoneout) * new
         steps.append(h)
     return torch.stack(steps)
 
@@ -848,8 +919,17 @@ def test_layers_of_haste(gates: int, compute: Callable[..., Tensor]) -> None:
     x = torch.randn(6, 2, 3)
     found = read_layers({f"rnn.{name}": value for name, value in weights.items()})["rnn"]
     torch.testing.assert_close(found(x)[0], compute(x, weights))
-    with pytest.raises(CheckpointError, match=r"layer normalisation \(gamma\); its weights are"):
-        read_layers({**weights, "gamma": torch.ones(2)})
+    zoned = read_layers(weights, zoneout=0.25)[""]
+    torch.testing.assert_close(zoned(x)[0], compute(x, weights, zoneout=0.25))
+    weights["gamma"] = torch.rand(2, gates * 5)
+    if gates == 4:
+        weights |= {"gamma_h": torch.rand(5), "beta_h": torch.rand(5)}
+    normed = read_layers(weights)[""]
+    torch.testing.assert_close(normed(x)[0], compute(x, weights))
+    with pytest.raises(CheckpointError, match="no place for gamma_x; its weights are: kernel,"):
+        read_layers({**weights, "gamma_x": torch.ones(2)})
+    with pytest.raises(ValueError, match="zoneout must be a probability, got 2"):
+        read_layers(weights, zoneout=2)
     with pytest.raises(CheckpointError, match="20 columns are no gates of 4 units"):
         read_layers({**weights, "recurrent_kernel": torch.randn(4, 20)})
 
@@ -865,6 +945,73 @@ def test_an_indrnn_of_haste() -> None:
     found = read_layers(weights)[""]
     assert isinstance(found, pyseq.nn.IndRNN)
     torch.testing.assert_close(found(x)[0], torch.stack(steps))
+
+
+CELLS = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_cells_of_torch(kind: str, bias: bool) -> None:
+    model = nn.ModuleList([nn.Linear(2, 2), CELLS[kind](3, 4, bias=bias)])
+    found = read_layers(model.state_dict())
+    assert list(found) == ["1"]
+    x = torch.randn(2, 3)
+    expected, got = model[1](x), found["1"](x)
+    for ours, theirs in zip(
+        *((r if kind == "lstm" else (r,)) for r in (got, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_layers_go_through_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("safetensors", reason="layers are saved with the extra 'train'")
+    model = nn.ModuleDict({"a": nn.GRU(3, 4, 2, bidirectional=True), "b": nn.LSTMCell(3, 4)})
+    model["c"] = nn.RNN(3, 4, bias=False, nonlinearity="relu")
+    torch.save(model.state_dict(), tmp_path / "state")
+    out = str(tmp_path / "layers.safetensors")
+    arguments = ["import", str(tmp_path / "state"), "--from", "layers", "--out", out]
+    assert cli.main([*arguments, "--nonlinearity", "relu"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[1] == "pyseq: b: LSTMCell(input_size=3, hidden_size=4, bias=True)"
+    found = load_layers(out)
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(found["a"](x)[0], model["a"](x)[0])
+    torch.testing.assert_close(found["b"](x[0])[0], model["b"](x[0])[0])
+    torch.testing.assert_close(found["c"](x)[0], model["c"](x)[0])
+    assert cli.main(arguments) == 1
+    assert "is there already; give --overwrite" in capsys.readouterr().err
+    assert cli.main([*arguments, "--initial-state", "zero"]) == 1
+    assert "--initial-state does not go with --from layers" in capsys.readouterr().err
+    assert cli.main([*arguments[:3], "stanza", "--out", out, "--zoneout", "0.1"]) == 1
+    assert "--zoneout does not go with --from stanza" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda kind, sizes: (kind, {**sizes, "hidden_size": 60000}), "size mismatch for"),
+        (lambda kind, sizes: ("Linear", sizes), "must be one of RNN, .*got Linear"),
+        (lambda kind, sizes: (kind, {**sizes, "num_layers": 10**9}), "4 tensors for 1000000000"),
+        (lambda kind, sizes: (kind, {**sizes, "depth": 1}), "unexpected keyword argument 'depth'"),
+        (lambda kind, sizes: 3, "not a file of layers"),
+    ],
+)
+def test_a_damaged_file_of_layers_is_refused(
+    change: Callable[[str, dict[str, Any]], Any], message: str, tmp_path: Path
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs the extra 'train'")
+    layer, path = nn.GRU(3, 4), tmp_path / "layers"
+    record = {"a": change("GRU", {"input_size": 3, "hidden_size": 4})}
+    state = {f"a.{name}": value for name, value in layer.state_dict().items()}
+    path.write_bytes(safetensors.save(state, metadata={"pyseq.layers": json.dumps(record)}))
+    with pytest.raises(CheckpointError, match=message):
+        load_layers(path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match="not a file of layers"):
+        load_layers(path)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        load_layers(tmp_path / "missing")
 
 
 def test_layers_of_other_shapes_are_refused() -> None:

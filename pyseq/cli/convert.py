@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .. import checkpoint, importers
 from ..errors import PyseqError
 from .common import say
+from .fields import flag
+
+_LAYERS = "layers"
+_OF_LAYERS = ("nonlinearity", "zoneout")
+_OF_MODELS = ("source_vocab", "target_vocab", "initial_state", "scaled_embeddings")
 
 
 def add(commands: Any) -> None:
@@ -22,12 +28,19 @@ def add(commands: Any) -> None:
     command.set_defaults(run=_import)
     command.add_argument("checkpoint", metavar="FILE", help="the other library's file")
     command.add_argument(
-        "--from", dest="layout", required=True, choices=importers.LAYOUTS, help="the library"
+        "--from",
+        dest="layout",
+        required=True,
+        choices=(*importers.LAYOUTS, _LAYERS),
+        help="the library; layers: all recurrent ones of torch.nn or haste in a state",
     )
-    command.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
     command.add_argument(
-        "--overwrite", action="store_true", help="replace the model that DIR holds"
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="where the model goes; of layers the file, for pyseq.importers.load_layers",
     )
+    command.add_argument("--overwrite", action="store_true", help="replace what is there")
     for side in ("source", "target"):
         command.add_argument(
             f"--{side}-vocab",
@@ -44,9 +57,24 @@ def add(commands: Any) -> None:
         action="store_true",
         help="of a joeynmt model: scale is set for the embeddings in its configuration",
     )
+    command.add_argument(
+        "--nonlinearity",
+        choices=("tanh", "relu"),
+        help="of layers of torch.nn without gates (default: tanh)",
+    )
+    command.add_argument(
+        "--zoneout", type=float, metavar="P", help="of layers of haste, whose weights do not tell"
+    )
 
 
 def _import(arguments: argparse.Namespace) -> None:
+    own = _OF_LAYERS if arguments.layout == _LAYERS else _OF_MODELS
+    for name in (*_OF_LAYERS, *_OF_MODELS):
+        if name not in own and getattr(arguments, name) not in (None, False):
+            raise PyseqError(f"{flag(name)} does not go with --from {arguments.layout}")
+    if arguments.layout == _LAYERS:
+        _import_layers(arguments)
+        return
     if checkpoint.exists(arguments.out) and not arguments.overwrite:
         raise PyseqError(
             f"{arguments.out}: holds a model already; give --overwrite to replace it, or another "
@@ -70,3 +98,23 @@ def _import(arguments: argparse.Namespace) -> None:
         f"{len(translator.source_vocab):,} source and {len(translator.target_vocab):,} target "
         f"symbols, {sum(p.numel() for p in translator.model.parameters()):,} weights"
     )
+
+
+def _import_layers(arguments: argparse.Namespace) -> None:
+    if Path(arguments.out).exists() and not arguments.overwrite:
+        raise PyseqError(
+            f"{arguments.out}: is there already; give --overwrite to replace it, or another --out"
+        )
+    try:
+        lines = importers.convert_layers(
+            arguments.checkpoint,
+            arguments.out,
+            nonlinearity=arguments.nonlinearity or "tanh",
+            zoneout=arguments.zoneout or 0.0,
+        )
+    except PyseqError:
+        raise
+    except ValueError as error:
+        raise PyseqError(str(error)) from error
+    for line in lines:
+        say(line)

@@ -15,9 +15,16 @@ from ..translator import Translator
 from . import fairseq, g2p_en, joeynmt, opennmt, stanza
 from ._layout import shapes_may_differ
 from .joeynmt import InitialState
-from .layers import read_layers
+from .layers import convert_layers, load_layers, read_layers
 
-__all__ = ["LAYOUTS", "InitialState", "read_layers", "read_model"]
+__all__ = [
+    "LAYOUTS",
+    "InitialState",
+    "convert_layers",
+    "load_layers",
+    "read_layers",
+    "read_model",
+]
 
 _READERS: dict[str, Callable[..., Translator]] = {
     "opennmt": opennmt.read,
@@ -69,6 +76,10 @@ def read_model(
     elif initial_state is not None or scaled_embeddings:
         raise ValueError(
             f"initial_state and scaled_embeddings go with the layout 'joeynmt', got {layout!r}"
+        )
+    if layout == "stanza" and source is not None and target is not None:
+        raise ValueError(
+            "stanza has one vocabulary for both sides: give source_vocab or target_vocab, got both"
         )
     with shapes_may_differ(path):
         return _READERS[layout](path, source_vocab=source, target_vocab=target, **options)

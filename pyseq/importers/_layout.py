@@ -40,12 +40,24 @@ class Weights:
         tensors: the tensors; what is no tensor is left out.
         path: the file, for messages.
         layout: the library, for messages.
+
+    Raises:
+        CheckpointError: one is not dense, or repeats numbers instead of holding them.
     """
 
     def __init__(self, tensors: Mapping[str, Any], *, path: Path, layout: str) -> None:
         self.path = path
         self.layout = layout
         self.names = [name for name, value in tensors.items() if isinstance(value, Tensor)]
+        for name in self.names:
+            given = tensors[name]
+            if given.layout != torch.strided or given.is_quantized:
+                raise self.refuse(f"{name} must be a plain tensor, got one of {given.layout}")
+            # A file may claim any size for a tensor that repeats a few numbers.
+            if given.untyped_storage().nbytes() < given.numel() * given.element_size():
+                raise self.refuse(
+                    f"{name} has fewer numbers in the file than its shape {tuple(given.shape)} says"
+                )
         self._left = {name: tensors[name].detach().float() for name in self.names}
 
     def refuse(self, reason: str) -> CheckpointError:
@@ -219,19 +231,21 @@ def named_side(
     names: Mapping[str, str],
     ids: Mapping[str, int | None],
     path: Path,
+    begin: int | None = None,
 ) -> Side:
     """As :func:`make_side`, where the special symbols are found by their names.
 
     Args:
         names: ``pad``, ``start``, ``stop``, ``unk`` and how they are spelled.
         ids: theirs where the symbols are not known.
+        begin: as in :class:`Side`.
     """
     if symbols is None:
         found = dict(ids)
     else:
         place = {symbol: index for index, symbol in enumerate(symbols)}
         found = {special: place.get(name) for special, name in names.items()}
-    return make_side(symbols, count, path=path, **found)
+    return make_side(symbols, count, path=path, begin=begin, **found)
 
 
 def read_symbols(path: Path | None) -> list[str] | None:

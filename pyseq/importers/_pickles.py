@@ -58,6 +58,10 @@ def load_pickle(path: Path) -> Any:
         OSError: the file cannot be read.
     """
     stand_ins: list[Any] = [(_mapping, "collections.defaultdict")]
+    stand_ins += [(Inert, name) for name in _unknown_names(path)]
+    if len(stand_ins) > _MOST_NAMES:
+        raise CheckpointError(f"{path}: names more than {_MOST_NAMES} classes")
+    # Once, but for files of torch before 1.6, which tell one name at a time.
     for _ in range(_MOST_NAMES):
         try:
             with torch.serialization.safe_globals(stand_ins):
@@ -71,6 +75,21 @@ def load_pickle(path: Path) -> Any:
         except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _unreadable(path, error) from error
     raise CheckpointError(f"{path}: names more than {_MOST_NAMES} classes")
+
+
+def _unknown_names(path: Path) -> list[str]:
+    """The classes and functions that a file names and torch does not make by itself."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except OSError:
+        raise
+    except Exception:  # not a zip file, or a damaged one, of which loading says more
+        return []
+    return sorted(
+        name if "." in name else f"builtins.{name}"
+        for name in names
+        if name != "collections.defaultdict"
+    )
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -58,6 +58,11 @@ def read(
     weights = Weights(content["model_state"], path=path, layout=_LAYOUT)
     encoder = take_stack(weights, "encoder.rnn.")
     decoder = take_stack(weights, "decoder.rnn.")
+    if encoder.cell != decoder.cell:
+        raise weights.refuse(
+            f"pyseq reads models whose encoder and decoder have the same cell, got {encoder.cell} "
+            f"and {decoder.cell}"
+        )
     tables = [weights.take(f"{side}_embed.lut.weight") for side in ("src", "trg")]
     if scaled_embeddings:
         tables = [table * math.sqrt(table.shape[1]) for table in tables]
@@ -106,6 +111,11 @@ def _bridge(
     """What starts every layer of the decoder: made of the top state h of the encoder alone."""
     size, states = encoder.output_size, encoder.layers * encoder.output_size
     if "decoder.bridge_layer.weight" in weights:
+        if initial_state is not None:
+            raise weights.refuse(
+                f"its decoder starts from a bridge (decoder.bridge_layer): leave the initial state "
+                f"out, got {initial_state!r}"
+            )
         kind = "tanh"
         weight = weights.take("decoder.bridge_layer.weight")
         bias = weights.take("decoder.bridge_layer.bias")

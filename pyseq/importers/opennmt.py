@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors import CheckpointError
 from ..translator import Translator
 from ._layout import (
     Parts,
@@ -133,7 +134,18 @@ def _side(content: dict[str, Any], side: str, file: Path | None, count: int, pat
     if symbols is None:
         symbols = _symbols(content.get("vocab"), side)
     ids = _SOURCE_IDS if side == "src" else _TARGET_IDS
-    return named_side(symbols, count, names=_NAMES, ids=ids, path=file or path)
+    names, begin = dict(_NAMES), None
+    start = attributes(content.get("vocab")).get("decoder_start_token") or _NAMES["start"]
+    if side == "tgt" and symbols is not None and start != _NAMES["start"]:  # 3.x may choose it
+        if start not in symbols:
+            raise CheckpointError(
+                f"{file or path}: the target has no symbol {start!r}, with which the decoder starts"
+            )
+        if start == _NAMES["stop"]:
+            names["start"], begin = "", symbols.index(start)
+        else:
+            names["start"] = str(start)
+    return named_side(symbols, count, names=names, ids=ids, path=file or path, begin=begin)
 
 
 def _symbols(vocab: Any, side: str) -> list[str] | None:

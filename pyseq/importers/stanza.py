@@ -26,7 +26,7 @@ def read(
         path: the file.
         source_vocab: a file of symbols, one a line in the order of their ids, where those in
             the checkpoint cannot be read.
-        target_vocab: the same file, or None.
+        target_vocab: the same under another name; not both.
 
     Raises:
         CheckpointError: it is of another layout, or has a part that pyseq does not have.

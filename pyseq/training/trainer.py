@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from .._library import _C
 from ..distributed import AnyBatch, DataParallel, Processes, peers_may_end
 from ..errors import CheckpointError, DataError, TrainingError, require
 from ..events import Events, require_tensorboard
@@ -115,7 +116,7 @@ class Trainer:
             )
         self.out = None if out is None else Path(out)
         self.reports: list[EpochReport] = []
-        self._processes = Processes.of_group(device_of(self.model))
+        self._processes = Processes.of_group(self._device)
         self._parallel: DataParallel | None = None
         if self._processes.count > 1:
             self._parallel = DataParallel(self.model, compute_loss, self._processes)
@@ -141,6 +142,10 @@ class Trainer:
         self._unit = "token" if isinstance(self.model, Seq2Seq) else "label"
         self._events: Events | None = None  # while the run goes on
         self._embeddings = dict(embeddings or {})
+
+    @property
+    def _device(self) -> torch.device:
+        return device_of(self.model)
 
     @property
     def examples(self) -> AnyExamples:
@@ -215,7 +220,7 @@ class Trainer:
 
     def _run_epoch(self, received: list[int]) -> int:
         """The rest of an epoch, or as much of it as there is before a signal, which it returns."""
-        options, device = self.options, device_of(self.model)
+        options, device = self.options, self._device
         self.model.train()
         self._freeze_embeddings()
         begin, done = time.perf_counter(), 0
@@ -359,7 +364,11 @@ class Trainer:
         generator_state, position = self._batches.state()
         tensors = {"rng.batches": generator_state}
         for rank, rng_state in enumerate(self._processes.gather(torch.get_rng_state())):
-            tensors[_rng_name(rank)] = rng_state
+            tensors[_rng_name("torch", rank)] = rng_state
+        if self._device.type == "cuda":
+            own = torch.cuda.get_rng_state(self._device)
+            for rank, rng_state in enumerate(self._processes.gather(own)):
+                tensors[_rng_name("cuda", rank)] = rng_state
         for name, values in self._optimizer_state().items():
             for key, value in values.items():
                 tensors[f"optimizer.{key}.{name}"] = value
@@ -377,6 +386,7 @@ class Trainer:
             "best": self._best if math.isfinite(self._best) else None,
             "reports": [report._asdict() for report in self.reports],
             "threads": torch.get_num_threads(),
+            "tier": _C.cpu_tier(),
             "processes": self._processes.count,
         }
         return checkpoint.TrainingState(tensors, record)
@@ -416,11 +426,14 @@ class Trainer:
                 )
         self._embeddings = dict(begun)
         self._step = record["step"]
-        own = tensors.get(_rng_name(self._processes.rank))
+        own = tensors.get(_rng_name("torch", self._processes.rank))
         if own is None:  # begun with fewer processes
             self._seed_dropout(self._step)
         else:
             torch.set_rng_state(own)
+            on_device = tensors.get(_rng_name("cuda", self._processes.rank))
+            if on_device is not None and self._device.type == "cuda":
+                torch.cuda.set_rng_state(on_device, self._device)
         self._batches.restore(tensors["rng.batches"], record["position"])
         self._restore_optimizer(tensors)
         if self._average is not None:
@@ -432,6 +445,12 @@ class Trainer:
             self._log(
                 f"the run was begun with {record['threads']} threads and goes on with "
                 f"{torch.get_num_threads()}: the last bits of its numbers may differ"
+            )
+        tier = record.get("tier", _C.cpu_tier())  # older versions did not say
+        if self._log is not None and tier != _C.cpu_tier():
+            self._log(
+                f"the run was begun with instructions of the tier {tier} and goes on with "
+                f"{_C.cpu_tier()}: the last bits of its numbers may differ"
             )
         count = record.get("processes", 1)  # older versions knew one
         if self._log is not None and count != self._processes.count:
@@ -532,9 +551,9 @@ class Trainer:
         return where if self.out is None else f"{where}; the checkpoint is in {self.out / LAST}"
 
 
-def _rng_name(rank: int) -> str:
-    """Of the global generator's state among the tensors of a training state."""
-    return "rng.torch" if rank == 0 else f"rng.torch.{rank}"
+def _rng_name(kind: str, rank: int) -> str:
+    """Of a global generator's state among the tensors of a training state."""
+    return f"rng.{kind}" if rank == 0 else f"rng.{kind}.{rank}"
 
 
 def begun_options(state: checkpoint.TrainingState) -> TrainingOptions:
