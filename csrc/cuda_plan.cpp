@@ -36,7 +36,7 @@ cuda::StepShape step_shape(const std::string& op, const std::map<std::string, in
                            cuda::Storage storage) {
   const auto size = [&](const char* name) { return number(sizes, name); };
   if (op == "scan") {
-    const cuda::ScanSizes scan{
+    const cuda::ScanLoop scan{
         .steps = size("steps"),
         .batch = size("batch"),
         .hidden = size("hidden"),
@@ -53,7 +53,7 @@ cuda::StepShape step_shape(const std::string& op, const std::map<std::string, in
     return cuda::scan_step(scan, storage);
   }
   if (op != "decode") throw std::invalid_argument("operator must be scan or decode, got " + op);
-  const cuda::DecodeSizes decode{
+  const cuda::DecodeLoop decode{
       .steps = size("steps"),
       .batch = size("batch"),
       .hidden = size("hidden"),

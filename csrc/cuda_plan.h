@@ -11,7 +11,7 @@ namespace pyseq {
 
 using PlanValue = std::variant<int64_t, double, std::string>;
 
-// The plan of the operator "scan" or "decode" with the sizes of ScanSizes or DecodeSizes. Facts
+// The plan of the operator "scan" or "decode" with the sizes of ScanLoop or DecodeLoop. Facts
 // and sizes carry the names of the members; `path` is one of cuda::Choice, or empty for what the
 // environment says. Throws std::invalid_argument, which Python sees as ValueError.
 std::map<std::string, PlanValue> cuda_plan(const std::string& op,

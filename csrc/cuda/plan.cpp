@@ -21,6 +21,9 @@ constexpr double kEpilogueCycles = 60;      // the activations of a unit of a ro
 constexpr double kLaunchSeconds = 1.8e-6;   // from kernel to kernel inside a captured graph
 constexpr int kLaunchesPerExchange = 2;     // a product and a pointwise kernel
 
+constexpr int64_t kRegisters = 168;        // of a thread, about what the kernels take
+constexpr int64_t kBytesPerBarrier = 128;  // a counter has a line of the cache for itself
+
 int64_t divide_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
 int64_t round_up(int64_t count, int64_t multiple) { return divide_up(count, multiple) * multiple; }
@@ -42,8 +45,6 @@ double multiply_adds_per_cycle(int64_t capability, Storage storage) {
   }
   return 1;
 }
-
-int64_t weights_on_chip(const StepShape& shape) { return shape.resident ? shape.unit_weights : 0; }
 
 double microseconds(const DeviceFacts& device, double cycles) {
   return cycles / device.clock * 1e6;
@@ -112,10 +113,14 @@ double alternating_cost(const DeviceFacts& device, const StepShape& shape) {
   return launches * kLaunchSeconds * 1e6 + std::max({loading, work, streamed_us(device, shape)});
 }
 
-std::string unfit_reason(const DeviceFacts& device, const StepShape& shape, int64_t blocks) {
+std::string unfit_reason(const DeviceFacts& device, const StepShape& shape, int64_t blocks,
+                         const BlockBytes& bytes) {
   if (!device.cooperative) return "the device cannot launch a grid whose blocks all run at once";
   if (shape.storage == Storage::kBFloat16 && device.capability < 80) {
     return "the device has no bfloat16 arithmetic (compute capability 8.0 and up)";
+  }
+  if (device.registers_per_multiprocessor < kPlanThreads * kRegisters) {
+    return "a multiprocessor has too few registers for a block";
   }
   if (blocks < shape.directions) {
     return "the device runs " + std::to_string(blocks) + " blocks at once, fewer than directions";
@@ -123,9 +128,13 @@ std::string unfit_reason(const DeviceFacts& device, const StepShape& shape, int6
   const int64_t tiles = blocks / shape.directions;
   const int64_t units =
       std::min(shape.units, round_up(divide_up(shape.units, tiles), shape.unit_multiple));
-  return "a block would hold the weights of " + std::to_string(units) + " units in " +
-         std::to_string(step_shared_bytes(shape, units, 1)) + " bytes of shared memory, of which " +
-         "a block has " + std::to_string(device.shared_per_block);
+  const std::optional<int64_t> fewest = bytes(units, 1);
+  if (fewest.value_or(0) > device.shared_per_block) {
+    return "a block would hold the weights of " + std::to_string(units) + " units in " +
+           std::to_string(*fewest) + " bytes of shared memory, of which a block has " +
+           std::to_string(device.shared_per_block);
+  }
+  return "the batch and the units need more blocks than run at once";
 }
 
 }  // namespace
@@ -169,20 +178,36 @@ Choice choice_from_environment() {
   return value == nullptr ? Choice::kAuto : choice_from_name(value);
 }
 
-int64_t step_shared_bytes(const StepShape& shape, int64_t tile_units, int64_t group_rows) {
-  const int64_t rows = std::min(group_rows, kRowsAtOnce), element = bytes_of(shape.storage);
-  const int64_t sum = std::max<int64_t>(element, 4);
-  return round_up(tile_units * weights_on_chip(shape) * element, 16) +
-         round_up(2 * rows * kChunk * element, 16) + rows * tile_units * shape.unit_sums * sum;
+std::optional<int64_t> block_bytes(const StepShape& shape, int64_t units, int64_t rows) {
+  const int64_t element = bytes_of(shape.storage), sum = std::max<int64_t>(element, 4);
+  const int64_t scratch = round_up(shape.scratch * sum, 16);
+  if (!shape.resident || shape.unit_weights == 0) return scratch;
+  const int64_t warps = kPlanThreads / 32;
+  const bool tensor = element == 2;
+  const int64_t weight_rows = round_up(units * shape.unit_rows, tensor ? 16 : 4);
+  // Warps that make one part of the tile each; further ones share out k.
+  const int64_t parts = tensor ? divide_up(weight_rows, 32) * divide_up(rows, 32)
+                               : divide_up(weight_rows / 4 * divide_up(rows, 4), 32);
+  if (parts > warps) return std::nullopt;
+  const int64_t length =
+      round_up(divide_up(shape.unit_weights, shape.unit_rows), tensor ? 32 : 16 / element);
+  return weight_rows * length * element +
+         warps / parts * weight_rows * (round_up(rows, 8) + 8) * sum + scratch;
+}
+
+StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice choice) {
+  return plan_step(device, shape, choice,
+                   [&](int64_t units, int64_t rows) { return block_bytes(shape, units, rows); });
 }
 
 StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice choice,
-                   int64_t blocks_per_multiprocessor) {
+                   const BlockBytes& bytes, int64_t blocks_per_multiprocessor) {
   StepPlan best{};
   best.persistent_us = std::numeric_limits<double>::infinity();
   const int64_t blocks = device.multiprocessors * blocks_per_multiprocessor;
   const bool supported = device.cooperative && blocks >= shape.directions &&
-                         (shape.storage != Storage::kBFloat16 || device.capability >= 80);
+                         (shape.storage != Storage::kBFloat16 || device.capability >= 80) &&
+                         device.registers_per_multiprocessor >= kPlanThreads * kRegisters;
   const int64_t shared =
       std::min(device.shared_per_block,
                device.shared_per_multiprocessor / std::max<int64_t>(1, blocks_per_multiprocessor));
@@ -208,7 +233,9 @@ StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice cho
       plan.group_rows = rows;
       plan.grid = shape.directions * groups * plan.tiles;
       plan.threads = kPlanThreads;
-      plan.shared_bytes = step_shared_bytes(shape, units, rows);
+      const std::optional<int64_t> own = bytes(units, rows);
+      if (!own.has_value()) break;  // nor do more units fit the threads
+      plan.shared_bytes = *own;
       plan.barrier_bytes = shape.directions * groups * kBytesPerBarrier;
       if (plan.shared_bytes > shared) break;  // more units take more
       plan.persistent_us = persistent_cost(device, shape, plan);
@@ -220,7 +247,7 @@ StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice cho
   best.floor_us = floor_of(device, shape);
   if (choice == Choice::kPersistent && !fits) {
     throw std::invalid_argument("the persistent kernel was asked for, but does not fit: " +
-                                unfit_reason(device, shape, blocks));
+                                unfit_reason(device, shape, blocks, bytes));
   }
   const bool persistent = choice == Choice::kAuto ? best.persistent_us <= best.alternating_us
                                                   : choice == Choice::kPersistent;
@@ -228,7 +255,7 @@ StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice cho
   if (choice != Choice::kAuto) {
     best.reason = "asked for";
   } else if (!fits) {
-    best.reason = unfit_reason(device, shape, blocks);
+    best.reason = unfit_reason(device, shape, blocks, bytes);
   } else {
     best.reason = persistent ? "the weights fit on the chip, and waiting costs less than launching"
                              : "launches for every step should cost less";
@@ -237,7 +264,7 @@ StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice cho
   return best;
 }
 
-StepShape scan_step(const ScanSizes& sizes, Storage storage) {
+StepShape scan_step(const ScanLoop& sizes, Storage storage) {
   const int64_t G = sizes.gates, H = sizes.hidden, P = sizes.state_size;
   StepShape shape{};
   shape.storage = storage;
@@ -245,7 +272,7 @@ StepShape scan_step(const ScanSizes& sizes, Storage storage) {
   shape.batch = sizes.batch;
   shape.directions = sizes.directions;
   shape.units = H;
-  shape.unit_sums = sizes.backward ? 1 : sizes.sums;
+  shape.unit_rows = sizes.backward ? 1 : G;
   shape.unit_weights = sizes.recurrent ? G * P / sizes.heads : 0;
   shape.row_exchanged = sizes.recurrent ? (sizes.backward ? G * H : P) : 0;
   // Forward reads the input's part of the gates and writes what backward needs; backward reads
@@ -258,7 +285,7 @@ StepShape scan_step(const ScanSizes& sizes, Storage storage) {
   return shape;
 }
 
-StepShape decode_step(const DecodeSizes& sizes, Storage storage) {
+StepShape decode_step(const DecodeLoop& sizes, Storage storage) {
   const int64_t H = sizes.hidden, M = sizes.memory_size, A = sizes.key_size, G = sizes.gates;
   StepShape shape{};
   shape.storage = storage;
@@ -266,7 +293,7 @@ StepShape decode_step(const DecodeSizes& sizes, Storage storage) {
   shape.batch = sizes.batch;
   shape.directions = 1;
   shape.units = H;
-  shape.unit_sums = G;
+  shape.unit_rows = sizes.backward ? 1 : G;
   const int64_t fed = sizes.feeding ? G * H : 0;
   shape.unit_weights = sizes.layers * G * H + (sizes.layers - 1) * G * H + fed + M + H +
                        (sizes.projects_query ? A : 0);
@@ -277,6 +304,7 @@ StepShape decode_step(const DecodeSizes& sizes, Storage storage) {
   // A step has too many weights for shared memory beside the row of attention: they stay in L2.
   shape.resident = false;
   const int64_t tanh_work = sizes.additive ? 16 : 1;
+  shape.scratch = std::min<int64_t>(sizes.source, 4096) + kPlanThreads / 32;
   shape.row_work = sizes.source * (A * tanh_work + M) * (sizes.backward ? 2 : 1);
   return shape;
 }

@@ -5,8 +5,9 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <optional>
 #include <string>
-#include <vector>
 
 namespace pyseq::cuda {
 
@@ -49,7 +50,7 @@ struct StepShape {
   int64_t batch;
   int64_t directions;     // loops that run side by side, each with weights of its own
   int64_t units;          // hidden units of a direction
-  int64_t unit_sums;      // sums of a unit for one row: gates forward, 1 backward
+  int64_t unit_rows;      // rows of weight of a unit: gates forward, 1 backward
   int64_t unit_weights;   // numbers of weight of a unit
   int64_t row_exchanged;  // numbers of a row that every block of a group reads at each step
   int64_t row_streamed;   // numbers of a row that a step reads and writes in device memory
@@ -57,6 +58,7 @@ struct StepShape {
   int64_t unit_multiple;  // blocks own a multiple of so many units (or all)
   bool resident;          // whether the persistent kernel holds the weights on chip
   int64_t row_work;       // multiply-adds of a row besides those of the weights (attention)
+  int64_t scratch;        // numbers that a block works in besides its weights and sums
 };
 
 struct StepPlan {
@@ -78,36 +80,35 @@ struct StepPlan {
 };
 
 constexpr int64_t kPlanThreads = 256;
-// Rows that a block works on at a time, and numbers of each that it holds meanwhile.
-constexpr int64_t kRowsAtOnce = 32;
-constexpr int64_t kChunk = 64;
-// A counter has a line of the cache for itself.
-constexpr int64_t kBytesPerBarrier = 128;
 
-// Dynamic shared memory of a block with so many units: its weights, two chunks of rows, and the
-// sums of the rows at work.
-int64_t step_shared_bytes(const StepShape& shape, int64_t tile_units, int64_t group_rows);
+// Bytes of shared memory of a block with so many units and rows, or nothing if its threads cannot
+// make such a tile.
+using BlockBytes = std::function<std::optional<int64_t>(int64_t units, int64_t rows)>;
+
+// As the kernels lay out weights and sums; a launch asks the kernel itself.
+std::optional<int64_t> block_bytes(const StepShape& shape, int64_t units, int64_t rows);
 
 // The plan. `blocks_per_multiprocessor` is what the occupancy calculation says of the kernel, 1
 // where it has not been asked. Throws std::invalid_argument if `choice` asks for the persistent
 // kernel and it does not fit.
 StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice choice,
-                   int64_t blocks_per_multiprocessor = 1);
+                   const BlockBytes& bytes, int64_t blocks_per_multiprocessor = 1);
+StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice choice);
 
 // Shapes of the operators' loops.
-struct ScanSizes {
+struct ScanLoop {
   int64_t steps, batch, hidden, state_size, gates, sums, states, heads, directions;
   bool recurrent;    // whether a matrix multiplies the state
   bool gates_state;  // whether what it multiplies depends on another gate of the step
   bool backward;
 };
-StepShape scan_step(const ScanSizes& sizes, Storage storage);
+StepShape scan_step(const ScanLoop& sizes, Storage storage);
 
-struct DecodeSizes {
+struct DecodeLoop {
   int64_t steps, batch, hidden, layers, gates, source, key_size, memory_size;
   bool additive, projects_query, feeding;
   bool backward;
 };
-StepShape decode_step(const DecodeSizes& sizes, Storage storage);
+StepShape decode_step(const DecodeLoop& sizes, Storage storage);
 
 }  // namespace pyseq::cuda
