@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of a tensor's device. CUDA's stand in a table of their own, which cuda_kernels.cpp
+// fills in where it is compiled in; their functions take the current stream.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cpu/kernels.h"
+
+namespace pyseq {
+
+template <class T>
+inline const cpu::Kernels<T>* cuda_kernels = nullptr;
+
+template <class T>
+const cpu::Kernels<T>& kernels_of(const at::Tensor& tensor) {
+  if (tensor.is_cpu()) return cpu::kernels<T>();
+  TORCH_CHECK(tensor.is_cuda() && cuda_kernels<T> != nullptr,
+              "this build of pyseq has kernels for ",
+              cuda_kernels<T> == nullptr ? "the CPU" : "the CPU and CUDA", ", got a tensor on ",
+              tensor.device());
+  return *cuda_kernels<T>;
+}
+
+}  // namespace pyseq
