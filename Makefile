@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # make cuda-check compiles the CUDA sources and needs nvcc only.
-# make demo, test, bench, lint: each makes .venv, installs torch and what it needs, builds
+# make demo, test, bench, quality, lint: each makes .venv, installs torch and what it needs, builds
 # pyseq, and runs. A second call does again only what a change of the sources asks for.
 # Set on the command line: PYTHON (makes .venv), TORCH (what pip installs as torch), MAX_JOBS,
-# BENCH (options of the benchmark, such as BENCH='--only scan-training --threads 2').
+# BENCH (options of the benchmark, such as BENCH='--only scan-training --threads 2'), QUALITY (those
+# of the quality page, such as QUALITY='--only attention').
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BENCH ?=
+QUALITY ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -16,7 +18,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 # One file for each wish of torch, so that another wish installs anew.
 TORCH_STAMP := $(VENV)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1).stamp
 
-.PHONY: demo test bench lint cuda-check clean
+.PHONY: demo test bench quality lint cuda-check clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -28,6 +30,9 @@ test: $(VENV)/test.stamp
 
 bench: $(VENV)/bench.stamp
 	$(PY) -m benchmarks.report $(BENCH)
+
+quality: $(VENV)/demo.stamp
+	$(PY) -m benchmarks.quality $(QUALITY)
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the trials come to in words and tables: docs/quality.md, its numbers as JSON, its chart.
+
+Whether a claim holds is worked out here from the results, seed by seed, and never typed in.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from pyseq import g2p
+
+from .document import table
+from .machine import environment
+from .quality_chart import Curve, draw
+from .quality_parts import FALL, FULL, Part, Table
+from .tasks import DESCRIPTIONS
+from .trials import Archive, Result, write_text
+
+_INTRODUCTION = """\
+What the parts of pyseq are good for, shown on models that were trained for this page. Everything
+below, sentences on what holds included, is worked out from the results by the command above.
+
+- Error rates are those of greedy search on lines that no training saw, unless a beam is named:
+  `tokens` counts edits per token of the nearest right answer (PER of phonemes), `lines` the lines
+  that are not right to the last token (WER of words).
+- A cell is the mean over seeds, with the lowest and the highest in brackets. The seed decides on
+  weights, dropout and the order of the data; the data are the same for all. No seed was left out.
+- Small models are trained for a fixed number of epochs, and the last epoch is what is measured:
+  nothing was chosen by its test errors. Sizes and rates are the same for all rows of a table and
+  favour none on purpose, which also means that none has got the settings that suit it best.
+- `seconds` is the processor time of one training, on one thread. Other work ran on the machine
+  meanwhile, so they are upper bounds.
+- With two or three seeds, differences smaller than the brackets mean nothing.
+"""
+
+Measure = Callable[[Result], float]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What is written."""
+
+    text: str
+    numbers: Mapping[str, object]
+    curves: Sequence[Curve]  # of the chart; empty where their trials are not done
+
+    def write(self, folder: Path) -> None:
+        """Write quality.md, quality.json and, if there are curves, quality.svg."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "quality.md", self.text)
+        write_text(folder / "quality.json", json.dumps(self.numbers, indent=1) + "\n")
+        if self.curves:
+            draw(self.curves, folder / "quality.svg")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The finished trials of a table: results of each variant by seed."""
+
+    results: Mapping[str, Mapping[int, Result]]
+
+    @classmethod
+    def of(cls, made: Table, archive: Archive) -> Found:
+        """What the archive has."""
+        by_variant: dict[str, dict[int, Result]] = {}
+        for name in made.variants:
+            for trial in made.trials(name):
+                result = archive.find(trial)
+                if result is not None:
+                    by_variant.setdefault(name, {})[trial.seed] = result
+        return cls(by_variant)
+
+    def values(self, variant: str, measure: Measure) -> list[float]:
+        """One for each seed."""
+        return [measure(result) for result in self.results[variant].values()]
+
+    def cell(self, variant: str, measure: Measure) -> str:
+        """Mean, and lowest to highest, as shares in percent."""
+        values = self.values(variant, measure)
+        mean = f"{statistics.mean(values):.2%}"
+        return mean if len(values) == 1 else f"{mean} ({min(values):.2%}–{max(values):.2%})"
+
+    def mean(self, variant: str, measure: Measure) -> float:
+        """Over the seeds."""
+        return statistics.mean(self.values(variant, measure))
+
+    def compared(self, better: str, worse: str, measure: Measure, what: str) -> str:
+        """Whether one variant is below another, over all and seed by seed, as a sentence."""
+        if better not in self.results or worse not in self.results:
+            return f"{better} against {worse}: not finished."
+        seeds = sorted(self.results[better].keys() & self.results[worse].keys())
+        wins = sum(
+            measure(self.results[better][seed]) < measure(self.results[worse][seed])
+            for seed in seeds
+        )
+        low, high = self.mean(better, measure), self.mean(worse, measure)
+        if low < high:
+            verdict = "holds" if wins == len(seeds) else "holds in the mean only"
+        elif low == high:
+            verdict = "there is no difference"
+        else:
+            verdict = "**does not hold**"
+        return (
+            f"{better} below {worse}, {what}: {verdict} ({low:.2%} against {high:.2%}, "
+            f"{wins} of {len(seeds)} seeds)."
+        )
+
+
+def _error(kind: str, beam: int = 1) -> Measure:
+    """``"token"`` or ``"line"``."""
+
+    def measure(result: Result) -> float:
+        return float(result["errors"][str(beam)][kind])
+
+    return measure
+
+
+def _places(name: str) -> Measure:
+    """``"next_step"`` or ``"free_running"``: the mean over places of the target."""
+
+    def measure(result: Result) -> float:
+        return statistics.mean(result[name])
+
+    return measure
+
+
+def _gap(result: Result) -> float:
+    return _places("free_running")(result) - _places("next_step")(result)
+
+
+def _seconds(found: Found, variant: str) -> str:
+    return f"{found.mean(variant, lambda result: result['train_seconds']):.0f}"
+
+
+def _error_table(found: Found, first: str) -> str:
+    return table(
+        (first, "tokens", "lines", "parameters", "seconds"),
+        [
+            (
+                name,
+                found.cell(name, _error("token")),
+                found.cell(name, _error("line")),
+                f"{next(iter(found.results[name].values()))['parameters']:,}",
+                _seconds(found, name),
+            )
+            for name in found.results
+        ],
+    )
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {sentence[0].upper()}{sentence[1:]}" for sentence in sentences)
+
+
+def _setting(made: Table) -> str:
+    """What is common to the variants of a table, as a sentence."""
+    models = [model for model, _ in made.variants.values()]
+    trainings = [training for _, training in made.variants.values()]
+    shown = []
+    for options in (models, trainings):
+        common = {k: v for k, v in options[0].items() if all(o.get(k) == v for o in options)}
+        shown.append(", ".join(f"`{name}={value!r}`" for name, value in common.items()))
+    seeds = ", ".join(map(str, made.seeds))
+    return (
+        f"{DESCRIPTIONS[made.task]}\n\nModel: {shown[0] or 'defaults'}. Training: "
+        f"{shown[1] or 'defaults'}. Else the defaults of `ModelOptions` and `TrainingOptions`. "
+        f"Seeds {seeds}."
+    )
+
+
+# The sections.
+
+#: Runs of source lengths that the section on length puts together.
+_RUN = 5
+
+_NONE, _PLAIN, _FED = "no attention", "attention", "attention and input feeding"
+
+
+def _attention_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
+    texts = ["## No attention, attention, input feeding\n"]
+    curves: list[Curve] = []
+    for number, made in enumerate(part.tables):
+        found = Found.of(made, archive)
+        texts.append(f"{_setting(made)}\n")
+        if not found.results:
+            texts.append("Not done.\n")
+            continue
+        texts.append(f"{_error_table(found, 'decoder')}\n")
+        sentences = [
+            found.compared(better, worse, _error(kind), f"{kind}s")
+            for better, worse in ((_PLAIN, _NONE), (_FED, _PLAIN))
+            for kind in ("token", "line")
+        ]
+        texts.append(f"{_listed(sentences)}\n")
+        if number == 0:
+            text, curves = _length_text(found)
+            texts.append(text)
+    return "\n".join(texts), curves
+
+
+def _by_length(result: Result, run: range) -> float:
+    """Errors in tokens of the lines whose source is so long; each length counts by its lines."""
+    groups = result["errors"]["1"]["by_length"]
+    chosen = [groups[str(length)] for length in run if str(length) in groups]
+    lines = sum(group["lines"] for group in chosen)
+    return float(sum(group["token"] * group["lines"] for group in chosen) / lines)
+
+
+def _length_text(found: Found) -> tuple[str, list[Curve]]:
+    some = next(iter(next(iter(found.results.values())).values()))
+    lengths = sorted(map(int, some["errors"]["1"]["by_length"]))
+    runs = [
+        range(begin, min(begin + _RUN, lengths[-1] + 1))
+        for begin in range(lengths[0], lengths[-1] + 1, _RUN)
+    ]
+
+    def measure(run: range) -> Measure:
+        return lambda result: _by_length(result, run)
+
+    names = list(found.results)
+    rows = []
+    for run in runs:
+        cells = [found.cell(name, measure(run)) for name in names]
+        rows.append((f"{run[0]} to {run[-1]}", *cells))
+    curves = [
+        Curve(
+            name,
+            [statistics.mean(run) for run in runs],
+            [found.values(name, measure(run)) for run in runs],
+        )
+        for name in names
+    ]
+    text = (
+        "### By length of the source\n\nThe same trials: errors in tokens (Luong et al. 2015, "
+        f"figure 6, shows BLEU).\n\n{table(('letters', *names), rows)}\n"
+    )
+    if _NONE in names and _PLAIN in names:
+        gaps = [found.mean(_NONE, measure(run)) - found.mean(_PLAIN, measure(run)) for run in runs]
+        grows = all(before < after for before, after in pairwise(gaps))
+        shown = ", ".join(f"{gap:.1%}" for gap in gaps)
+        verdict = "grows from each row to the next" if grows else "**does not grow at every row**"
+        text += (
+            f"\nThe gap between no attention and attention {verdict}: {shown}.\n"
+            "\n![Errors by length](quality.svg)\n"
+        )
+    return text, curves
+
+
+def _kinds_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
+    (made,) = part.tables
+    found = Found.of(made, archive)
+    text = (
+        "## Kinds of attention\n\nWhat they compute is in [attention.md](attention.md). "
+        f"{_setting(made)}\n\n"
+    )
+    if not found.results:
+        return f"{text}Not done.\n", []
+    best = min(found.results, key=lambda name: found.mean(name, _error("token")))
+    within = [
+        name
+        for name in found.results
+        if name != best
+        and min(found.values(name, _error("token"))) <= max(found.values(best, _error("token")))
+    ]
+    return (
+        f"{text}{_error_table(found, 'attention')}\n\nFewest errors in tokens: {best}. "
+        f"Its brackets meet those of {', '.join(within) or 'no other'}.\n\n"
+        "A window over t fits words, since letter and phoneme number t stand near each other; "
+        "where the order of source and target differs it would not. The score location does not "
+        "look at what it weighs at all.\n"
+    ), []
+
+
+_FORCED = "teacher forcing"
+
+
+def _sampling_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
+    texts = [
+        "## Scheduled sampling\n",
+        "`next step` is the share of wrong tokens where the decoder reads the truth, "
+        "`running free` where it reads its own likeliest tokens; both are means over the places "
+        "of the target, against the first right answer, without realignment: one token too many "
+        "makes all that follow wrong. The gap between them is what scheduled sampling is for "
+        "(Bengio et al. 2015). The probability of the truth falls by "
+        f"`{FALL}`; see [training.md](training.md).\n",
+    ]
+    for made in part.tables:
+        found = Found.of(made, archive)
+        texts.append(f"{_setting(made)}\n")
+        if not found.results:
+            texts.append("Not done.\n")
+            continue
+        rows = [
+            (
+                name,
+                found.cell(name, _places("next_step")),
+                found.cell(name, _places("free_running")),
+                found.cell(name, _gap),
+                found.cell(name, _error("token")),
+                found.cell(name, _error("line")),
+                _seconds(found, name),
+            )
+            for name in found.results
+        ]
+        header = ("reads", "next step", "running free", "gap", "tokens", "lines", "seconds")
+        texts.append(f"{table(header, rows)}\n")
+        sampled = [name for name in made.variants if name != _FORCED]
+        sentences = [found.compared(name, _FORCED, _gap, "gap") for name in sampled]
+        sentences += [found.compared(name, _FORCED, _error("token"), "tokens") for name in sampled]
+        for how in ("likeliest", "drawn"):
+            coins = [f"coin per {what}, {how}" for what in ("token", "sequence")]
+            for measure, what in ((_gap, "gap"), (_error("token"), "tokens")):
+                sentences.append(found.compared(coins[0], coins[1], measure, what))
+        texts.append(f"{_listed(sentences)}\n")
+    return "\n".join(texts), []
+
+
+#: Word error rates to reach: of a single model, and of an ensemble.
+_GOALS = (0.26, 0.24)
+
+
+def _full_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
+    (made,) = part.tables
+    found = Found.of(made, archive)
+    text = (
+        "## The pronouncing dictionary, in full\n\n"
+        f"{_setting(made)} The epoch that gets most validation words right is measured.\n\n"
+    )
+    if not found.results:
+        return f"{text}Not done.\n", []
+    beams = made.beams
+    rows: list[tuple[str, ...]] = []
+    best: dict[str, list[float]] = {"single": [], "ensemble": []}
+
+    def rates(errors: Result) -> tuple[str, ...]:
+        return tuple(f"{errors[str(b)][kind]:.2%}" for b in beams for kind in ("token", "line"))
+
+    for name, results in found.results.items():
+        for seed, result in results.items():
+            rows.append(
+                (
+                    f"seed {seed}",
+                    *rates(result["errors"]),
+                    f"{result['train_seconds'] / 60:.0f}",
+                )
+            )
+            best["single"].append(result["errors"][str(beams[-1])]["line"])
+        together = [archive.find_together(made.trials(name), beam) for beam in beams]
+        if all(one is not None for one in together):
+            errors = {str(b): one["errors"] for b, one in zip(beams, together, strict=True) if one}
+            rows.append((f"ensemble of {len(made.seeds)}", *rates(errors), ""))
+            best["ensemble"].append(errors[str(beams[-1])]["line"])
+    some = next(iter(next(iter(found.results.values())).values()))
+    header = tuple(
+        f"{kind}, {'greedy' if beam == 1 else f'beam {beam}'}"
+        for beam in beams
+        for kind in ("PER", "WER")
+    )
+    tested = some["errors"][str(beams[0])]["lines"]
+    text += (
+        f"{some['parameters']:,} parameters, {some['pairs']:,} pairs to learn from, "
+        f"{tested:,} words to be tested on.\n\n{table(('model', *header, 'minutes'), rows)}\n"
+    )
+    if made is FULL:
+        goals = [
+            f"{name}, beam {beams[-1]}: {statistics.mean(values):.2%} "
+            + ("in the mean of its seeds" if len(values) > 1 else "")
+            + f", goal {goal:.0%}: "
+            + ("reached." if statistics.mean(values) <= goal else "**missed**.")
+            if values
+            else f"{name}: not finished."
+            for (name, values), goal in zip(best.items(), _GOALS, strict=True)
+        ]
+        text += (
+            f"\n{_listed([goal.replace(' ,', ',') for goal in goals])}\n\nPublished figures for "
+            "attention models on this dictionary, on other splits: 21.7 % single, 20.2 % as an "
+            "ensemble of five (Toshniwal and Livescu 2016, arXiv 1610.06540), after far longer "
+            "training.\n"
+        )
+    return text, []
+
+
+_SECTIONS: dict[str, Callable[[Part, Archive], tuple[str, list[Curve]]]] = {
+    "attention": _attention_text,
+    "kinds": _kinds_text,
+    "sampling": _sampling_text,
+    "g2p": _full_text,
+}
+
+
+def compose(parts: Mapping[str, Part], archive: Archive, command: str, *, threads: int) -> Page:
+    """The page of all finished trials of these parts."""
+    facts = environment()
+    del facts["onnxruntime"], facts["load"]
+    facts["threads"] = threads
+    texts, curves = [], []
+    results: list[object] = []
+    for name, part in parts.items():
+        text, drawn = _SECTIONS[name](part, archive)
+        texts.append(text)
+        curves += drawn
+        results += _results(name, part, archive)
+    listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    text = f"# Quality\n\nWritten by `{command}`.\n\n{_INTRODUCTION}\n{listed}\n\n" + "\n".join(
+        texts
+    )
+    numbers = {
+        "environment": facts,
+        "command": command,
+        "unit": "shares of 1, processor seconds",
+        "goals": {"single": _GOALS[0], "ensemble": _GOALS[1], "beam": g2p.BEAM_SIZE},
+        "results": results,
+    }
+    return Page(text, numbers, curves)
+
+
+def _results(name: str, part: Part, archive: Archive) -> list[object]:
+    """All that is known of a part, variant by variant."""
+    found: list[object] = []
+    for made in part.tables:
+        for variant in made.variants:
+            trials = made.trials(variant)
+            for trial in trials:
+                result = archive.find(trial)
+                if result is not None:
+                    found.append({"part": name, "variant": variant, **result})
+            for beam in part.ensemble_beams:
+                together = archive.find_together(trials, beam)
+                if together is not None:
+                    found.append({"part": name, "variant": variant, **together})
+    return found

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the quality page: which trials each needs.
+
+A part is a table of variants, each tried from some seeds; quality_page.py words the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyseq import g2p
+
+from .trials import Archive, Trial
+
+#: In the order of the page.
+PARTS = ("attention", "kinds", "sampling", "g2p")
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Variants of a model on one task, each trained from the same seeds."""
+
+    task: str
+    seeds: tuple[int, ...]
+    variants: Mapping[str, tuple[Options, Options]]  # of the model, of the training
+    beams: tuple[int, ...] = (1,)
+
+    def trials(self, variant: str) -> list[Trial]:
+        """Those of a variant, one for each seed."""
+        model, training = self.variants[variant]
+        return [Trial(self.task, seed, model, training, self.beams) for seed in self.seeds]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one section of the page needs."""
+
+    tables: tuple[Table, ...]
+    ensemble_beams: tuple[int, ...] = ()  # of all trials of a variant together
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All of them; the first seed of every variant, then the second."""
+        return [
+            trial
+            for table in self.tables
+            for same_seed in zip(*(table.trials(name) for name in table.variants), strict=True)
+            for trial in same_seed
+        ]
+
+    def run(self, archive: Archive) -> None:
+        """Do what is not done yet."""
+        for trial in self.trials:
+            archive.run(trial)
+        for table in self.tables:
+            for name in table.variants:
+                for beam in self.ensemble_beams:
+                    archive.run_together(table.trials(name), beam)
+
+
+def parts(*, quick: bool = False) -> dict[str, Part]:
+    """Every part by its name, or the same with tiny models on few pairs."""
+    sizes = _QUICK if quick else _SMALL
+    return {
+        "attention": Part(
+            (_attention(sizes.generated, sizes), _attention(sizes.dictionary, sizes))
+        ),
+        "kinds": Part((_kinds(sizes),)),
+        "sampling": Part((_sampling(sizes),)),
+        "g2p": _full(sizes) if quick else Part((FULL,), ensemble_beams=(1, g2p.BEAM_SIZE)),
+    }
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """How much of it: all, or as little as shows that everything runs."""
+
+    generated: str  # the generated task
+    dictionary: str  # the part of the dictionary
+    model: Options
+    training: Options
+    seeds: tuple[int, ...]
+    more_seeds: tuple[int, ...]  # where effects are small
+
+
+#: What variants depart from. It is spelled out, so that the same model has the same fingerprint
+#: in every part and is trained once.
+_BASE: Options = {"score": "general", "input_feeding": True}
+
+_SMALL = _Sizes(
+    generated="reverse",
+    dictionary="g2p part",
+    model={**_BASE, "embedding_size": 32, "hidden_size": 64},
+    training={"learning_rate": 4e-3},  # the linear schedule soon leaves it
+    seeds=(1, 2),
+    more_seeds=(1, 2, 3),
+)
+_QUICK = _Sizes(
+    generated="reverse few",
+    dictionary="g2p few",
+    model={**_BASE, "embedding_size": 4, "hidden_size": 4},
+    training={"learning_rate": 4e-3},
+    seeds=(1,),
+    more_seeds=(1,),
+)
+
+#: Passes over the training pairs.
+_EPOCHS = {"reverse": 5, "g2p part": 8}
+
+
+def _table(
+    task: str,
+    sizes: _Sizes,
+    variants: Mapping[str, tuple[Options, Options]],
+    *,
+    seeds: tuple[int, ...],
+) -> Table:
+    """Variants of the model of these sizes."""
+    training: Options = {**sizes.training, "epochs": _EPOCHS.get(task, 1)}
+    return Table(
+        task,
+        seeds,
+        {
+            name: ({**sizes.model, **own_model}, {**training, **own_training})
+            for name, (own_model, own_training) in variants.items()
+        },
+    )
+
+
+def _attention(task: str, sizes: _Sizes) -> Table:
+    variants: dict[str, tuple[Options, Options]] = {
+        "no attention": ({"score": None, "input_feeding": False}, {}),
+        "attention": ({"input_feeding": False}, {}),
+        "attention and input feeding": ({}, {}),
+    }
+    return _table(task, sizes, variants, seeds=sizes.more_seeds)
+
+
+#: Positions that the location score has weights for: more than any word has letters.
+_POSITIONS = 40
+
+KINDS: dict[str, Options] = {
+    "dot": {"score": "dot"},
+    "scaled dot": {"score": "scaled_dot"},
+    "general": {"score": "general"},
+    "concat": {"score": "concat"},
+    "location": {"score": "location", "max_positions": _POSITIONS},
+    "general, 4 heads": {"score": "general", "heads": 4},
+    "Bahdanau: concat, before the cell": {"score": "concat", "order": "bahdanau"},
+    "location-sensitive, last weights": {
+        "score": "concat",
+        "history": "previous",
+        "history_size": 5,
+    },
+    "location-sensitive, all weights": {
+        "score": "concat",
+        "history": "cumulative",
+        "history_size": 5,
+    },
+    "coverage": {"score": "concat", "history": "cumulative", "history_size": 1},
+    "coverage and its loss": {
+        "score": "concat",
+        "history": "cumulative",
+        "history_size": 1,
+        "coverage_loss": 0.1,
+    },
+    "general, window local-m, D = 4": {
+        "score": "general",
+        "window": "local-m",
+        "window_size": 4,
+    },
+    "general, window local-p, D = 4": {
+        "score": "general",
+        "window": "local-p",
+        "window_size": 4,
+    },
+}
+
+
+def _kinds(sizes: _Sizes) -> Table:
+    variants: dict[str, tuple[Options, Options]] = {
+        name: (options, {}) for name, options in KINDS.items()
+    }
+    return _table(sizes.dictionary, sizes, variants, seeds=sizes.seeds)
+
+
+def _sampling(sizes: _Sizes) -> Table:
+    def fall(**options: str) -> tuple[Options, Options]:
+        return {}, {"scheduled_sampling": FALL, **options}
+
+    variants: dict[str, tuple[Options, Options]] = {
+        "teacher forcing": ({}, {}),
+        "coin per token, likeliest": fall(),
+        "coin per token, drawn": fall(sampling_choice="sample"),
+        "coin per sequence, likeliest": fall(sampling_coin="sequence"),
+        "coin per sequence, drawn": fall(sampling_choice="sample", sampling_coin="sequence"),
+    }
+    return _table(sizes.dictionary, sizes, variants, seeds=sizes.more_seeds)
+
+
+#: How often the truth is read: from 1 down to 0.25 in the 1,900 updates of a training.
+FALL = "linear:0.0004,1,0.25"
+
+_FULL_MODEL: Options = {
+    "embedding_size": 64,
+    "num_layers": 1,
+    "encoder_num_layers": 2,
+    "encoder_hidden_size": 512,
+    "bridge": "linear",
+    "dropout": 0.25,
+}
+_FULL_TRAINING: Options = {
+    "batch_size": 64,
+    "learning_rate": 1e-3,
+    "epochs": 9,
+    "select": "accuracy",
+}
+
+FULL = Table(
+    "g2p",
+    (1, 2, 3),
+    {"LSTM, general score, input feeding": (_FULL_MODEL, _FULL_TRAINING)},
+    beams=(1, g2p.BEAM_SIZE),
+)
+
+
+def _full(sizes: _Sizes) -> Part:
+    """The last part at other sizes."""
+    beams = (1, g2p.BEAM_SIZE)
+    variants: dict[str, tuple[Options, Options]] = {
+        "tiny": (sizes.model, {**sizes.training, "epochs": 1})
+    }
+    table = Table(sizes.dictionary, (1, 2), variants, beams)
+    return Part((table,), ensemble_beams=beams)
