@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -121,7 +122,7 @@ def generate(
         block_ngrams or 0,
         prefix,
     )
-    if scores.isnan().any():
+    if any(map(math.isnan, scores.tolist())):
         raise SearchError("the model's logits must be finite, got NaN or infinity")
     kept = need_weights and score is not None
     return GenerateOutput(tokens, sizes, scores, weights if kept else None)

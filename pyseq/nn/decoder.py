@@ -31,7 +31,7 @@ from ..types import (
     decoder_parts,
     join_parts,
 )
-from ._common import Device, cell_name, check_input, refuse_script
+from ._common import Device, cell_name, check_input, refuse_script, weights_now
 from ._stack import scan_layers
 from .attention import Positions, Score, check_window
 
@@ -258,7 +258,7 @@ class AttentionDecoder(torch.nn.Module):
     def layer_weights(self) -> list[LayerWeights]:
         """The weights of each layer as they are now."""
         return [
-            LayerWeights(*(getattr(self, name) for name in self._layer_names(layer)))
+            LayerWeights(*weights_now(self, self._layer_names(layer)))
             for layer in range(self.num_layers)
         ]
 

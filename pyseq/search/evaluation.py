@@ -21,12 +21,24 @@ def in_eval_mode(model: Any) -> Any:
     while another looks at what it says. What cannot be stood in for is left as it is, and
     to :func:`search_mode`.
     """
+    if isinstance(model, torch.nn.Module):
+        return _stand_in(model, {}) if _trains(model) else model
     if not any(module.training for module in model.modules()):
         return model
-    if isinstance(model, torch.nn.Module):
-        return _stand_in(model, {})
     own = getattr(model, "in_eval_mode", None)
     return model if own is None else own()
+
+
+def _trains(module: torch.nn.Module) -> bool:
+    """Whether it or a module in it is in training mode; ``modules()`` takes as long as a small
+    operator."""
+    if module.training:
+        return True
+    # A loop: a generator would cost as much again.
+    for child in module._modules.values():  # noqa: SIM110
+        if child is not None and _trains(child):
+            return True
+    return False
 
 
 def _stand_in(module: torch.nn.Module, known: dict[int, torch.nn.Module]) -> torch.nn.Module:
@@ -67,7 +79,9 @@ def _can_be_stood_in_for(module: torch.nn.Module) -> bool:
 @contextmanager
 def search_mode(model: SearchModel) -> Iterator[None]:
     """No gradients, and every module of the model in eval mode until the end."""
-    training = [module for module in model.modules() if module.training]
+    training: list[torch.nn.Module] = []
+    if not isinstance(model, torch.nn.Module) or _trains(model):
+        training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:

@@ -127,8 +127,10 @@ class Encoder(torch.nn.Module):
         """(L*D, B, H/D) to (L, B, H), each layer's directions side by side."""
         if not self.bidirectional:
             return part
-        layers = part.shape[0] // 2
-        return part.reshape(layers, 2, *part.shape[1:]).transpose(1, 2).flatten(2)
+        both, batch, size = part.shape
+        if both == 2:
+            return part.transpose(0, 1).reshape(1, batch, 2 * size)
+        return part.reshape(both // 2, 2, batch, size).transpose(1, 2).flatten(2)
 
     def _without_padding(self, source: Tensor, lengths: Tensor) -> Tensor:
         """``source``, with features of padding as zeros: a NaN there would reach the gradient."""
@@ -159,7 +161,8 @@ class Encoder(torch.nn.Module):
         """
         check_source(source, self.embedding)
         x = self.embedding(self._without_padding(source, lengths).transpose(0, 1))
-        x = apply_dropout(x, self.dropout, self.training)
+        if self.training:
+            x = apply_dropout(x, self.dropout)
         check_extra("source_extra", self.extra, extra, rows=x.shape[1], steps=x.shape[0])
         if extra is not None and extra.dim() == 3:
             extra = extra.masked_fill(~valid_steps(lengths, source).t().unsqueeze(2), 0.0)
@@ -173,7 +176,8 @@ class Encoder(torch.nn.Module):
             last = extra if extra.dim() == 2 else last_steps(extra, lengths)
             top = self.extra(parts[0][-1:], last)
             parts[0] = torch.cat([parts[0][:-1], top])
-        memory = apply_dropout(memory, self.dropout, self.training)
+        if self.training:
+            memory = apply_dropout(memory, self.dropout)
         if self.constant:
             ones = valid_steps(lengths, source).t().unsqueeze(2).to(memory.dtype)
             memory = torch.cat([memory, ones], 2)
