@@ -17,7 +17,8 @@ from . import checkpoint
 from .errors import CheckpointError
 from .labels import LabelExamples, Labels
 from .tagger import Classifier, Tagger
-from .text import Pair, Tokenizer, Vocab, pad
+from .text import Extra, Pair, Tokenizer, Vocab, extra_tensor, pad
+from .text.extra import check_extra, read_line
 from .types import PAD
 
 __all__ = ["Labeler", "Labelling"]
@@ -81,7 +82,9 @@ class Labeler:
         """The likeliest labels of lines, in batches of similar length.
 
         An unknown symbol is read as ``<unk>``. A blank line has no tokens to tag; a
-        classifier judges it as an empty one.
+        classifier judges it as an empty one. For a model with extra information a line goes on
+        with its numbers after a tab, as for :meth:`pyseq.Translator.search`; a blank one has
+        zeros.
 
         Args:
             lines: the lines.
@@ -89,25 +92,48 @@ class Labeler:
 
         Returns:
             One result for each line, in their order.
+
+        Raises:
+            DataError: a line has not the extra information that the model takes.
         """
-        sources = [self.source_tokenizer.split(line) for line in lines]
+        read = [self._read(line) for line in lines]
+        sources = [source for source, _ in read]
         results: dict[int, Labelling] = {}
         order = sorted(range(len(lines)), key=lambda i: len(sources[i]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            found = self._predict_batch([sources[i] for i in rows])
+            found = self._predict_batch([sources[i] for i in rows], [read[i][1] for i in rows])
             results.update(zip(rows, found, strict=True))
         return [results[i] for i in range(len(lines))]
 
+    @property
+    def extra_size(self) -> int | None:
+        """Numbers of a vector of extra information; None for none."""
+        size: int | None = self.model.config["source_extra_size"]
+        return size
+
+    def _read(self, line: str) -> tuple[list[str], Extra]:
+        """The tokens of a line, and the extra information behind them."""
+        text, extra = read_line(line, (self.extra_size, None))
+        source = self.source_tokenizer.split(text)
+        if not source:
+            return source, Extra((0.0,) * (self.extra_size or 0))
+        check_extra(extra, (self.extra_size, None), (len(source), None), place=f"the line {text!r}")
+        return source, extra
+
     @torch.no_grad()
-    def _predict_batch(self, sources: list[list[str]]) -> list[Labelling]:
-        device = next(self.model.parameters()).device
+    def _predict_batch(self, sources: list[list[str]], extras: list[Extra]) -> list[Labelling]:
+        device = self.model.output.weight.device
         # A step of padding at least, for batches of nothing but blank lines.
         source, _ = pad([self.source_vocab.encode(tokens) or [PAD] for tokens in sources])
         lengths = torch.tensor([len(tokens) for tokens in sources])
+        extra = extra_tensor(
+            [each.source for each in extras], self.extra_size, steps=source.shape[1]
+        )
+        told = {} if extra is None else {"source_extra": extra.to(self.model.output.weight)}
         training = self.model.training
         self.model.eval()
-        probabilities = self.model(source.to(device), lengths.to(device)).softmax(-1)
+        probabilities = self.model(source.to(device), lengths.to(device), **told).softmax(-1)
         self.model.train(training)
         best, numbers = probabilities.max(-1)
         results = []
@@ -119,7 +145,7 @@ class Labeler:
 
     def unknown_symbols(self, line: str) -> list[str]:
         """The tokens of ``line`` that the model has never seen."""
-        return [t for t in self.source_tokenizer.split(line) if t not in self.source_vocab]
+        return [token for token in self._read(line)[0] if token not in self.source_vocab]
 
     def encode(self, pairs: Sequence[Pair], *, name: str) -> LabelExamples:
         """Tokens and labels as the numbers that the model is trained on.
@@ -128,7 +154,12 @@ class Labeler:
             DataError: a line has not the right number of labels, or one that is unknown.
         """
         return LabelExamples.encode(
-            pairs, self.source_vocab, self.labels, name=name, per_token=self.per_token
+            pairs,
+            self.source_vocab,
+            self.labels,
+            name=name,
+            per_token=self.per_token,
+            extra_size=self.extra_size,
         )
 
     def save(self, path: str | Path, *, training: checkpoint.TrainingState | None = None) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
-from .text import Pair, Vocab, pad
+from .text import Pair, Vocab, extra_tensor, pad
+from .text.extra import check_extra, rows_of
 from .types import IGNORE
 
 
@@ -97,6 +98,7 @@ class LabelBatch(NamedTuple):
     source_lengths: Tensor  # (B,) int64
     labels: Tensor  # (B, S) int64, padded with IGNORE; or (B,), one for each row
     lines: list[int]  # where each row came from
+    source_extra: Tensor | None = None  # (B, Z) or (S, B, Z), extra information
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -105,8 +107,8 @@ class LabelBatch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Tensor]:
-        """What it reads besides: nothing."""
-        return {}
+        """What it reads besides, by the name of the argument."""
+        return {} if self.source_extra is None else {"source_extra": self.source_extra}
 
     @property
     def expected(self) -> Tensor:
@@ -125,6 +127,7 @@ class LabelBatch(NamedTuple):
             self.source_lengths.to(device),
             self.labels.to(device),
             self.lines,
+            None if self.source_extra is None else self.source_extra.to(device),
         )
 
     def share(self, rank: int, count: int) -> LabelBatch:
@@ -138,6 +141,7 @@ class LabelBatch(NamedTuple):
             lengths,
             labels if labels.dim() == 1 else labels[:, :size],
             self.lines[rows],
+            rows_of(self.source_extra, rows, size),
         )
 
 
@@ -153,18 +157,34 @@ class LabelExamples:
     lines: list[int]
     name: str  # the file, for messages
     per_token: bool
+    extras: list[tuple[float, ...]] | None = None
+    extra_size: int | None = None
 
     @classmethod
     def encode(
-        cls, pairs: Sequence[Pair], vocab: Vocab, labels: Labels, *, name: str, per_token: bool
+        cls,
+        pairs: Sequence[Pair],
+        vocab: Vocab,
+        labels: Labels,
+        *,
+        name: str,
+        per_token: bool,
+        extra_size: int | None = None,
     ) -> LabelExamples:
         """``pairs``, whose targets are labels, in numbers.
 
+        Args:
+            pairs, vocab, labels, name, per_token: see there.
+            extra_size: numbers of a vector of extra information; None for none.
+
         Raises:
-            DataError: a line has not the right number of labels, or one that is unknown.
+            DataError: a line has not the right number of labels, or one that is unknown, or not
+                the extra information that is asked for.
         """
         check_labels(pairs, name=name, per_token=per_token)
         for pair in pairs:
+            place = f"{name}:{pair.line}"
+            check_extra(pair.extra, (extra_size, None), (len(pair.source), None), place=place)
             for label in pair.target:
                 if label not in labels:
                     raise DataError(
@@ -177,6 +197,8 @@ class LabelExamples:
             [pair.line for pair in pairs],
             name,
             per_token,
+            None if extra_size is None else [pair.extra.source for pair in pairs],
+            extra_size,
         )
 
     def __len__(self) -> int:
@@ -189,7 +211,9 @@ class LabelExamples:
             labels, _ = pad([self.labels[i] for i in indices], value=IGNORE)
         else:
             labels = torch.tensor([self.labels[i][0] for i in indices], dtype=torch.int64)
-        return LabelBatch(source, lengths, labels, [self.lines[i] for i in indices])
+        extras = [] if self.extras is None else [self.extras[i] for i in indices]
+        extra = extra_tensor(extras, self.extra_size, steps=source.shape[1])
+        return LabelBatch(source, lengths, labels, [self.lines[i] for i in indices], extra)
 
     def by_length(self, indices: Iterable[int]) -> list[int]:
         """``indices`` sorted by source length; equal ones keep their order."""
@@ -200,6 +224,8 @@ class LabelExamples:
         digest = hashlib.sha256()
         for source, labels in zip(self.sources, self.labels, strict=True):
             digest.update(f"{source}{labels}\n".encode())
+        for extra in self.extras or ():
+            digest.update(f"{extra}\n".encode())
         return digest.hexdigest()
 
 

@@ -29,9 +29,9 @@ from .text import (
     Vocab,
     encode_copies,
     encode_sources,
-    extra_tensors,
-    parse_extra,
+    extra_tensor,
 )
+from .text.extra import check_extra, read_line, reversed_steps
 from .types import UNK
 
 
@@ -166,7 +166,8 @@ class Translator:
 
         An unknown symbol is read as ``<unk>``; a blank line gives an empty output. For a model
         with extra information a line goes on with its numbers, after a tab, for the source, for
-        the target, or for both, with a tab between.
+        the target, or for both, with a tab between; semicolons separate those of steps, and the
+        last step's hold for all that follow.
 
         Args:
             lines: the lines.
@@ -199,7 +200,9 @@ class Translator:
         order = [i for i in order if sources[i]]
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = self._encode(*zip(*(read[i] for i in rows), strict=True))
+            batch = self._encode(
+                *zip(*(read[i] for i in rows), strict=True), max_length=options.max_length
+            )
             found = searches.search(
                 batch.model, batch.source, batch.lengths, options, generator=generator
             )
@@ -229,7 +232,7 @@ class Translator:
         source, information = self._read(line)
         if not source:
             return iter(())
-        batch = self._encode([source], [information])
+        batch = self._encode([source], [information], max_length=options.max_length)
         tokens = searches.stream(
             batch.model, batch.source, batch.lengths, options, generator=generator
         )
@@ -254,17 +257,18 @@ class Translator:
 
     @property
     def extra_sizes(self) -> tuple[int | None, int | None]:
-        """Numbers of extra information for the source and for the target; None for none."""
+        """Numbers of a vector of extra information, of source and target; None for none."""
         config = self.model.config
         return config["source_extra_size"], config["target_extra_size"]
 
     def _read(self, line: str) -> tuple[list[str], Extra]:
         """The tokens of a line, and the extra information behind them."""
-        if self.extra_sizes == (None, None) or not line.strip():
-            return self.source_tokenizer.split(line), Extra()
-        text, *columns = line.split("\t")
-        information = parse_extra(columns, self.extra_sizes, place=f"the line {text!r}")
-        return self.source_tokenizer.split(text), information
+        text, information = read_line(line, self.extra_sizes)
+        source = self.source_tokenizer.split(text)
+        if source:
+            steps = (len(source) + 1, None)
+            check_extra(information, self.extra_sizes, steps, place=f"the line {text!r}")
+        return source, information
 
     def _text_options(
         self, options: SearchOptions | None, prefix: str, *, replace_unknown: bool
@@ -286,7 +290,9 @@ class Translator:
                 raise DataError(f"prefix: {token!r} was not in the training data")
         return replace(options, prefix=[self.target_vocab.encode(tokens)])
 
-    def _encode(self, sources: Sequence[list[str]], information: Sequence[Extra]) -> _Encoded:
+    def _encode(
+        self, sources: Sequence[list[str]], information: Sequence[Extra], *, max_length: int
+    ) -> _Encoded:
         device = next(self.model.parameters()).device
         lines = [self.in_reading_order(source) for source in sources]
         source, lengths = encode_sources(self.source_vocab, lines, marks=self.source_marks)
@@ -295,13 +301,23 @@ class Translator:
         if self.copies:
             copies, extra = encode_copies(self.target_vocab, lines)
             copies = copies.to(device)
+        told = [
+            self._told_in_reading_order(each, len(line))
+            for each, line in zip(information, sources, strict=True)
+        ]
+        of_source, of_target = self.extra_sizes
+        z_source = extra_tensor([each.source for each in told], of_source, steps=source.shape[1])
+        z_target = extra_tensor([each.target for each in told], of_target, steps=max_length)
         models: list[SearchModel] = []
         for model in (self.model, *self.others):
             weight = model.decoder.output.weight
-            z_source, z_target = (
-                None if z is None else z.to(weight) for z in extra_tensors(information)
+            models.append(
+                model.given(
+                    source_extra=None if z_source is None else z_source.to(weight),
+                    target_extra=None if z_target is None else z_target.to(weight),
+                    copies=copies,
+                )
             )
-            models.append(model.given(source_extra=z_source, target_extra=z_target, copies=copies))
         searched = Ensemble(models) if self.others else models[0]
         return _Encoded(searched, source.to(device), lengths.to(device), extra)
 
@@ -330,6 +346,12 @@ class Translator:
         """The tokens of a source as the model reads them: backwards with ``reverse_source``."""
         return source[::-1] if self.reverse_source else source
 
+    def _told_in_reading_order(self, extra: Extra, count: int) -> Extra:
+        """The extra information of a source of so many tokens, as the model reads these."""
+        if not self.reverse_source:
+            return extra
+        return extra._replace(source=reversed_steps(extra.source, self.extra_sizes[0], count))
+
     def unknown_symbols(self, line: str) -> list[str]:
         """The tokens of ``line`` that the model has never seen."""
         return [token for token in self._read(line)[0] if token not in self.source_vocab]
@@ -345,17 +367,22 @@ class Translator:
             DataError: a pair has not the extra information that the model takes.
         """
         for pair in pairs:
-            for side, size, numbers in zip(
-                ("source", "target"), self.extra_sizes, pair.extra, strict=True
-            ):
-                if len(numbers) != (size or 0):
-                    raise DataError(
-                        f"{name}:{pair.line}: expected {size or 0} numbers of extra information "
-                        f"for the {side}, got {len(numbers)}"
-                    )
-        ordered = [pair._replace(source=self.in_reading_order(pair.source)) for pair in pairs]
+            steps = (len(pair.source) + 1, len(pair.target) + 1)
+            check_extra(pair.extra, self.extra_sizes, steps, place=f"{name}:{pair.line}")
+        ordered = [
+            pair._replace(
+                source=self.in_reading_order(pair.source),
+                extra=self._told_in_reading_order(pair.extra, len(pair.source)),
+            )
+            for pair in pairs
+        ]
         return Examples.encode(
-            ordered, self.source_vocab, self.target_vocab, name=name, copy=self.copies
+            ordered,
+            self.source_vocab,
+            self.target_vocab,
+            name=name,
+            copy=self.copies,
+            extra_sizes=self.extra_sizes,
         )
 
     def save(self, path: str | Path, *, training: checkpoint.TrainingState | None = None) -> None:

@@ -22,6 +22,7 @@ from pyseq.scheduled import Sampling
 from pyseq.search import SearchOptions
 from pyseq.seq2seq import Decoder, Seq2Seq
 from pyseq.text import Examples, Extra, Pair
+from pyseq.text.extra import reversed_steps
 from pyseq.training import Data, ModelOptions, TrainingOptions, start
 from pyseq.types import PAD, START, STOP
 
@@ -489,6 +490,106 @@ def test_batches_and_fingerprints_hold_it() -> None:
     assert plain.collate([0]).options == {}
     other = examples(Extra((1.0,), (2.0, 3.0)), Extra((4.0,), (5.0, 7.0)))
     assert len({each.fingerprint() for each in (first, plain, other)}) == 3
+
+
+STEPWISE = [(["a", "b"], (1.0, 2.0, 3.0, 4.0)), (["a"], (5.0, 6.0))]
+
+
+def test_the_last_step_holds_for_all_that_follow() -> None:
+    vocab = Vocab("ab")
+    pairs = [Pair(text, text, n, Extra(z, z[:1])) for n, (text, z) in enumerate(STEPWISE, 1)]
+    found = Examples.encode(pairs, vocab, vocab, name="x", extra_sizes=(2, 1))
+    batch = found.collate([0, 1])
+    assert batch.source_extra is not None
+    assert batch.source_extra.transpose(0, 1).tolist() == [
+        [[1, 2], [3, 4], [3, 4]],
+        [[5, 6], [5, 6], [5, 6]],
+    ]
+    assert batch.target_extra is not None
+    assert batch.target_extra.tolist() == [[1], [5]]  # the same at every step
+    share = batch.share(1, 2).source_extra
+    assert share is not None
+    assert share.transpose(0, 1).tolist() == [[[5, 6], [5, 6]]]
+
+
+def test_steps_are_read_backwards_with_the_source() -> None:
+    assert reversed_steps((1.0, 2.0), 2, 3) == (1.0, 2.0)
+    assert reversed_steps((1.0, 2.0), 1, 3) == (2.0, 2.0, 1.0, 2.0)
+    assert reversed_steps((1.0, 2.0, 3.0, 4.0), 1, 3) == (3.0, 2.0, 1.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("1 2;3", "expected a column with 2 finite numbers .* source, got '3'"),
+        ("1 2;", "expected a column with 2 finite numbers .* source, got ''"),
+        ("1 2;" * 3 + "1 2", "information for at most 3 steps of the source, got 4"),
+    ],
+)
+def test_steps_that_do_not_fit_are_refused(
+    column: str, message: str, translator: Translator
+) -> None:
+    with pytest.raises(DataError, match=message):
+        translator.translate([f"ab\t{column}"])
+
+
+def test_one_vector_is_that_of_every_step(translator: Translator) -> None:
+    one, many = translator.translate(["ab\t1 2", "ab\t1 2;1 2;1 2"])
+    assert one.text == many.text
+    assert one.score == pytest.approx(many.score, rel=1e-5)
+
+
+def test_a_model_learns_what_each_step_says() -> None:
+    """Every letter is written as large as its step says."""
+    chance, examples = random.Random(1), []
+    for _ in range(200):
+        text = "".join(chance.choices("abc", k=chance.randint(1, 4)))
+        large = [chance.randint(0, 1) for _ in text]
+        target = "".join(c.upper() if z else c for c, z in zip(text, large, strict=True))
+        examples.append((text, target, [[z] for z in large]))
+    torch.manual_seed(1)
+    found = train(
+        examples,
+        source_extra_size=1,
+        extra_place="input",
+        embedding_size=8,
+        hidden_size=24,
+        epochs=25,
+        learning_rate=2e-2,
+        batch_size=16,
+        reverse_source=True,
+    )
+    assert found("abc\t1;0;1") == "AbC"
+    assert found("abc\t0;1;0") == "aBc"
+
+
+@pytest.mark.parametrize("task", ["tag", "classify"])
+def test_labels_by_extra_information(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("safetensors", "tqdm"):
+        pytest.importorskip(package, reason="the command line needs the extra 'train'")
+    rows = [
+        f"a b\t{(f'A{p} B{q}' if task == 'tag' else f'{p}{q}')}\t{p};{q}\n"
+        for p in (0, 1)
+        for q in (0, 1)
+    ]
+    path, out = tmp_path / "data.tsv", str(tmp_path / "out")
+    path.write_text("".join(rows * 4))
+    train = ["train", str(path), "--out", out, "--task", task, "--source-extra-size", "1"]
+    train += ["--extra-place", "input"]
+    small = ["--hidden-size", "16", "--embedding-size", "8", "--dropout", "0", "--threads", "1"]
+    run = ["--epochs", "40", "--learning-rate", "0.03", "--valid-share", "0", "--batch-size", "8"]
+    assert cli.main([*train, *small, *run]) == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a b\t1;0\n\na b\t0;1\n")))
+    assert cli.main(["predict", out]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [said[0], said[2]] == (["A1 B0", "A0 B1"] if task == "tag" else ["10", "01"])
+    assert cli.main(["evaluate", out, str(path)]) == 0
+    assert "accuracy  100.00%" in capsys.readouterr().out
+    path.write_text("a b\tA0 B0\n" if task == "tag" else "a b\t00\n")
+    assert cli.main(["evaluate", out, str(path)]) == 1
+    assert "data.tsv:1: expected a column with 1 finite numbers" in capsys.readouterr().err
 
 
 def test_commands(

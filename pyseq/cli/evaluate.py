@@ -132,9 +132,13 @@ def _evaluate_labels(arguments: argparse.Namespace) -> None:
     task = TASK_OF[type(labeler.model).__name__]
     pairs = read_texts(arguments.pairs, skip_bad_lines=arguments.skip_bad_lines)
     tokens = labeler.source_tokenizer.name
-    expected = training.tokenise_labels(pairs, task=task, tokens=tokens)
+    size = labeler.extra_size
+    expected = training.tokenise_labels(
+        pairs, task=task, tokens=tokens, extra_size=size, name=arguments.pairs
+    )
     check_labels(expected, name=arguments.pairs, per_token=labeler.per_token)
-    results = labeler.predict([pair.source for pair in pairs], batch_size=arguments.batch_size)
+    lines = ["\t".join((pair.source, *pair.columns[: int(size is not None)])) for pair in pairs]
+    results = labeler.predict(lines, batch_size=arguments.batch_size)
     predicted, right = [result.labels for result in results], [pair.target for pair in expected]
     scores = metrics.label_scores(predicted, right)
     print(f"lines     {scores.lines:,}")

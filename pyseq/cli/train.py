@@ -262,7 +262,13 @@ def _data(
     def read(path: str) -> list[Pair]:
         texts = read_texts(path, skip_bad_lines=arguments.skip_bad_lines, log=log)
         if arguments.task in training.TASKS:
-            return training.tokenise_labels(texts, task=arguments.task, tokens=tokens[0])
+            return training.tokenise_labels(
+                texts,
+                task=arguments.task,
+                tokens=tokens[0],
+                extra_size=options.get("source_extra_size"),
+                name=path,
+            )
         return tokenise(
             texts,
             source=Tokenizer(tokens[0]),

@@ -56,7 +56,8 @@ ATTENTION: dict[str, str] = {
 }
 
 EXTRA: dict[str, str] = {
-    "source_extra_size": "numbers of extra information for the source, in a further column",
+    "source_extra_size": "numbers of extra information for the source, in a further column, "
+    "or of each step with semicolons between steps",
     "target_extra_size": "numbers of extra information for the target, in a further column",
     "extra_mode": "how it enters",
     "extra_hidden_size": "hidden units of --extra-mode mlp",

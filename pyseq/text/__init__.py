@@ -13,18 +13,16 @@ from .batches import (
     SourceMarks,
     encode_copies,
     encode_sources,
-    extra_tensors,
     ordered_batches,
     pad,
 )
+from .extra import Extra, extra_tensor, parse_extra
 from .pairs import (
-    Extra,
     Pair,
     PairsFile,
     TextPair,
     hold_out,
     make_pair,
-    parse_extra,
     read_lines,
     read_pairs,
     tokenise_pairs,
@@ -50,7 +48,7 @@ __all__ = [
     "Vocab",
     "encode_copies",
     "encode_sources",
-    "extra_tensors",
+    "extra_tensor",
     "hold_out",
     "make_pair",
     "ordered_batches",

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import DataError
 from ..types import PAD, START, STOP
-from .pairs import Extra, Pair
+from .extra import Extra, Sizes, extra_tensor, rows_of
+from .pairs import Pair
 from .vocab import Vocab
 
 SourceMarks = Literal["stop", "none", "both"]
@@ -32,8 +33,8 @@ class Batch(NamedTuple):
     #: (B, S) int64, the sources in ids of the target, PAD where nothing may be copied; None
     #: for a model that does not copy.
     copies: Tensor | None = None
-    source_extra: Tensor | None = None  # (B, Z), extra information for the encoder
-    target_extra: Tensor | None = None  # (B, Z), for the decoder
+    source_extra: Tensor | None = None  # (B, Z) or (S, B, Z), extra information for the encoder
+    target_extra: Tensor | None = None  # (B, Z) or (T, B, Z), for the decoder
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -88,7 +89,8 @@ class Batch(NamedTuple):
             self.target_out[rows, :target_size],
             self.lines[rows],
             None if self.copies is None else self.copies[rows, :source_size],
-            *(None if z is None else z[rows] for z in (self.source_extra, self.target_extra)),
+            rows_of(self.source_extra, rows, source_size),
+            rows_of(self.target_extra, rows, target_size),
         )
 
 
@@ -140,6 +142,7 @@ class Examples:
     name: str  # the file, for messages
     copies: list[list[int]] | None = None  # the sources in ids of the target, to be copied
     extras: list[Extra] | None = None
+    extra_sizes: Sizes = (None, None)
 
     @classmethod
     def encode(
@@ -150,6 +153,7 @@ class Examples:
         *,
         name: str,
         copy: bool = False,
+        extra_sizes: Sizes | None = None,
     ) -> Examples:
         """``pairs`` in the ids of two vocabularies.
 
@@ -157,7 +161,12 @@ class Examples:
             pairs, source_vocab, target_vocab, name: see there.
             copy: whether tokens of the source may be copied; in a target those that the
                 vocabulary lacks then have ids beyond it.
+            extra_sizes: numbers of a vector of extra information. Default: as many as the first
+                pair has.
         """
+        if extra_sizes is None:
+            first = pairs[0].extra if pairs else Extra()
+            extra_sizes = (len(first.source) or None, len(first.target) or None)
         extended = [target_vocab.extend(pair.source) if copy else ([], []) for pair in pairs]
         return cls(
             [source_vocab.encode(pair.source) for pair in pairs],
@@ -168,7 +177,8 @@ class Examples:
             [pair.line for pair in pairs],
             name,
             [ids for ids, _ in extended] if copy else None,
-            [pair.extra for pair in pairs] if any(any(pair.extra) for pair in pairs) else None,
+            None if extra_sizes == (None, None) else [pair.extra for pair in pairs],
+            extra_sizes,
         )
 
     def __len__(self) -> int:
@@ -180,6 +190,8 @@ class Examples:
         target, _ = pad([[START, *self.targets[i], STOP] for i in indices])
         # Shorter rows still hold STOP in target_in; the loss ignores what it predicts
         # there, because target_out is PAD.
+        extras = [self.extras[i] for i in indices] if self.extras is not None else []
+        of_source, of_target = self.extra_sizes
         return Batch(
             source,
             source_lengths,
@@ -187,7 +199,8 @@ class Examples:
             target[:, 1:],
             [self.lines[i] for i in indices],
             None if self.copies is None else pad([[*self.copies[i], PAD] for i in indices])[0],
-            *extra_tensors([] if self.extras is None else [self.extras[i] for i in indices]),
+            extra_tensor([each.source for each in extras], of_source, steps=source.shape[1]),
+            extra_tensor([each.target for each in extras], of_target, steps=target.shape[1] - 1),
         )
 
     def by_length(self, indices: Iterable[int]) -> list[int]:
@@ -204,13 +217,6 @@ class Examples:
         for extra in self.extras or ():
             digest.update(f"{extra}\n".encode())
         return digest.hexdigest()
-
-
-def extra_tensors(extras: Sequence[Extra]) -> tuple[Tensor | None, Tensor | None]:
-    """(B, Z) for the source and for the target, each None if there is none."""
-    source = torch.tensor([extra.source for extra in extras])
-    target = torch.tensor([extra.target for extra in extras])
-    return source if source.numel() else None, target if target.numel() else None
 
 
 B = TypeVar("B", covariant=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,14 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError
+from .extra import Extra, Sizes, parse_extra
 from .tokens import Tokenizer
-
-
-class Extra(NamedTuple):
-    """Extra information of one pair, for the encoder and for the decoder; () for none."""
-
-    source: tuple[float, ...] = ()
-    target: tuple[float, ...] = ()
 
 
 class TextPair(NamedTuple):
@@ -126,7 +119,7 @@ def tokenise_pairs(
     *,
     source: Tokenizer,
     target: Tokenizer,
-    extra_sizes: tuple[int | None, int | None] = (None, None),
+    extra_sizes: Sizes = (None, None),
     name: str = "pairs",
 ) -> list[Pair]:
     """Split both sides of each pair.
@@ -150,36 +143,6 @@ def tokenise_pairs(
         )
         for pair in pairs
     ]
-
-
-def parse_extra(
-    columns: Sequence[str], sizes: tuple[int | None, int | None], *, place: str
-) -> Extra:
-    """Extra information as numbers, separated by spaces, a column for each side that has any.
-
-    Args:
-        columns: those of the source and of the target, without the ones that are not asked for.
-        sizes: numbers of extra information for the source and for the target; None for none.
-        place: file and line, for messages.
-
-    Raises:
-        DataError: a column is missing, or has not that many finite numbers.
-    """
-    found: list[tuple[float, ...]] = []
-    left = iter(columns)
-    for side, size in zip(("source", "target"), sizes, strict=True):
-        fields = [] if size is None else next(left, "").split()
-        try:
-            numbers = tuple(float(field) for field in fields)
-        except ValueError as error:
-            raise DataError(f"{place}: extra information for the {side}: {error}") from error
-        if len(numbers) != (size or 0) or not all(map(math.isfinite, numbers)):
-            raise DataError(
-                f"{place}: expected a column with {size} finite numbers of extra information for "
-                f"the {side}, got {' '.join(fields[:5])!r}"
-            )
-        found.append(numbers)
-    return Extra(*found)
 
 
 def hold_out(pairs: Sequence[Pair], share: float, *, seed: int) -> tuple[list[Pair], list[Pair]]:

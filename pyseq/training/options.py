@@ -11,7 +11,7 @@ from ..averaging import AVERAGES, AverageName
 from ..labels import Labels
 from ..scheduled import CHOICES, COINS, ChoiceName, CoinName, Sampling, Schedule
 from ..seq2seq import Seq2Seq
-from ..seq2seq.options import EncoderOptions, Seq2SeqOptions
+from ..seq2seq.options import Seq2SeqOptions, TaggerOptions
 from ..tagger import Classifier, PoolingName, Tagger
 from ..text import Vocab
 
@@ -49,7 +49,7 @@ LABELER_TOKENS: dict[str, str] = {"tag": "space", "classify": "word"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelerOptions(EncoderOptions):
+class LabelerOptions(TaggerOptions):
     """What a model of labels is made of: the options of :class:`pyseq.Tagger`, and a pooling."""
 
     pooling: PoolingName | None = None  # of a Classifier; None for "last"

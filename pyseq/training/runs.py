@@ -16,7 +16,7 @@ from ..errors import CheckpointError, DataError
 from ..labeler import Labeler
 from ..labels import Labels, check_labels
 from ..seq2seq import Seq2Seq
-from ..text import Pair, TextPair, Tokenizer, Vocab
+from ..text import Pair, TextPair, Tokenizer, Vocab, parse_extra
 from ..translator import Translator
 from .options import TASKS, LabelerOptions, ModelOptions, TaskName, TrainingOptions, check_option
 from .trainer import LAST, Trainer, begun_options
@@ -124,13 +124,25 @@ def _check_begin(data: Data, out: str | Path | None, *, overwrite: bool) -> None
         )
 
 
-def tokenise_labels(pairs: Iterable[TextPair], *, task: TaskName, tokens: str) -> list[Pair]:
+def tokenise_labels(
+    pairs: Iterable[TextPair],
+    *,
+    task: TaskName,
+    tokens: str,
+    extra_size: int | None = None,
+    name: str = "pairs",
+) -> list[Pair]:
     """Split the text of each line, and the labels of a tagger, which spaces separate.
 
     Args:
         pairs: text and labels.
         task: ``"tag"`` or ``"classify"``.
         tokens: how the text is split.
+        extra_size: numbers of a vector of extra information, in a further column; None for none.
+        name: the file, for messages.
+
+    Raises:
+        DataError: a line has not the extra information that is asked for.
     """
     tokenizer = Tokenizer(tokens)
     return [
@@ -138,6 +150,7 @@ def tokenise_labels(pairs: Iterable[TextPair], *, task: TaskName, tokens: str) -
             tokenizer.split(pair.source),
             pair.target.split() if task == "tag" else [pair.target],
             pair.line,
+            parse_extra(pair.columns, (extra_size, None), place=f"{name}:{pair.line}"),
         )
         for pair in pairs
     ]

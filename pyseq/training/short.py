@@ -36,20 +36,33 @@ def _text_pair(pair: Any, line: int, *, name: str, extras: int = 0) -> TextPair:
     ):
         numbers = f" and extra information {extras} times" if extras else ""
         raise DataError(f"{name}:{line}: a pair must be two strings{numbers}, got {pair!r}")
-    columns = (each if isinstance(each, str) else " ".join(map(str, each)) for each in pair[2:])
-    return make_pair(pair[0], pair[1], line, name=name)._replace(columns=tuple(columns))
+    columns = tuple(map(_column, pair[2:]))
+    return make_pair(pair[0], pair[1], line, name=name)._replace(columns=columns)
+
+
+def _column(numbers: Any) -> str:
+    """Extra information as it stands in a file: of the whole sequence, or a row for each step."""
+    if isinstance(numbers, str):
+        return numbers
+    if hasattr(numbers, "tolist"):  # an array or a tensor
+        numbers = numbers.tolist()
+    if any(isinstance(each, Sequence) for each in numbers):
+        return ";".join(map(_column, numbers))
+    return " ".join(map(str, numbers))
 
 
 def _embeddings_file(given: EmbeddingsFile | str | Path | None) -> EmbeddingsFile | None:
     return EmbeddingsFile(given) if isinstance(given, (str, Path)) else given
 
 
+#: Numbers of the whole sequence, a row of them for each step, or either as text.
+_Numbers = Sequence[float] | Sequence[Sequence[float]] | str
+
 #: Source and target, and extra information for either or both.
-_AnyPair = (
-    tuple[str, str]
-    | tuple[str, str, Sequence[float] | str]
-    | tuple[str, str, Sequence[float] | str, Sequence[float] | str]
-)
+_AnyPair = tuple[str, str] | tuple[str, str, _Numbers] | tuple[str, str, _Numbers, _Numbers]
+
+#: Text and labels, and extra information.
+_AnyExample = tuple[str, str] | tuple[str, str, _Numbers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +92,9 @@ class TrainArguments(ModelOptions, _RunArguments):
 class TrainLabelerArguments(LabelerOptions, _RunArguments):
     """What :func:`train_labeler` takes."""
 
-    examples: Sequence[tuple[str, str]]
+    examples: Sequence[_AnyExample]
     task: TaskName = field(kw_only=True)
-    validation: Sequence[tuple[str, str]] | None = field(default=None, kw_only=True)
+    validation: Sequence[_AnyExample] | None = field(default=None, kw_only=True)
     tokens: str | None = field(default=None, kw_only=True)
 
 
@@ -132,7 +145,8 @@ def train(arguments: TrainArguments) -> Translator:
     Args:
         pairs: source and target of each pair; for a model with extra information followed by
             its numbers for the source, for the target, or for both in this order, as a sequence
-            each or as text with spaces between.
+            each, as a sequence of those of each step, or as text with spaces between, and
+            semicolons between steps.
         validation: pairs that choose the best epoch. Default: the last epoch is taken.
         tokens: how text is split, for both sides or for (source, target): ``"char"``,
             ``"space"`` or ``"word"``; see :class:`pyseq.text.Tokenizer`.
@@ -204,7 +218,8 @@ def train_labeler(arguments: TrainLabelerArguments) -> Labeler:
 
     Args:
         examples: text and labels of each line: for ``"tag"`` as many labels as tokens,
-            separated by spaces; for ``"classify"`` one, which may hold spaces.
+            separated by spaces; for ``"classify"`` one, which may hold spaces. For a model with
+            extra information followed by its numbers, as for :func:`train`.
         task: ``"tag"``, a label for each token, or ``"classify"``, one for the line.
         validation: lines that choose the best epoch. Default: the last epoch is taken.
         tokens: how text is split, ``"char"``, ``"space"`` or ``"word"``. Default: that of
@@ -232,9 +247,15 @@ def train_labeler(arguments: TrainLabelerArguments) -> Labeler:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     tokens = LABELER_TOKENS[task] if arguments.tokens is None else arguments.tokens
 
-    def tokenise(part: Sequence[tuple[str, str]], name: str) -> Data:
-        texts = [_text_pair(pair, line, name=name) for line, pair in enumerate(part, start=1)]
-        return Data(tokenise_labels(texts, task=task, tokens=tokens), name)
+    size = arguments.source_extra_size
+
+    def tokenise(part: Sequence[_AnyExample], name: str) -> Data:
+        texts = [
+            _text_pair(pair, line, name=name, extras=int(size is not None))
+            for line, pair in enumerate(part, start=1)
+        ]
+        pairs = tokenise_labels(texts, task=task, tokens=tokens, extra_size=size, name=name)
+        return Data(pairs, name)
 
     validation = arguments.validation
     trainer = start_labeler(
