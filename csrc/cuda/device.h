@@ -16,6 +16,7 @@
 #define PYSEQ_DEVICE inline
 #define PYSEQ_KERNEL(threads) void
 #define PYSEQ_UNROLL
+#define PYSEQ_UNROLL_BY_2
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -24,6 +25,7 @@
 // One block of a persistent kernel has a multiprocessor to itself.
 #define PYSEQ_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define PYSEQ_UNROLL _Pragma("unroll")
+#define PYSEQ_UNROLL_BY_2 _Pragma("unroll 2")
 #endif
 
 #include "../cells.h"

@@ -106,6 +106,7 @@ struct ScanBackward {
   A* row_apart;    // of that of a sum that stays apart (B, H),
   A* row_gain_c;   // of gain_c and bias_c (B, H)
   A* row_bias_c;
+  A* scratch;  // (B, (2*G + 2)*H), with norm: to work in
 };
 
 // ---- All steps in one launch -----------------------------------------------------------

@@ -89,7 +89,7 @@ struct PlainTile {
 
     A sum[kSide][kSide] = {};
     const int each = parts_of(shape.length, kStep), all = inside ? chunks(shape) : 0;
-#pragma unroll 2
+    PYSEQ_UNROLL_BY_2
     for (int chunk = slice; chunk < all; chunk += slices) {
       const int segment = chunk / each, k = (chunk - segment * each) * kStep;
       const S* const at = from + segment * segment_stride + k;
@@ -207,7 +207,7 @@ struct TensorTile {
 
     float sum[kRowTiles][kColumnTiles][4] = {};
     const int each = parts_of(shape.length, kStep), all = chunks(shape);
-#pragma unroll 2
+    PYSEQ_UNROLL_BY_2
     for (int chunk = slice; chunk < all; chunk += split.slices) {
       const int segment = chunk / each, k = (chunk - segment * each) * kStep + lane % 4 * 8;
       const S* const at = from + segment * segment_stride + k;
@@ -267,14 +267,14 @@ struct TileOf<double> {
 template <class S>
 using Tile = typename TileOf<S>::type;
 
-// Whether so many threads can make the product.
+// Whether so many threads can make the product, if there is one.
 template <class S>
 constexpr bool fits_threads(const TileShape& shape, int threads) {
-  return Tile<S>::split(shape, threads).slices > 0;
+  return shape.rows == 0 || Tile<S>::split(shape, threads).slices > 0;
 }
 
 template <class S>
-constexpr int64_t sum_bytes(const TileShape& shape, int threads) {
+PYSEQ_INLINE constexpr int64_t sum_bytes(const TileShape& shape, int threads) {
   return int64_t{Tile<S>::split(shape, threads).slices} * Tile<S>::padded_rows(shape) *
          sum_stride(shape) * static_cast<int>(sizeof(Accumulate<S>));
 }

@@ -71,7 +71,7 @@ S narrow(A value) {
 
 constexpr int kWarp = 32;
 constexpr int kResidentBlocks = 64;
-constexpr size_t kStack = 64 << 10;
+constexpr size_t kStack = 16 << 10;
 constexpr size_t kGuard = 64;  // bytes behind the shared memory
 constexpr unsigned char kGuardByte = 0xa5;
 
@@ -110,6 +110,9 @@ struct Device {
   std::vector<Fiber> fibers;
   std::vector<Block> blocks;
   std::vector<int> ready, polling;
+  // Kept from launch to launch. Not initialised: only pages that are used take memory.
+  std::unique_ptr<unsigned char[]> stacks;
+  size_t stack_count = 0;
   std::function<void()> kernel;
   ucontext_t scheduler;
   int current = -1;
@@ -299,9 +302,10 @@ inline int run_grid(int x, int y, int threads, int64_t shared, std::function<voi
     block.memory += (16 - reinterpret_cast<uintptr_t>(block.memory) % 16) % 16;
     std::memset(block.memory + size, kGuardByte, kGuard);
   }
-  // Not initialised: only pages that are used take memory.
-  const std::unique_ptr<unsigned char[]> stacks(
-      new unsigned char[static_cast<size_t>(count) * kStack]);
+  if (device.stack_count < static_cast<size_t>(count)) {
+    device.stack_count = static_cast<size_t>(count);
+    device.stacks.reset(new unsigned char[device.stack_count * kStack]);
+  }
   device.fibers = std::vector<Fiber>(static_cast<size_t>(count));
   device.ready.clear();
   device.polling.clear();
@@ -310,7 +314,7 @@ inline int run_grid(int x, int y, int threads, int64_t shared, std::function<voi
     fiber.block = i / threads;
     fiber.thread = i % threads;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks.get() + static_cast<size_t>(i) * kStack;
+    fiber.context.uc_stack.ss_sp = device.stacks.get() + static_cast<size_t>(i) * kStack;
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
