@@ -32,6 +32,9 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="tiny models on few pairs, to see that all of it runs"
     )
+    parser.add_argument(
+        "--no-training", action="store_true", help="write what is finished, and train nothing"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument(
         "--work",
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     every = parts(quick=options.quick)
     for name in names:
         print(f"{name}: {len(every[name].trials)} trials", flush=True)
-        every[name].run(archive)
+        every[name].run(archive, train=not options.no_training)
     out = options.out or (None if options.quick else _ROOT / "docs")
     # What was done earlier is shown too, so --only and where the files lie make no difference.
     command = PROGRAM + (" --quick" if options.quick else "")

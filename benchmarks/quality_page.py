@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +19,7 @@ from pyseq import g2p
 from .document import table
 from .machine import environment
 from .quality_chart import Curve, draw
-from .quality_parts import FALL, FULL, Part, Table
+from .quality_parts import FULL, LEAST_TRUTH, Part, Table
 from .tasks import DESCRIPTIONS
 from .trials import Archive, Result, write_text
 
@@ -34,8 +35,8 @@ below, sentences on what holds included, is worked out from the results by the c
 - Small models are trained for a fixed number of epochs, and the last epoch is what is measured:
   nothing was chosen by its test errors. Sizes and rates are the same for all rows of a table and
   favour none on purpose, which also means that none has got the settings that suit it best.
-- `seconds` is the processor time of one training, on one thread. Other work ran on the machine
-  meanwhile, so they are upper bounds.
+- `seconds` is the mean processor time of a training. It is more where other work runs on the same
+  machine, so it is there to tell minutes from hours; for speed see [benchmarks.md](benchmarks.md).
 - With two or three seeds, differences smaller than the brackets mean nothing.
 """
 
@@ -54,9 +55,20 @@ class Page:
         """Write quality.md, quality.json and, if there are curves, quality.svg."""
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "quality.md", self.text)
-        write_text(folder / "quality.json", json.dumps(self.numbers, indent=1) + "\n")
+        write_text(folder / "quality.json", _json(self.numbers))
         if self.curves:
             draw(self.curves, folder / "quality.svg")
+
+
+def _json(numbers: Mapping[str, object]) -> str:
+    """One line for each entry, and for each of those in a list."""
+    entries = []
+    for name, value in numbers.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        entries.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 @dataclass(frozen=True)
@@ -92,14 +104,18 @@ class Found:
 
     def compared(self, better: str, worse: str, measure: Measure, what: str) -> str:
         """Whether one variant is below another, over all and seed by seed, as a sentence."""
-        if better not in self.results or worse not in self.results:
+        results = [self.results.get(name, {}) for name in (better, worse)]
+        seeds = sorted(results[0].keys() & results[1].keys())
+        if not seeds:
             return f"{better} against {worse}: not finished."
-        seeds = sorted(self.results[better].keys() & self.results[worse].keys())
         wins = sum(
             measure(self.results[better][seed]) < measure(self.results[worse][seed])
             for seed in seeds
         )
-        low, high = self.mean(better, measure), self.mean(worse, measure)
+        low, high = (
+            statistics.mean(measure(self.results[name][seed]) for seed in seeds)
+            for name in (better, worse)
+        )
         if low < high:
             verdict = "holds" if wins == len(seeds) else "holds in the mean only"
         elif low == high:
@@ -122,10 +138,12 @@ def _error(kind: str, beam: int = 1) -> Measure:
 
 
 def _places(name: str) -> Measure:
-    """``"next_step"`` or ``"free_running"``: the mean over places of the target."""
+    """``"next_step"`` or ``"free_running"``: the share of all tokens of the targets."""
 
     def measure(result: Result) -> float:
-        return statistics.mean(result[name])
+        targets = result["targets"]
+        wrong = sum(share * count for share, count in zip(result[name], targets, strict=True))
+        return float(wrong / sum(targets))
 
     return measure
 
@@ -154,6 +172,14 @@ def _error_table(found: Found, first: str) -> str:
     )
 
 
+def wrapped(*paragraphs: str) -> str:
+    """Paragraphs in lines as long as those of the other pages."""
+    return "\n\n".join(
+        textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+        for text in paragraphs
+    )
+
+
 def _listed(sentences: Sequence[str]) -> str:
     return "\n".join(f"- {sentence[0].upper()}{sentence[1:]}" for sentence in sentences)
 
@@ -167,10 +193,10 @@ def _setting(made: Table) -> str:
         common = {k: v for k, v in options[0].items() if all(o.get(k) == v for o in options)}
         shown.append(", ".join(f"`{name}={value!r}`" for name, value in common.items()))
     seeds = ", ".join(map(str, made.seeds))
-    return (
-        f"{DESCRIPTIONS[made.task]}\n\nModel: {shown[0] or 'defaults'}. Training: "
-        f"{shown[1] or 'defaults'}. Else the defaults of `ModelOptions` and `TrainingOptions`. "
-        f"Seeds {seeds}."
+    return wrapped(
+        DESCRIPTIONS[made.task],
+        f"Model: {shown[0] or 'as below'}. Training: {shown[1] or 'as below'}. Else the defaults "
+        f"of `ModelOptions` and `TrainingOptions`. Seeds {seeds}.",
     )
 
 
@@ -256,7 +282,7 @@ def _kinds_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
     (made,) = part.tables
     found = Found.of(made, archive)
     text = (
-        "## Kinds of attention\n\nWhat they compute is in [attention.md](attention.md). "
+        "## Kinds of attention\n\nWhat they compute is in [attention.md](attention.md).\n\n"
         f"{_setting(made)}\n\n"
     )
     if not found.results:
@@ -268,13 +294,14 @@ def _kinds_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
         if name != best
         and min(found.values(name, _error("token"))) <= max(found.values(best, _error("token")))
     ]
-    return (
-        f"{text}{_error_table(found, 'attention')}\n\nFewest errors in tokens: {best}. "
-        f"Its brackets meet those of {', '.join(within) or 'no other'}.\n\n"
-        "A window over t fits words, since letter and phoneme number t stand near each other; "
-        "where the order of source and target differs it would not. The score location does not "
-        "look at what it weighs at all.\n"
-    ), []
+    conclusion = wrapped(
+        f"Fewest errors in tokens: {best}. Its brackets meet those of "
+        f"{'; '.join(within) or 'no other'}.",
+        "A window about step t suits words, whose letters and phonemes number t stand near each "
+        "other; where source and target differ in order it would not. The score location does not "
+        "look at what it weighs at all.",
+    )
+    return f"{text}{_error_table(found, 'attention')}\n\n{conclusion}\n", []
 
 
 _FORCED = "teacher forcing"
@@ -283,12 +310,15 @@ _FORCED = "teacher forcing"
 def _sampling_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
     texts = [
         "## Scheduled sampling\n",
-        "`next step` is the share of wrong tokens where the decoder reads the truth, "
-        "`running free` where it reads its own likeliest tokens; both are means over the places "
-        "of the target, against the first right answer, without realignment: one token too many "
-        "makes all that follow wrong. The gap between them is what scheduled sampling is for "
-        "(Bengio et al. 2015). The probability of the truth falls by "
-        f"`{FALL}`; see [training.md](training.md).\n",
+        wrapped(
+            "`next step` is the share of wrong tokens where the decoder reads the truth, `running "
+            "free` where it reads its own likeliest tokens; both are compared with the first right "
+            "answer place by place, so that one token too many makes all that follow wrong. The "
+            "gap between them is what scheduled sampling is for (Bengio et al. 2015). The "
+            f"probability of the truth falls linearly from 1 to {LEAST_TRUTH} at the end of the "
+            "training, see [training.md](training.md)."
+        )
+        + "\n",
     ]
     for made in part.tables:
         found = Found.of(made, archive)
@@ -311,12 +341,19 @@ def _sampling_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
         header = ("reads", "next step", "running free", "gap", "tokens", "lines", "seconds")
         texts.append(f"{table(header, rows)}\n")
         sampled = [name for name in made.variants if name != _FORCED]
-        sentences = [found.compared(name, _FORCED, _gap, "gap") for name in sampled]
-        sentences += [found.compared(name, _FORCED, _error("token"), "tokens") for name in sampled]
+        measures = (
+            (_gap, "gap"),
+            (_places("free_running"), "running free"),
+            (_error("token"), "tokens"),
+        )
+        sentences = [
+            found.compared(name, _FORCED, measure, what)
+            for measure, what in measures
+            for name in sampled
+        ]
         for how in ("likeliest", "drawn"):
-            coins = [f"coin per {what}, {how}" for what in ("token", "sequence")]
-            for measure, what in ((_gap, "gap"), (_error("token"), "tokens")):
-                sentences.append(found.compared(coins[0], coins[1], measure, what))
+            coins = (f"coin per token, {how}", f"coin per sequence, {how}")
+            sentences += [found.compared(*coins, measure, what) for measure, what in measures]
         texts.append(f"{_listed(sentences)}\n")
     return "\n".join(texts), []
 
@@ -325,12 +362,22 @@ def _sampling_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
 _GOALS = (0.26, 0.24)
 
 
+def _goal_text(name: str, values: Sequence[float], goal: float) -> str:
+    if not values:
+        return f"{name}: not finished."
+    mean = statistics.mean(values)
+    of = f" in the mean of {len(values)} seeds" if len(values) > 1 else ""
+    return f"{name}: WER {mean:.2%}{of}, goal {goal:.0%}: " + (
+        "reached." if mean <= goal else "**missed**."
+    )
+
+
 def _full_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
     (made,) = part.tables
     found = Found.of(made, archive)
     text = (
         "## The pronouncing dictionary, in full\n\n"
-        f"{_setting(made)} The epoch that gets most validation words right is measured.\n\n"
+        f"{_setting(made)}\n\nThe epoch that gets most validation words right is measured.\n\n"
     )
     if not found.results:
         return f"{text}Not done.\n", []
@@ -351,10 +398,11 @@ def _full_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
                 )
             )
             best["single"].append(result["errors"][str(beams[-1])]["line"])
-        together = [archive.find_together(made.trials(name), beam) for beam in beams]
-        if all(one is not None for one in together):
-            errors = {str(b): one["errors"] for b, one in zip(beams, together, strict=True) if one}
-            rows.append((f"ensemble of {len(made.seeds)}", *rates(errors), ""))
+        team = part.teams(archive).get(name, [])
+        together = {str(beam): archive.find_together(team, beam) for beam in beams}
+        errors = {beam: one["errors"] for beam, one in together.items() if one is not None}
+        if len(errors) == len(beams):
+            rows.append((f"ensemble of {len(team)}", *rates(errors), ""))
             best["ensemble"].append(errors[str(beams[-1])]["line"])
     some = next(iter(next(iter(found.results.values())).values()))
     header = tuple(
@@ -368,20 +416,23 @@ def _full_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
         f"{tested:,} words to be tested on.\n\n{table(('model', *header, 'minutes'), rows)}\n"
     )
     if made is FULL:
+        if list(made.variants.values()) != [(g2p.MODEL, g2p.TRAINING)]:
+            note = (
+                "These are not the settings of `pyseq train --task g2p`, which trains for "
+                f"{g2p.TRAINING['epochs']} epochs; the README has its figures."
+            )
+            text += f"\n{wrapped(note)}\n"
         goals = [
-            f"{name}, beam {beams[-1]}: {statistics.mean(values):.2%} "
-            + ("in the mean of its seeds" if len(values) > 1 else "")
-            + f", goal {goal:.0%}: "
-            + ("reached." if statistics.mean(values) <= goal else "**missed**.")
-            if values
-            else f"{name}: not finished."
+            _goal_text(f"{name}, beam {beams[-1]}", values, goal)
             for (name, values), goal in zip(best.items(), _GOALS, strict=True)
         ]
         text += (
-            f"\n{_listed([goal.replace(' ,', ',') for goal in goals])}\n\nPublished figures for "
-            "attention models on this dictionary, on other splits: 21.7 % single, 20.2 % as an "
-            "ensemble of five (Toshniwal and Livescu 2016, arXiv 1610.06540), after far longer "
-            "training.\n"
+            f"\n{_listed(goals)}\n\n"
+            + wrapped(
+                "Published figures for attention models on this dictionary, on other splits: WER "
+                "21.7% single, 20.2% as an ensemble (Toshniwal and Livescu 2016, arXiv 1610.06540)."
+            )
+            + "\n"
         )
     return text, []
 
@@ -400,12 +451,19 @@ def compose(parts: Mapping[str, Part], archive: Archive, command: str, *, thread
     del facts["onnxruntime"], facts["load"]
     facts["threads"] = threads
     texts, curves = [], []
-    results: list[object] = []
+    results: list[Result] = []
     for name, part in parts.items():
         text, drawn = _SECTIONS[name](part, archive)
         texts.append(text)
         curves += drawn
         results += _results(name, part, archive)
+    finished = {
+        trial.fingerprint: result["train_seconds"]
+        for part in parts.values()
+        for trial in part.trials
+        if (result := archive.find(trial)) is not None
+    }
+    facts["models"] = f"{len(finished)}, trained in {sum(finished.values()) / 60:.0f} minutes"
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     text = f"# Quality\n\nWritten by `{command}`.\n\n{_INTRODUCTION}\n{listed}\n\n" + "\n".join(
         texts
@@ -420,9 +478,9 @@ def compose(parts: Mapping[str, Part], archive: Archive, command: str, *, thread
     return Page(text, numbers, curves)
 
 
-def _results(name: str, part: Part, archive: Archive) -> list[object]:
+def _results(name: str, part: Part, archive: Archive) -> list[Result]:
     """All that is known of a part, variant by variant."""
-    found: list[object] = []
+    found: list[Result] = []
     for made in part.tables:
         for variant in made.variants:
             trials = made.trials(variant)
@@ -430,8 +488,9 @@ def _results(name: str, part: Part, archive: Archive) -> list[object]:
                 result = archive.find(trial)
                 if result is not None:
                     found.append({"part": name, "variant": variant, **result})
+            team = part.teams(archive).get(variant, [])
             for beam in part.ensemble_beams:
-                together = archive.find_together(trials, beam)
+                together = archive.find_together(team, beam)
                 if together is not None:
                     found.append({"part": name, "variant": variant, **together})
     return found

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pyseq import checkpoint, training
 from pyseq.metrics import error_rates
 from pyseq.scheduled import parse
@@ -236,14 +234,18 @@ def test_errors(translator: Translator, task: Task, beam: int) -> Result:
 def exposure(translator: Translator, task: Task) -> Result:
     """Share of wrong tokens at each place of the test targets, reading the truth or itself.
 
-    Of a line with several references, against the first.
+    Of a line with several references, against the first. ``targets`` counts the tokens that are
+    at each place, <stop> included.
     """
     pairs = task.test_pairs()
     examples = translator.encode(pairs, name="test")
-    torch.manual_seed(0)  # the choice is the likeliest token: nothing is drawn, but coins are
+    lengths = [len(pair.target) + 1 for pair in pairs]
     return {
-        name: training.errors_by_position(
-            translator.model, examples, batch_size=256, free_running=free
-        )
-        for name, free in (("next_step", False), ("free_running", True))
+        "targets": [sum(length > place for length in lengths) for place in range(max(lengths))],
+        **{
+            name: training.errors_by_position(
+                translator.model, examples, batch_size=256, free_running=free
+            )
+            for name, free in (("next_step", False), ("free_running", True))
+        },
     }

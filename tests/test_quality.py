@@ -55,7 +55,7 @@ def test_quick_run_writes_every_part_and_does_nothing_twice(
 def test_parts_not_done_are_said_to_be_missing(tmp_path: Path) -> None:
     archive = Archive(tmp_path, log=silent)
     page = quality_page.compose(quality_parts.parts(), archive, "command", threads=1)
-    assert page.text.count("Not done.") == 5  # a table each, attention has two
+    assert page.text.count("Not done.") == 6  # one for each table
     assert page.numbers["results"] == []
     assert page.curves == []
 
@@ -154,7 +154,7 @@ def test_missed_and_reached_goals_are_told(tmp_path: Path) -> None:
         record = trials.fingerprint(trials._together(made.trials(name), beam))
         trials.write_text(tmp_path / f"{record}.json", json.dumps({"errors": errors(0.23)}))
     text = quality_page.compose({"g2p": Part((made,), beams)}, archive, "command", threads=1).text
-    assert "27.00% in the mean of its seeds, goal 26%: **missed**." in text
+    assert "27.00% in the mean of 3 seeds, goal 26%: **missed**." in text
     assert "23.00%, goal 24%: reached." in text
 
 
@@ -167,6 +167,23 @@ def test_variants_of_a_table_differ_in_nothing_but_what_they_are_about() -> None
                 assert len({row.fingerprint for row in rows}) == len(rows)
                 assert len({row.options().epochs for row in rows}) == 1
                 assert len({row.options().learning_rate for row in rows}) == 1
+
+
+def test_without_training_finished_trials_are_an_ensemble(
+    tmp_path: Path, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_threads(1)
+    archive = Archive(tmp_path, log=silent)
+    part = quality_parts.parts(quick=True)["g2p"]
+    part.run(archive, train=False)
+    assert part.teams(archive) == {}
+    for trial in part.trials:
+        archive.run(trial)
+    monkeypatch.setattr(trials.training, "start", None)
+    part.run(archive, train=False)
+    (team,) = part.teams(archive).values()
+    assert team == part.trials
+    assert all(archive.find_together(team, beam) for beam in part.ensemble_beams)
 
 
 def test_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
