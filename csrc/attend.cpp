@@ -14,7 +14,8 @@ struct AttendShape {
 
 AttendShape check_attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
                          const OptionalTensor& weight_v, bool additive,
-                         const OptionalTensor& positions, int64_t window, int64_t heads) {
+                         const OptionalTensor& positions, int64_t window, int64_t heads,
+                         const OptionalTensor& step) {
   check_floating(query, "query");
   check_dim(query, "query", 3, "(T, B, A)");
   const int64_t steps = query.size(0), batch = query.size(1);
@@ -25,6 +26,10 @@ AttendShape check_attend(const Tensor& query, const Tensor& keys, const Tensor& 
   TORCH_CHECK_VALUE(!positions.has_value() || window > 0,
                     "positions must come with a window around them, got none");
   check_tensor(positions, "positions", "(T, B)", {steps, batch}, query, "query");
+  TORCH_CHECK_VALUE(!step.has_value() || (window > 0 && !positions.has_value()),
+                    "step goes with a window without positions, got ",
+                    window > 0 ? "positions" : "no window");
+  check_step(step, batch, query, "query");
   return {steps, batch, memory.size(0), keys.size(2), memory.size(2), heads, window};
 }
 
@@ -32,7 +37,7 @@ template <class T>
 cpu::Attend<T> attend_arguments(const AttendShape& shape, bool additive, const Tensor& query,
                                 const Tensor& keys, const Tensor& memory, const OptionalTensor& v,
                                 const OptionalTensor& lengths, const OptionalTensor& positions,
-                                const Tensor& attn, T* context) {
+                                const OptionalTensor& step, const Tensor& attn, T* context) {
   return {
       .additive = additive,
       .steps = shape.steps,
@@ -49,6 +54,7 @@ cpu::Attend<T> attend_arguments(const AttendShape& shape, bool additive, const T
       .lengths = data<int64_t>(lengths),
       .window = shape.window,
       .centers = data<T>(positions),
+      .step = data<int64_t>(step),
       .attn = attn.data_ptr<T>(),
       .context = context,
   };
@@ -59,13 +65,14 @@ cpu::Attend<T> attend_arguments(const AttendShape& shape, bool additive, const T
 std::tuple<Tensor, Tensor> attend(const Tensor& query_in, const Tensor& keys_in,
                                   const Tensor& memory_in, const OptionalTensor& weight_v,
                                   const OptionalTensor& lengths_in, std::string_view score,
-                                  const OptionalTensor& positions_in, int64_t window,
-                                  int64_t heads) {
+                                  const OptionalTensor& positions_in, int64_t window, int64_t heads,
+                                  const OptionalTensor& step_in) {
   const bool additive = is_additive(score);
-  const AttendShape shape =
-      check_attend(query_in, keys_in, memory_in, weight_v, additive, positions_in, window, heads);
+  const AttendShape shape = check_attend(query_in, keys_in, memory_in, weight_v, additive,
+                                         positions_in, window, heads, step_in);
   const OptionalTensor lengths = check_lengths(lengths_in, shape.batch, shape.source, "S");
-  const OptionalTensor v = contiguous(weight_v), positions = contiguous(positions_in);
+  const OptionalTensor v = contiguous(weight_v), positions = contiguous(positions_in),
+                       step = contiguous(step_in);
   const Tensor query = query_in.contiguous(), keys = rows_first(keys_in, heads),
                memory = rows_first(memory_in, heads);
   const Tensor attn = fresh(attn_sizes(shape.steps, shape.batch, heads, shape.source), query);
@@ -73,7 +80,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query_in, const Tensor& keys_in,
   AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "attend", [&] {
     cpu::kernels<scalar_t>().attend_forward(
         attend_arguments<scalar_t>(shape, additive, query, keys, memory, v, lengths, positions,
-                                   attn, context.data_ptr<scalar_t>()));
+                                   step, attn, context.data_ptr<scalar_t>()));
   });
   return {context, attn};
 }
@@ -82,10 +89,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
     const OptionalTensor& d_context_in, const OptionalTensor& d_attn_in, const Tensor& query_in,
     const Tensor& keys_in, const Tensor& memory_in, const OptionalTensor& weight_v,
     const OptionalTensor& lengths_in, const Tensor& attn_in, std::string_view score,
-    const OptionalTensor& positions_in, int64_t window, int64_t heads) {
+    const OptionalTensor& positions_in, int64_t window, int64_t heads,
+    const OptionalTensor& step_in) {
   const bool additive = is_additive(score);
-  const AttendShape shape =
-      check_attend(query_in, keys_in, memory_in, weight_v, additive, positions_in, window, heads);
+  const AttendShape shape = check_attend(query_in, keys_in, memory_in, weight_v, additive,
+                                         positions_in, window, heads, step_in);
   const auto [T_, B, S, A, M, N, D] = shape;
   const std::vector<int64_t> sizes = attn_sizes(T_, B, N, S);
   const Tensor attn = check_saved(attn_in, "attn", sizes, query_in);
@@ -94,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
                "query");
   const OptionalTensor lengths = check_lengths(lengths_in, B, S, "S");
   const OptionalTensor v = contiguous(weight_v), d_attn = contiguous(d_attn_in),
-                       positions = contiguous(positions_in);
+                       positions = contiguous(positions_in), step = contiguous(step_in);
   const Tensor query = query_in.contiguous(), keys = rows_first(keys_in, N),
                memory = rows_first(memory_in, N);
   const Tensor d_context = d_context_in.has_value() ? d_context_in->contiguous()
@@ -112,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
   AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "attend_backward", [&] {
     cpu::kernels<scalar_t>().attend_backward({
         .forward = attend_arguments<scalar_t>(shape, additive, query, keys, memory, v, lengths,
-                                              positions, attn, nullptr),
+                                              positions, step, attn, nullptr),
         .d_context = d_context.const_data_ptr<scalar_t>(),
         .d_attn = data<scalar_t>(d_attn),
         .d_scores = d_scores.data_ptr<scalar_t>(),

@@ -310,13 +310,14 @@ struct Attend : Function<Attend> {
   static variable_list forward(AutogradContext* context, const Tensor& query, const Tensor& keys,
                                const Tensor& memory, const OptionalTensor& weight_v,
                                const OptionalTensor& lengths, std::string score,
-                               const OptionalTensor& positions, int64_t window, int64_t heads) {
+                               const OptionalTensor& positions, int64_t window, int64_t heads,
+                               const OptionalTensor& step) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::attend>("pyseq::attend");
     const auto [attended, attn] =
-        op.call(query, keys, memory, weight_v, lengths, score, positions, window, heads);
+        op.call(query, keys, memory, weight_v, lengths, score, positions, window, heads, step);
     context->save_for_backward({query, keys, memory, or_undefined(weight_v), or_undefined(lengths),
-                                attn, or_undefined(positions)});
+                                attn, or_undefined(positions), or_undefined(step)});
     auto& options = context->saved_data;
     options["score"] = score;
     options["window"] = window;
@@ -328,15 +329,16 @@ struct Attend : Function<Attend> {
   static variable_list backward(AutogradContext* context, variable_list d) {
     const variable_list saved = context->get_saved_variables();
     auto& options = context->saved_data;
-    const OptionalTensor weight_v = given(saved[3]), positions = given(saved[6]);
-    variable_list result(9);
+    const OptionalTensor weight_v = given(saved[3]), positions = given(saved[6]),
+                         step = given(saved[7]);
+    variable_list result(10);
     {
       const at::NoGradGuard constant;
       static const auto op = find_operator<&attend_backward>("pyseq::attend_backward");
       const auto [d_query, d_keys, d_memory, d_weight_v, d_positions] =
           op.call(given(d[0]), given(d[1]), saved[0], saved[1], saved[2], weight_v, given(saved[4]),
                   saved[5], options["score"].toStringView(), positions, options["window"].toInt(),
-                  options["heads"].toInt());
+                  options["heads"].toInt(), step);
       result[0] = d_query;
       result[1] = d_keys;
       result[2] = d_memory;
@@ -344,9 +346,9 @@ struct Attend : Function<Attend> {
       result[6] = if_given(positions.has_value(), d_positions);
     }
     return differentiable("attend", std::move(result), d, [&] {
-      return torch::jit::Stack{saved[0],  saved[1],          saved[2],
-                               weight_v,  given(saved[4]),   options["score"],
-                               positions, options["window"], options["heads"]};
+      return torch::jit::Stack{
+          saved[0],         saved[1],  saved[2],          weight_v,         given(saved[4]),
+          options["score"], positions, options["window"], options["heads"], step};
     });
   }
 };
@@ -625,19 +627,20 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
                                   const OptionalTensor& weight_v, const OptionalTensor& lengths,
                                   std::string_view score, const OptionalTensor& positions,
-                                  int64_t window, int64_t heads) {
+                                  int64_t window, int64_t heads, const OptionalTensor& step) {
   const OptionalTensor query_(query), keys_(keys), memory_(memory);
   if (!needs_grad("attend", {&query_, &keys_, &memory_, &weight_v, &positions})) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::attend>("pyseq::attend");
-    return op.call(query, keys, memory, weight_v, lengths, score, positions, window, heads);
+    return op.call(query, keys, memory, weight_v, lengths, score, positions, window, heads, step);
   }
   if (is_transformed()) {
     static const auto reference = find_operator<&pyseq::attend>("pyseq::attend_reference");
-    return reference.call(query, keys, memory, weight_v, lengths, score, positions, window, heads);
+    return reference.call(query, keys, memory, weight_v, lengths, score, positions, window, heads,
+                          step);
   }
   const variable_list result = Attend::apply(query, keys, memory, weight_v, lengths,
-                                             std::string(score), positions, window, heads);
+                                             std::string(score), positions, window, heads, step);
   return {result[0], result[1]};
 }
 

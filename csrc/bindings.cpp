@@ -9,6 +9,7 @@
 #include "autocast.h"
 #include "autograd.h"
 #include "build_info.h"
+#include "check.h"
 #include "cpu/kernels.h"
 #include "cuda_plan.h"
 #include "dispatcher.h"
@@ -60,12 +61,12 @@ TORCH_LIBRARY(pyseq, m) {
       "Tensor d_w_ch, Tensor[] d_extras)");
   m.def(
       "attend(Tensor query, Tensor keys, Tensor memory, Tensor? weight_v, Tensor? lengths, "
-      "str score, Tensor? positions=None, int window=0, int heads=1) -> "
+      "str score, Tensor? positions=None, int window=0, int heads=1, Tensor? step=None) -> "
       "(Tensor context, Tensor attn)");
   m.def(
       "attend_backward(Tensor? d_context, Tensor? d_attn, Tensor query, Tensor keys, "
       "Tensor memory, Tensor? weight_v, Tensor? lengths, Tensor attn, str score, "
-      "Tensor? positions=None, int window=0, int heads=1) -> "
+      "Tensor? positions=None, int window=0, int heads=1, Tensor? step=None) -> "
       "(Tensor d_query, Tensor d_keys, Tensor d_memory, Tensor d_weight_v, Tensor d_positions)");
   m.def(
       "decode(Tensor x, Tensor[] layers, Tensor keys, Tensor memory, Tensor combine, "
@@ -230,11 +231,28 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("reset_c") = pybind11::none(), pybind11::arg("gain_ih") = pybind11::none(),
         pybind11::arg("gain_hh") = pybind11::none(), pybind11::arg("gain_c") = pybind11::none(),
         pybind11::arg("bias_c") = pybind11::none(), without_gil, "torch.ops.pyseq.scan");
+  m.def(
+      "step",
+      [op = pyseq::find_operator<&pyseq::scan>("pyseq::scan")](
+          const pyseq::Tensor& x, const pyseq::Tensor& w_ih, const pyseq::Tensor& w_hh,
+          const pyseq::OptionalTensor& b_ih, const pyseq::OptionalTensor& b_hh,
+          const pyseq::OptionalTensor& h, const pyseq::OptionalTensor& c, std::string_view cell,
+          const pyseq::OptionalTensor& w_ch) {
+        TORCH_CHECK(x.dim() == 2, "x must be (B, I), got ", pyseq::shape_text(x.sizes()));
+        const pyseq::OptionalTensor none;
+        const auto [y, h_n, c_n, c_steps] =
+            op.call(x.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, none, h, c, none, none, cell, false, 1,
+                    false, w_ch, none, none, none, none, none, none, none, none, none);
+        return std::pair(h_n, c_n);
+      },
+      pybind11::arg("x"), pybind11::arg("w_ih"), pybind11::arg("w_hh"), pybind11::arg("b_ih"),
+      pybind11::arg("b_hh"), pybind11::arg("h"), pybind11::arg("c"), pybind11::arg("cell"),
+      pybind11::arg("w_ch"), without_gil, "torch.ops.pyseq.scan of one step, without its T.");
   m.def("attend", Bound<&pyseq::attend>::to("pyseq::attend"), pybind11::arg("query"),
         pybind11::arg("keys"), pybind11::arg("memory"), pybind11::arg("weight_v"),
         pybind11::arg("lengths"), pybind11::arg("score"), pybind11::arg("positions") = std::nullopt,
-        pybind11::arg("window") = 0, pybind11::arg("heads") = 1, without_gil,
-        "torch.ops.pyseq.attend");
+        pybind11::arg("window") = 0, pybind11::arg("heads") = 1,
+        pybind11::arg("step") = std::nullopt, without_gil, "torch.ops.pyseq.attend");
   using pybind11::arg;
   m.def("decode", Bound<&pyseq::decode>::to("pyseq::decode"), arg("x"), arg("layers"), arg("keys"),
         arg("memory"), arg("combine"), arg("weight_query"), arg("weight_v"), arg("h_0"), arg("c_0"),

@@ -79,13 +79,7 @@ void check_attending(const Attending& how, DecodeShape& shape, bool input_feedin
                  "x");
     check_tensor(how.past, "past", "(B, N, S)", {shape.batch, shape.heads, shape.source}, x, "x");
   }
-  if (how.step.has_value()) {
-    TORCH_CHECK(how.step->scalar_type() == at::kLong && how.step->sizes().equals({shape.batch}),
-                "step must be int64 (B,) = (", shape.batch, ",), got ", how.step->scalar_type(),
-                " ", shape_text(how.step->sizes()));
-    TORCH_CHECK(how.step->device() == x.device(), "step must be on the device of x, ", x.device(),
-                ", got ", how.step->device());
-  }
+  check_step(how.step, shape.batch, x, "x");
 }
 
 DecodeShape check_decode(const Tensor& x, at::TensorList layers, const Tensor& keys,

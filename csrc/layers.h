@@ -124,6 +124,17 @@ inline void check_window(int64_t window) {
   TORCH_CHECK_VALUE(window >= 0, "window must be at least 1 position, or 0 for none, got ", window);
 }
 
+// How many steps of a loop each row has behind it.
+inline void check_step(const OptionalTensor& step, int64_t batch, const Tensor& like,
+                       const char* like_name) {
+  if (!step.has_value()) return;
+  TORCH_CHECK(step->scalar_type() == at::kLong && step->sizes().equals({batch}),
+              "step must be int64 (B,) = (", batch, ",), got ", step->scalar_type(), " ",
+              shape_text(step->sizes()));
+  TORCH_CHECK(step->device() == like.device(), "step must be on the device of ", like_name, ", ",
+              like.device(), ", got ", step->device());
+}
+
 // Both biases as the kernels want them: `sum` for the sums that input and recurrent part
 // share, `apart` for the recurrent part that stays apart (the GRU's candidate).
 struct Bias {

@@ -101,14 +101,14 @@ ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
                                   const OptionalTensor& weight_v, const OptionalTensor& lengths,
                                   std::string_view score, const OptionalTensor& positions,
-                                  int64_t window, int64_t heads);
+                                  int64_t window, int64_t heads, const OptionalTensor& step);
 
 // (d_query, d_keys, d_memory, d_weight_v, d_positions)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
     const OptionalTensor& d_context, const OptionalTensor& d_attn, const Tensor& query,
     const Tensor& keys, const Tensor& memory, const OptionalTensor& weight_v,
     const OptionalTensor& lengths, const Tensor& attn, std::string_view score,
-    const OptionalTensor& positions, int64_t window, int64_t heads);
+    const OptionalTensor& positions, int64_t window, int64_t heads, const OptionalTensor& step);
 
 // (output, attn, h_n, c_n, feed_n, past_n): the last but one where the context is fed, the last
 // where past weights enter the score.

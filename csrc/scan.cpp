@@ -109,9 +109,6 @@ ScanExtras check_extras(const ScanExtraList& list, const ScanShape& shape, const
                     "reset_c goes with a cell that has a c, got ", name);
   TORCH_CHECK_VALUE(!extras.zoneout_c.has_value() || cell.states == 1,
                     "zoneout_c goes with cell lstm, got ", name);
-  TORCH_CHECK_VALUE(!extras.h_mask.has_value() || (cell.recurrent && !cell.gates_state),
-                    "h_mask goes with a cell that multiplies the whole state with a matrix, got ",
-                    name);
   const bool plain =
       cell.recurrent && cell.unit_weights == 0 && !cell.gates_state && !cell.has_heads;
   TORCH_CHECK_VALUE(!extras.normalises() || plain,
@@ -202,9 +199,16 @@ Tensor by_head(const Tensor& w_hh, const CellShape& cell, int64_t heads) {
   return w_hh.reshape({cell.gates, heads, size, size}).transpose(0, 1);
 }
 
-// The weights of the units themselves, (U*H,).
-OptionalTensor own_weights(const CellShape& cell, const Tensor& w_hh, const OptionalTensor& w_ch) {
-  return cell.recurrent ? contiguous(w_ch) : OptionalTensor(w_hh);
+// Whether h_mask scales each row's own weights, of a cell without a recurrent product.
+bool masks_own(const CellShape& cell, const ScanExtras& extras) {
+  return !cell.recurrent && extras.h_mask.has_value();
+}
+
+// The weights of the units themselves, (U*H,), or (B, H) of each row.
+OptionalTensor own_weights(const CellShape& cell, const Tensor& w_hh, const OptionalTensor& w_ch,
+                           const ScanExtras& extras) {
+  if (cell.recurrent) return contiguous(w_ch);
+  return masks_own(cell, extras) ? w_hh * *extras.h_mask : w_hh;
 }
 
 }  // namespace
@@ -223,7 +227,7 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
   const Tensor w_hh_rows = by_head(w_hh, cell, heads).contiguous();
-  const OptionalTensor unit_weights = own_weights(cell, w_hh_rows, w_ch);
+  const OptionalTensor unit_weights = own_weights(cell, w_hh_rows, w_ch, extras);
   const Bias bias = fold_bias(b_ih, b_hh, cell, H);
 
   if (save) check_differentiable(w_hh);
@@ -257,10 +261,9 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const Tensor cells =
       cell.has_cell ? first_state(c_0, x, slots, first, B, cell.states * H, cleared, extras.reset_c)
                     : nothing(x);
-  const Tensor masked = extras.h_mask.has_value() ? fresh({2, B, P}, x) : Tensor();
-  if (extras.h_mask.has_value()) {
-    masked.select(0, 0).copy_(states.select(0, first) * *extras.h_mask);
-  }
+  const bool masks = cell.recurrent && extras.h_mask.has_value();
+  const Tensor masked = masks ? fresh({2, B, P}, x) : Tensor();
+  if (masks) masked.select(0, 0).copy_(states.select(0, first) * *extras.h_mask);
   const Tensor apart = save && cell.has_apart ? fresh({T_, B, H}, x) : nothing(x);
   const bool has_inner = projects || cell.gates_state;
   const Tensor inner = has_inner ? fresh({save ? T_ : 1, B, H}, x) : nothing(x);
@@ -297,9 +300,10 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
         .y = y.data_ptr<scalar_t>(),
         .c_steps = data_or_null<scalar_t>(c_steps, keeps_c),
         .unit_weights = data<scalar_t>(unit_weights),
+        .unit_weights_stride = masks_own(cell, extras) ? H : 0,
         .heads = heads,
-        .h_mask = data<scalar_t>(extras.h_mask),
-        .masked = data_or_null<scalar_t>(masked, extras.h_mask.has_value()),
+        .h_mask = masks ? data<scalar_t>(extras.h_mask) : nullptr,
+        .masked = data_or_null<scalar_t>(masked, masks),
         .zoneout_h = strided<scalar_t>(extras.zoneout_h),
         .zoneout_c = strided<scalar_t>(extras.zoneout_c),
         .reset_h = strided<scalar_t>(extras.reset_h),
@@ -380,7 +384,7 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
   const OptionalTensor lengths = check_lengths(lengths_in, B, T_, "T");
   const OptionalTensor resets = contiguous(resets_in), w_hr = contiguous(w_hr_in);
   const Tensor w_hh_rows = by_head(w_hh, cell, heads).contiguous();
-  const OptionalTensor unit_weights = own_weights(cell, w_hh_rows, w_ch);
+  const OptionalTensor unit_weights = own_weights(cell, w_hh_rows, w_ch, extras);
   const int64_t rows = cell.gates * H, cell_size = cell.states * H;
   const std::vector<int64_t> none{0}, steps_hidden{T_, B, H}, slots_cells{T_ + 1, B, cell_size};
   const Tensor gates = check_saved(gates_in, "gates", {T_, B, rows}, x);
@@ -462,9 +466,10 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
         .d_b_hh = d_b_hh.data_ptr<scalar_t>(),
         .d_c_steps = data<scalar_t>(d_c_steps),
         .unit_weights = data<scalar_t>(unit_weights),
+        .unit_weights_stride = masks_own(cell, extras) ? H : 0,
         .d_unit_weights = data_or_null<scalar_t>(d_own, has_own),
         .heads = heads,
-        .h_mask = data<scalar_t>(extras.h_mask),
+        .h_mask = cell.recurrent ? data<scalar_t>(extras.h_mask) : nullptr,
         .zoneout_h = strided<scalar_t>(extras.zoneout_h),
         .zoneout_c = strided<scalar_t>(extras.zoneout_c),
         .d_reset_h = data_or_null<scalar_t>(d_reset_h, extras.reset_h.has_value()),
@@ -480,6 +485,7 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
     const int64_t size = P / heads;
     d_w_hh = d_w_hh.view({heads, cell.gates, size, size}).transpose(0, 1).reshape({rows, size});
   }
+  if (masks_own(cell, extras)) d_own.mul_(*extras.h_mask);
   Tensor d_w_ch = has_own ? d_own.sum(0) : nothing(x);
   if (!cell.recurrent) {
     std::swap(d_w_hh, d_w_ch);

@@ -31,6 +31,19 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``torch.ops.pyseq.scan``: y, h_n, c_n, c_steps."""
 
+def step(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h: Tensor | None,
+    c: Tensor | None,
+    cell: str,
+    w_ch: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.pyseq.scan`` of one step, x (B, I) without its T: h_n, c_n."""
+
 def attend(
     query: Tensor,
     keys: Tensor,
@@ -41,6 +54,7 @@ def attend(
     positions: Tensor | None = None,
     window: int = 0,
     heads: int = 1,
+    step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``torch.ops.pyseq.attend``: context, weights."""
 

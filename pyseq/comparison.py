@@ -23,6 +23,7 @@ def reference_operators() -> Iterator[None]:
     names = (
         "scan",
         "scan_both",
+        "step",
         "attend",
         "decode",
         "generate",

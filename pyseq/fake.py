@@ -302,6 +302,7 @@ def _attend(
     positions: Tensor | None = None,
     window: int = 0,
     heads: int = 1,
+    step: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = query.shape
     source, _, size = memory.shape
@@ -325,6 +326,7 @@ def _attend_backward(
     positions: Tensor | None = None,
     window: int = 0,
     heads: int = 1,
+    step: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return (
         query.new_empty(query.shape),

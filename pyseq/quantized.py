@@ -13,7 +13,19 @@ from typing import TypeVar
 import torch
 
 from ._packed import QUANTIZED, QuantizedName, is_quantized, pack
-from .nn import GRU, LSTM, RNN, AttentionDecoder, GRUCell, LSTMCell, RNNCell
+from .nn import (
+    GRU,
+    LSTM,
+    RNN,
+    SLSTM,
+    AttentionDecoder,
+    GRUCell,
+    IndRNN,
+    IndRNNCell,
+    LSTMCell,
+    RNNCell,
+    SLSTMCell,
+)
 from .types import GATES
 
 __all__ = ["quantize"]
@@ -22,6 +34,8 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 #: Modules whose layers are scans.
 _SCANS = (RNN, GRU, LSTM, RNNCell, GRUCell, LSTMCell)
+#: Those among them whose recurrent weights are no matrix, or one for each head.
+_NOT_QUANTIZED = (IndRNN, SLSTM, IndRNNCell, SLSTMCell)
 
 
 def quantize(module: M, weights: QuantizedName = "int8") -> M:
@@ -46,8 +60,8 @@ def quantize(module: M, weights: QuantizedName = "int8") -> M:
 
     Raises:
         ValueError: ``weights`` is unknown; there is no such layer in ``module``; a layer is
-            quantized already or parametrised, or a GRU with ``reset_after=False``; a weight is not
-            finite.
+            quantized already or parametrised, an IndRNN, an SLSTM, or a GRU with
+            ``reset_after=False``; a weight is not finite.
         RuntimeError: a weight is not float32 on the CPU.
 
     Reference:
@@ -62,6 +76,10 @@ def quantize(module: M, weights: QuantizedName = "int8") -> M:
             _quantize_scan(layer, weights, name)
         elif isinstance(layer, AttentionDecoder):
             _quantize_decoder(layer, weights, name)
+        elif isinstance(layer, _NOT_QUANTIZED):
+            raise ValueError(
+                f"{type(layer).__name__} cannot be quantized, got one in {name or 'the module'}"
+            )
         else:
             continue
         found += 1

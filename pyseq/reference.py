@@ -242,6 +242,21 @@ def scan(
     return ScanStates(output, last, join_state(cell, output, all_c))
 
 
+def step(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    state: State | None = None,
+    *,
+    cell: CellName = "lstm",
+    w_ch: Tensor | None = None,
+) -> State:
+    """The state after one step; see :func:`pyseq.functional.step`."""
+    return scan(x.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, state=state, cell=cell, w_ch=w_ch).state
+
+
 def join_state(cell: CellName, h: Tensor, c: Tensor | None) -> State:
     """A state of h and what is beside it, those side by side in ``c``."""
     return h if c is None else (h, *c.chunk(len(STATES[cell]), -1))
@@ -298,6 +313,7 @@ def attend(
     heads: int = 1,
     window: int | None = None,
     positions: Tensor | None = None,
+    step: Tensor | None = None,
     need_weights: bool = False,
 ) -> AttendOutput:
     """Attention of every query over ``memory``; see :func:`pyseq.functional.attend`."""
@@ -307,11 +323,12 @@ def attend(
     centers = positions
     if window is not None and positions is None:
         centers = torch.arange(steps, device=query.device).unsqueeze(1)
+        centers = centers if step is None else centers + step.to(query.device)
     context, weights = _attention(
         query,
-        _score_keys(score, keys, memory, lengths, weight, heads),
+        score_keys(score, keys, memory, lengths, weight, heads),
         without_padding(memory, lengths),
-        _seen(memory, _with_weight(score, lengths, weight, memory), centers, window),
+        _seen(memory, with_weight(score, lengths, weight, memory), centers, window),
         weight_v=weight_v,
         heads=heads,
         gaussian=None if positions is None else _gaussian(source, positions, window),
@@ -320,7 +337,7 @@ def attend(
     return AttendOutput(context, weights if need_weights else None)
 
 
-def _score_keys(
+def score_keys(
     score: ScoreName,
     keys: Tensor | None,
     memory: Tensor,
@@ -343,7 +360,7 @@ def _score_keys(
     return keys / (keys.shape[-1] / heads) ** 0.5 if score == "scaled_dot" else keys
 
 
-def _with_weight(
+def with_weight(
     score: ScoreName, lengths: Tensor | None, weight: Tensor | None, memory: Tensor
 ) -> Tensor | None:
     """How many positions of each row (B,) may have a weight: for the score location none past
@@ -469,8 +486,8 @@ def decode(
     """A whole attention decoder; see :func:`pyseq.functional.decode`."""
     weights_of = [LayerWeights(*layer) for layer in layers]
     (source, batch, _), size = memory.shape, combine.shape[0]
-    keys = _score_keys(score, keys, memory, lengths, weight, heads)
-    lengths = _with_weight(score, lengths, weight, memory)
+    keys = score_keys(score, keys, memory, lengths, weight, heads)
+    lengths = with_weight(score, lengths, weight, memory)
     memory = without_padding(memory, lengths)
     parts, fed = decoder_parts(cell, state)
     zeros = x.new_zeros(len(weights_of), batch, size)

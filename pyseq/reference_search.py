@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import search
-from .reference import decode, linear, stack_step, without_padding
+from .reference import decode, linear, score_keys, stack_step, with_weight
 from .search import EncodedSource, Hypothesis, SearchOptions, Step
 from .types import (
     PAD,
@@ -94,10 +94,11 @@ def generate(
     weights_of = [LayerWeights(*layer) for layer in layers]
     parts, feed = decoder_parts(cell, state)
     batch, size = parts[0].shape[1:]
-    if score == "general":
-        assert weight is not None
-        assert keys is not None
-        keys, score = linear(without_padding(keys, lengths), weight), "dot"
+    core: ScoreName = "concat" if score == "concat" else "dot"
+    if score is not None:
+        assert memory is not None
+        keys = score_keys(score, keys, memory, lengths, weight, 1)
+        lengths = with_weight(score, lengths, weight, memory)
     if memory is not None and lengths is None:
         lengths = torch.full((batch,), memory.shape[0], device=memory.device)
 
@@ -117,7 +118,7 @@ def generate(
                 encoded.memory,
                 combine,
                 cell=cell,
-                score=score,
+                score=core,
                 weight_query=weight_query,
                 weight_v=weight_v,
                 state=before,
@@ -201,7 +202,6 @@ def scheduled_inputs(
         if score is None:
             output, before = _plain_step(cell, weights_of, x, before, masks)
         else:
-            assert keys is not None
             assert memory is not None
             assert combine is not None
             decoded = decode(

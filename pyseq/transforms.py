@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 from torch.library import Library, register_vmap
-from torch.utils._pytree import _register_namedtuple, tree_leaves
+from torch.utils._pytree import _register_namedtuple, tree_leaves, tree_map
 
 from . import reference
 from .types import (
@@ -149,6 +149,7 @@ def _attend(
     positions: Tensor | None = None,
     window: int = 0,
     heads: int = 1,
+    step: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     context, weights = reference.attend(
         query,
@@ -160,6 +161,7 @@ def _attend(
         heads=heads,
         window=window or None,
         positions=positions,
+        step=step,
         need_weights=True,
     )
     assert weights is not None
@@ -280,7 +282,9 @@ class _Axes(NamedTuple):
 _BATCH_AXES = {
     "scan": _Axes({"x": 1, "h_0": 0, "c_0": 0, "lengths": 0, "resets": 1}, (1, 0, 0, 1)),
     "scan_both": _Axes({"x": 1, "h_0": 1, "c_0": 1, "lengths": 0, "resets": 1}, (1, 1, 1)),
-    "attend": _Axes({"query": 1, "keys": 1, "memory": 1, "lengths": 0, "positions": 1}, (1, 1)),
+    "attend": _Axes(
+        {"query": 1, "keys": 1, "memory": 1, "lengths": 0, "positions": 1, "step": 0}, (1, 1)
+    ),
     "decode": _Axes(
         {"x": 1, "keys": 1, "memory": 1, "h_0": 1, "c_0": 1, "feed": 0, "lengths": 0}
         | {"dropout_masks": 2, "step": 0, "past": 0},
@@ -336,10 +340,8 @@ def _batching_rule(name: str) -> Callable[..., tuple[Any, Any]]:
             ]
             if not samples:
                 raise RuntimeError(f"pyseq::{name} cannot be mapped over no sample, got size 0")
-            if isinstance(samples[0], Tensor):
-                return torch.stack(samples), 0
-            results = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
-            return results, (0,) * len(results)
+            results = tree_map(lambda *parts: torch.stack(parts), *samples)
+            return results, tree_map(lambda _: 0, results)
         results = operator(
             *(
                 value
@@ -370,3 +372,7 @@ for _name, _reference in REFERENCES.items():
     _LIBRARY.define(_schema.replace(f"pyseq::{_name}", f"{_name}_reference", 1))
     _LIBRARY.impl(f"{_name}_reference", _reference, "CompositeImplicitAutograd")
     register_vmap(f"pyseq::{_name}", _batching_rule(_name), lib=_LIBRARY)
+
+# Several gradients of one result at once: torch.vmap around torch.autograd.grad.
+for _name in ("scan", "scan_kept", "attend", "decode"):
+    register_vmap(f"pyseq::{_name}_backward", _batching_rule(f"{_name}_backward"), lib=_LIBRARY)

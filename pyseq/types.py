@@ -188,6 +188,10 @@ class AttentionState(NamedTuple):
         weights = None if self.weights is None else self.weights.index_select(0, rows)
         return AttentionState(self.step.index_select(0, rows), weights)
 
+    def detach(self) -> AttentionState:
+        """The same without gradients to the steps before."""
+        return AttentionState(self.step, None if self.weights is None else self.weights.detach())
+
 
 class DecoderState(NamedTuple):
     """The state of an attention decoder between two steps."""
@@ -208,6 +212,17 @@ class DecoderState(NamedTuple):
         )
         attention = None if self.attention is None else self.attention.select(rows)
         return DecoderState(selected, self.feed.index_select(0, rows), attention)
+
+    def detach(self) -> DecoderState:
+        """The same without gradients to the steps before, for truncated back-propagation."""
+        hidden = self.hidden
+        detached: State = (
+            hidden.detach()
+            if isinstance(hidden, Tensor)
+            else tuple(part.detach() for part in hidden)
+        )
+        attention = None if self.attention is None else self.attention.detach()
+        return DecoderState(detached, self.feed.detach(), attention)
 
 
 #: What a decoder starts from: its state, or of that the pair (hidden, feed); None is for zero.

@@ -114,6 +114,8 @@ class GenerateCase:
             arguments["lengths"] = make_lengths(self.lengths, source, batch)
         if self.score == "general":
             arguments["weight"] = random(hidden, size)
+        if self.score == "location":
+            arguments |= {"keys": None, "weight": random(source - 1, hidden) * 3}
         if self.score == "concat":
             arguments["weight_v"] = random(size) * 4
             arguments["weight_query"] = random(size, hidden) if self.project_query else None

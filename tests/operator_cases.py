@@ -38,7 +38,16 @@ DEVICES = ("cpu",)
 IGNORED = -1
 
 #: Inputs that carry no gradient.
-CONSTANTS = ("lengths", "resets", "dropout_masks", "target", "h_mask", "zoneout_h", "zoneout_c")
+CONSTANTS = (
+    "lengths",
+    "resets",
+    "dropout_masks",
+    "target",
+    "h_mask",
+    "zoneout_h",
+    "zoneout_c",
+    "step",
+)
 
 
 class Call(NamedTuple):
@@ -382,6 +391,7 @@ class AttendCase:
     heads: int = 1
     window: int | None = None
     positions: bool = False  # whether the windows are around given positions
+    step: bool = False  # whether rows have had queries before
 
     @property
     def id(self) -> str:
@@ -397,6 +407,7 @@ class AttendCase:
             self.heads > 1 and f"N{self.heads}",
             self.window is not None and f"D{self.window}",
             self.positions and "positions",
+            self.step and "step",
         )
 
     def call(self) -> Call:
@@ -418,6 +429,8 @@ class AttendCase:
         if self.positions:
             # Some of them outside the memory, with its ends in the window or not.
             tensors["positions"] = torch.rand(steps, batch, **kind) * (source + 8) - 4
+        if self.step:
+            tensors["step"] = torch.arange(batch, device=self.device) * 2
         options = {"score": self.score, "need_weights": self.need_weights}
         if self.heads > 1:
             options["heads"] = self.heads
@@ -753,12 +766,8 @@ def scan_cases() -> list[ScanCase]:
         # A projection to fewer numbers, as is usual, and for some sizes to more.
         width = hidden + 2 if hidden % 16 == 0 else max(1, hidden // 2)
         cases.append(ScanCase(projection=width, dtype=dtype, device=device, **row))
-        # What goes with cells of a matrix only, and with torch.nn's.
-        plain = row | {"layer_norm": False}
-        for cell in SCAN_CELLS:
-            masked = cell["cell"] not in (*DIAGONAL, "gru_reset_before")
-            own = plain if masked else plain | {"mask": False}
-            cases.append(ScanCase(dtype=dtype, device=device, **cell, **own))
+        plain = row | {"layer_norm": False}  # which goes with torch.nn's cells only
+        cases += [ScanCase(dtype=dtype, device=device, **cell, **plain) for cell in SCAN_CELLS]
         # As many heads as the units can be shared among, up to four.
         heads = next(count for count in (4, 3, 2, 1) if hidden % count == 0)
         if heads > 1:
@@ -924,6 +933,10 @@ def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     ]
     everything: dict[str, Any] = {"lengths": "holes", "resets": "random", "mask": True}
     scans += [
+        ScanCase(cell=cell, reverse=True, dtype=dtype, **everything)
+        for cell in ("indrnn_relu", "gru_reset_before")
+    ]
+    scans += [
         ScanCase(
             cell=cell,
             zoneout=zoneout,
@@ -950,9 +963,15 @@ def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
             heads=heads,
             window=2,
             positions=positions,
+            step=step,
             dtype=dtype,
         )
-        for score, heads, positions in (("dot", 1, True), ("concat", 2, True), ("dot", 2, False))
+        for score, heads, positions, step in (
+            ("dot", 1, True, False),
+            ("concat", 2, True, False),
+            ("dot", 2, False, False),
+            ("concat", 2, False, True),
+        )
     ]
     scores: tuple[ScoreName, ...] = ("dot", "general", "concat", "concat")
     decodes = [

@@ -244,7 +244,10 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "feed-none": ({"feed": "context", "input_feeding": False}, "got 'context' without"),
     "window": ({"window": "global"}, "window must be one of local-m, local-p.*got 'global'"),
     "history": ({"score": "concat", "history": "all"}, "history must be one of .*got 'all'"),
-    "history-score": ({"history": "previous"}, "goes with score 'concat', got 31 and 'general'"),
+    "history-score": (
+        {"history": "previous"},
+        "history goes with score 'concat', got 'previous' with 'general'",
+    ),
     "history-even": (
         {"score": "concat", "history": "previous", "history_size": 4},
         "history_size must be odd .*got 4",

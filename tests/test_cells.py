@@ -391,3 +391,36 @@ def test_bits_do_not_depend_on_the_number_of_threads(
     shared = run(functional, case.call())
     assert_same_bits(shared.outputs, alone.outputs)
     assert_same_bits(shared.gradients, alone.gradients)
+
+
+@pytest.mark.parametrize("options", [*SCAN_CELLS, {"cell": "slstm_exp", "heads": 4}], ids=str)
+def test_a_step_is_a_scan_of_one(options: dict[str, Any]) -> None:
+    call = ScanCase(sizes=(1, 3, 4, 8), dtype=torch.float64, **options).call()
+    inputs, cell = call.inputs, call.options["cell"]
+    x = inputs.pop("x")
+    expected = reference.scan(x, **inputs, cell=cell).state
+    for module in (functional, reference):
+        actual = module.step(x[0], **inputs, cell=cell)
+        assert type(actual) is type(expected)
+        assert_close(dict(leaves(actual)), dict(leaves(expected)))
+    no_state = {name: value for name, value in inputs.items() if name != "state"}
+    actual = functional.step(x[0], **no_state, cell=cell)
+    assert_close(dict(leaves(actual)), dict(leaves(reference.step(x[0], **no_state, cell=cell))))
+
+
+def test_a_step_is_differentiable_and_says_what_it_expects() -> None:
+    call = ScanCase(sizes=(1, 3, 4, 7), dtype=torch.float64).call()
+    inputs = {name: value for name, value in call.inputs.items() if name != "x"}
+    names = ("w_ih", "w_hh", "b_ih", "b_hh")
+    tensors = [call.inputs["x"][0], *(inputs[name] for name in names), *inputs["state"]]
+
+    def run(*given: Tensor) -> Any:
+        return functional.step(*given[:5], state=given[5:])
+
+    assert torch.autograd.gradcheck(run, [tensor.clone().requires_grad_() for tensor in tensors])
+    with pytest.raises(RuntimeError, match=r"x must be \(B, I\), got \(1, 3, 4\)"):
+        functional.step(call.inputs["x"], *tensors[1:5])
+    with pytest.raises(ValueError, match=r"cell must be one of .* got 'lsmt'"):
+        functional.step(*tensors[:5], cell="lsmt")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"must be a pair \(h, c\)"):
+        functional.step(*tensors[:5], state=tensors[5])

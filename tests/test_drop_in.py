@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from operator_cases import leaves
 from tolerances import assert_close
 from torch import Tensor
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -152,11 +153,21 @@ def test_where_the_table_says_that_errors_differ() -> None:
         nn.GRUCell(I, H)(ROW.double())
     with pytest.raises(RuntimeError, match="h_0 must have the dtype of x, Float, got Double"):
         nn.GRUCell(I, H)(ROW, torch.zeros(B, H, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_cell_without_units_gives_empty_states(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of weights without elements
-        empty = nn.GRUCell(I, 0)
-    with pytest.raises(RuntimeError, match="w_hh must be"):
-        empty(ROW)
+        theirs, ours = getattr(torch.nn, name)(I, 0), getattr(nn, name)(I, 0)
+    given = (torch.zeros(B, 0),) * 2 if name == "LSTMCell" else torch.zeros(B, 0)
+    for args in ((ROW,), (ROW, given), (ROW[0],)):
+        expected = dict(leaves(theirs(*args)))
+        actual = dict(leaves(ours(*args)))
+        assert_close(actual, expected)
+        torch.stack([part.sum() for part in actual.values()]).sum().backward()
+    with pytest.raises(RuntimeError, match="inconsistent input_size"):
+        ours(torch.zeros(B, I + 1))
 
 
 def test_results_may_be_changed_in_place_before_backward() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyseq import functional, reference, search
 from pyseq.errors import SearchError
 from pyseq.seq2seq import Seq2Seq
-from pyseq.types import PAD, START, STOP, UNK, GenerateOutput
+from pyseq.types import PAD, START, STOP, UNK, GenerateOutput, ScoreName
 
 
 def tensors_of(output: GenerateOutput) -> dict[str, Tensor]:
@@ -63,6 +63,11 @@ CASES = [
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
 def test_as_step_by_step(case: GenerateCase) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("score", ["location", "scaled_dot"])
+def test_scores_that_are_others_on_other_keys(score: ScoreName) -> None:
+    check(GenerateCase(score=score, layers=2, beam_size=2))
 
 
 def test_the_cases_end_in_every_way() -> None:

@@ -368,12 +368,32 @@ def infinite() -> torch.nn.Module:
         (lambda: pyseq.quantize(parametrised()), ValueError, "weight_hh_l0 .*plain parameter"),
         (lambda: pyseq.quantize(infinite()), ValueError, "weights must be finite"),
         (
+            lambda: pyseq.quantize(torch.nn.Sequential(nn.LSTM(4, 8), nn.IndRNN(8, 8))),
+            ValueError,
+            "IndRNN cannot be quantized, got one in 1",
+        ),
+        (
+            lambda: pyseq.quantize(nn.SLSTMCell(4, 8)),
+            ValueError,
+            "SLSTMCell cannot be quantized, got one in the module",
+        ),
+        (
             lambda: pyseq.quantize(nn.LSTM(4, 8))(torch.randn(3, 2, 4).double()),
             ValueError,
             "does not match weight dtype",
         ),
     ],
-    ids=["kind", "nothing", "twice", "double", "parametrised", "infinite", "input"],
+    ids=[
+        "kind",
+        "nothing",
+        "twice",
+        "double",
+        "parametrised",
+        "infinite",
+        "indrnn",
+        "slstm",
+        "input",
+    ],
 )
 def test_errors_say_what_was_expected(
     call: Callable[[], object], error: type[Exception], match: str

@@ -20,13 +20,13 @@ from operator_cases import CELLS, DTYPES, pairwise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyseq import Seq2Seq, cli, functional, scheduled, training
+from pyseq import Seq2Seq, cli, functional, reference, scheduled, training
 from pyseq.errors import CheckpointError
 from pyseq.scheduled import Constant, Exponential, InverseSigmoid, Linear, Sampling, Schedule
 from pyseq.search import choose
 from pyseq.text import Pair
 from pyseq.training import Data
-from pyseq.types import PAD, START, STOP, UNK
+from pyseq.types import PAD, START, STOP, UNK, ScoreName
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +208,14 @@ def test_the_truth_alone_needs_no_steps() -> None:
     arguments = scheduled_arguments(GenerateCase(), share=1.0)
     arguments["layers"][0][0].fill_(math.nan)
     assert torch.equal(functional.scheduled_inputs(**arguments), arguments["tokens"])
+
+
+@pytest.mark.parametrize("score", ["location", "scaled_dot"])
+def test_scores_that_are_others_on_other_keys(score: ScoreName) -> None:
+    arguments = scheduled_arguments(GenerateCase(score=score, layers=2), masked=True, drawn=True)
+    actual = functional.scheduled_inputs(**arguments)
+    assert torch.equal(actual, reference.scheduled_inputs(**arguments))
+    assert not torch.equal(actual, arguments["tokens"])
 
 
 def test_no_rows_no_choices() -> None:

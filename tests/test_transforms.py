@@ -462,3 +462,22 @@ def test_reference_operators_have_the_schema_of_the_fused_ones(name: str) -> Non
         str(getattr(torch.ops.pyseq, op).default._schema) for op in (name, f"{name}_reference")
     )
     assert plain == fused.replace(f"pyseq::{name}(", f"pyseq::{name}_reference(")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_several_gradients_at_once(case: Case) -> None:
+    """torch.vmap around torch.autograd.grad."""
+    call = tracked(case.call())
+    output, *_ = outputs_of(functional, call).values()
+    wanted = {name: leaf for name, leaf in leaves(call.inputs) if leaf.requires_grad}
+    given = torch.randn(3, *output.shape, dtype=torch.float64)
+    options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+
+    def gradients(grad: Tensor) -> dict[str, Tensor]:
+        grads = torch.autograd.grad(output, list(wanted.values()), grad, **options)
+        return dict(zip(wanted, grads, strict=True))
+
+    together = torch.vmap(gradients)(given)
+    for number, grad in enumerate(given):
+        own = {name: each[number] for name, each in together.items()}
+        assert_close(own, gradients(grad))

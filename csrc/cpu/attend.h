@@ -44,7 +44,8 @@ AttentionRow<T> windowed_row(const Attend<T>& args, int64_t row, int64_t t) {
   const int64_t B = args.batch, N = args.heads, S = args.source, A = args.key_size,
                 M = args.memory_size, query = t * B + row;
   const bool gaussian = args.centers != nullptr;
-  const T center = gaussian ? args.centers[query / N] : T(t);
+  const int64_t step = args.step == nullptr ? t : args.step[row / N] + t;
+  const T center = gaussian ? args.centers[query / N] : T(step);
   return {S,
           A,
           M,

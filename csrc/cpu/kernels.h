@@ -104,15 +104,16 @@ struct ScanForward {
   T* y;  // (T, B, P)
   // (T, B, K*H) or null: out, c after every step, zero where it is padding.
   T* c_steps;
-  const T* unit_weights;  // (U*H) or null
-  int64_t heads;          // D = H / heads units each; with several, w_hh is (heads, G*D, D)
-  const T* h_mask;        // (B, P) or null: what w_hh sees of h is multiplied with it
-  T* masked;              // with it: (2, B, P), slots that take turns; the first is filled
-  Strided<T> zoneout_h;   // rows of P: the share of the old h in the new one
-  Strided<T> zoneout_c;   // rows of H: likewise
-  Strided<T> reset_h;     // rows of P: what a reset sets h to; none: zero
-  Strided<T> reset_c;     // rows of K*H
-  ScanNorm<T> norm;       // with it no w_ih; `gates` is (T or 1, B, G*H) and not null
+  const T* unit_weights;        // (U*H) or null
+  int64_t unit_weights_stride;  // from those of a row to those of the next, 0 where all share them
+  int64_t heads;                // D = H / heads units each; with several, w_hh is (heads, G*D, D)
+  const T* h_mask;              // (B, P) or null: what w_hh sees of h is multiplied with it
+  T* masked;                    // with it: (2, B, P), slots that take turns; the first is filled
+  Strided<T> zoneout_h;         // rows of P: the share of the old h in the new one
+  Strided<T> zoneout_c;         // rows of H: likewise
+  Strided<T> reset_h;           // rows of P: what a reset sets h to; none: zero
+  Strided<T> reset_c;           // rows of K*H
+  ScanNorm<T> norm;             // with it no w_ih; `gates` is (T or 1, B, G*H) and not null
 };
 
 template <class T>
@@ -143,6 +144,7 @@ struct ScanBackward {
   T* d_b_hh;           // with w_hh
   const T* d_c_steps;  // (T, B, K*H) or null
   const T* unit_weights;
+  int64_t unit_weights_stride;
   T* d_unit_weights;  // (B, U*H) or null: one summand per row, zero at first
   int64_t heads;
   const T* h_mask;  // as in ScanForward
@@ -176,6 +178,7 @@ struct Attend {
   const int64_t* lengths;  // (B/N) or null
   int64_t window;          // D, or 0 for none
   const T* centers;        // (T, B/N) of a window with a Gaussian, or null: step t at p = t
+  const int64_t* step;     // (B/N) or null: how many steps there were before step 0
   T* attn;                 // (T, B, S)
   T* context;              // (T, B, M), forward only
 };

@@ -74,7 +74,7 @@ void scan_backward_run(const ScanBackward<T>& args, const ScanGradientRun<T>& ru
       const T* own_weights = nullptr;
       T* d_own_weights = nullptr;
       if constexpr (U > 0) {
-        own_weights = args.unit_weights + unit;
+        own_weights = args.unit_weights + row * args.unit_weights_stride + unit;
         d_own_weights = args.d_unit_weights + row * U * H + unit;
       }
       T unused[kLanes<T>];
@@ -212,11 +212,16 @@ void scan_backward_run(const ScanBackward<T>& args, const ScanGradientRun<T>& ru
                          if (!inside || !steps.active(n, row)) return;
                          const int count = lanes_inside<T>(H, panel);
                          const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
-                         Vec<T> d_h = load(args.d_h + offset, count), d_gated = load(sums);
+                         const bool masks = args.h_mask != nullptr;
+                         Vec<T> d_seen = {}, d_gated = load(sums);
                          Cell::backward_gated(
                              load(args.gates + (t * B + row) * G * H + unit, count),
-                             load(args.states + before * B * P + offset, count), d_h, d_gated);
-                         store(args.d_h + offset, d_h, count);
+                             load(masks ? run.masked + (in_run * B + row) * P + unit
+                                        : args.states + before * B * P + offset,
+                                  count),
+                             d_seen, d_gated);
+                         if (masks) d_seen *= load(args.h_mask + offset, count);
+                         add_to(args.d_h, offset, d_seen, count);
                          store(d_gates + row * G * H + unit, d_gated, count);
                        });
       at.wait();

@@ -208,7 +208,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
         }
       } else {
         if constexpr (Cell::kGatesState) {
-          const Segment<T> first = plain_segment(h_before, w_hh(0));
+          const Segment<T> first = plain_segment(h_read, w_hh(0));
           product<T, 1, 1>(&first, works ? 1 : 0, at.rows.begin, at.rows.end, units.begin,
                            units.end, n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
                              const int count = lanes_inside<T>(H, panel);
@@ -218,8 +218,8 @@ void scan_forward_cell(const ScanForward<T>& args) {
                                T* const sum = args.gates + (t * B + row) * G * H + unit;
                                const Vec<T> pre = load(sum, count) + load(sums);
                                store(sum, pre, count);
-                               gated = Cell::template gated<Math<T>>(
-                                   pre, load(h_before + offset, count));
+                               gated =
+                                   Cell::template gated<Math<T>>(pre, load(h_read + offset, count));
                              }
                              store(inner + offset, gated, count);
                            });
@@ -244,7 +244,9 @@ void scan_forward_cell(const ScanForward<T>& args) {
             const T* apart_bias = args.apart_bias == nullptr ? nullptr : args.apart_bias + unit;
             // With a projection no cell that reads h_prev comes here, only LSTM.
             const T* h_prev = projects ? c_prev : h_before + offset;
-            const T* own = args.unit_weights == nullptr ? nullptr : args.unit_weights + unit;
+            const T* own = args.unit_weights == nullptr
+                               ? nullptr
+                               : args.unit_weights + row * args.unit_weights_stride + unit;
             h = cell_forward<Cell>(
                 UnitForward<T>{H, count, x, apart_bias, args.save ? gates : nullptr, apart, h_prev,
                                c_prev, c_next, own},
@@ -258,7 +260,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
         int segment_count = 0;
         if (reads_input) segments[segment_count++] = input_segment<T>(args.x + t * B * I, w_ih);
         if constexpr (Cell::kGatesState) {
-          segments[segment_count++] = plain_segment(h_before, w_hh(1), 1);
+          segments[segment_count++] = plain_segment(h_read, w_hh(1), 1);
           segments[segment_count++] = plain_segment<T>(inner, w_hh(2), 2);
         } else if constexpr (Cell::kRecurrent && !Cell::kHeads) {
           segments[segment_count++] = recurrent_segment<Cell>(h_read, w_hh(0));

@@ -14,7 +14,7 @@ from .decoding import decode
 from .generation import generate, scheduled_inputs
 from .keys import position_keys, position_limit, project_memory, scale_keys
 from .products import linear, linear_cross_entropy
-from .scans import scan, scan_both
+from .scans import scan, scan_both, step
 
 __all__ = [
     "attend",
@@ -31,4 +31,5 @@ __all__ = [
     "scan",
     "scan_both",
     "scheduled_inputs",
+    "step",
 ]

@@ -38,6 +38,11 @@ def join_state(cell: CellName, h: Tensor, c: Tensor) -> State:
     return (h, c) if count == 1 else (h, *c.chunk(count, -1))
 
 
+def is_short(x: Tensor) -> bool:
+    """Whether ``x`` is held in a type that is computed in float32."""
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
 def beside(name: str, indices: Tensor | None, x: Tensor) -> Tensor | None:
     """Lengths and resets may come on any device; the kernels read them where x is."""
     if indices is None:

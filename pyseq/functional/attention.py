@@ -9,7 +9,7 @@ from torch import Tensor
 from .._checks import check_like, check_shape, check_tensor
 from ..types import AttendOutput, ScoreName
 from . import products
-from ._common import beside
+from ._common import beside, is_short
 from .keys import check_keys, check_score, check_window, core, core_keys
 
 
@@ -26,6 +26,7 @@ def attend(
     heads: int = 1,
     window: int | None = None,
     positions: Tensor | None = None,
+    step: Tensor | None = None,
     need_weights: bool = False,
 ) -> AttendOutput:
     """Attention of every query over the memory of its row.
@@ -37,9 +38,9 @@ def attend(
     - location ``(W q)_s``, which depends on the position alone.
 
     With ``window`` D query t sees the positions s with ``|s - p_t| <= D`` only, at a cost of
-    O(D). Without ``positions`` ``p_t = t`` (local-m); with them each weight, after the softmax,
-    is multiplied with ``exp(-(s - p_t)^2 / (2 (D/2)^2))`` (local-p), through which p_t gets a
-    gradient. Each of N heads does all this with its own A/N components of queries and keys
+    O(D). Without ``positions`` ``p_t = t`` (local-m), or ``step + t``; with them each weight, after
+    the softmax, is multiplied with ``exp(-(s - p_t)^2 / (2 (D/2)^2))`` (local-p), through which p_t
+    gets a gradient. Each of N heads does all this with its own A/N components of queries and keys
     (of W_q and v too) and M/N of the memory; their contexts lie side by side.
 
     Args:
@@ -57,8 +58,11 @@ def attend(
         weight_v: (A,), concat only.
         heads: N, which divides A and M.
         window: D, positions on either side of the centre, at least 1. Default: all.
-        positions: (T, B), the centre p_t of each query's window, counted in positions from 0;
+        positions: (T, B), the centre p_t of each query's window, counted in positions from 0, in
+            the dtype of the query, or where that is float16 or bfloat16 in float32;
             :func:`predict_positions` makes such.
+        step: (B,) int64, how many queries each row had before these, for a window without
+            positions: ``p_t = step + t``. Default: none.
         need_weights: also return the weights.
 
     Returns:
@@ -83,6 +87,11 @@ def attend(
         check_tensor("positions", positions)
         if window is None:
             raise ValueError("positions need a window around them, got None")
+    if step is not None and (window is None or positions is not None):
+        raise ValueError(
+            "step goes with a window without positions, got "
+            + ("no window" if window is None else "positions")
+        )
     size = None
     if weight is not None:
         check_shape("query", query, "(T, B, Q)", (-1, -1, -1))
@@ -96,6 +105,13 @@ def attend(
         check_like("weight_query", weight_query, "query", query)
         query = products.linear(query, weight_query)
     keys, lengths = core_keys(score, keys, memory, lengths, weight, size, heads)
+    dtype = query.dtype
+    if positions is not None and is_short(query) and positions.dtype == torch.float32:
+        # The operator takes one type, and rounded positions would be others.
+        for name, tensor in (("keys", keys), ("memory", memory)):
+            check_like(name, tensor, "query", query)
+        query, keys, memory = (tensor.float() for tensor in (query, keys, memory))
+        weight_v = None if weight_v is None else weight_v.float()
     context, weights = torch.ops.pyseq.attend(
         query,
         keys,
@@ -106,8 +122,9 @@ def attend(
         positions,
         window or 0,
         heads,
+        *(() if step is None else (beside("step", step, query),)),
     )
-    return AttendOutput(context, weights if need_weights else None)
+    return AttendOutput(context.to(dtype), weights.to(dtype) if need_weights else None)
 
 
 def predict_positions(
@@ -127,7 +144,8 @@ def predict_positions(
         lengths: (B,) int64, the S of each row. Default: ``source``.
 
     Returns:
-        (T, B), between 0 and S, for :func:`attend`.
+        (T, B), between 0 and S, for :func:`attend`. In float32 for a query in float16 or bfloat16,
+        which cannot tell the positions of a long source apart.
 
     Raises:
         RuntimeError: a tensor has the wrong shape, dtype or device.
@@ -141,7 +159,11 @@ def predict_positions(
     check_shape("weight_v", weight_v, "(P,)", weight.shape[:1])
     for name, tensor in (("weight", weight), ("weight_v", weight_v)):
         check_like(name, tensor, "query", query)
-    share = torch.sigmoid(torch.tanh(products.linear(query, weight)) @ weight_v)
+    if is_short(query):
+        query, weight, weight_v = query.float(), weight.float(), weight_v.float()
+    # Not a product, which autocast would round.
+    energies = torch.tanh(products.linear(query, weight)) * weight_v
+    share = torch.sigmoid(energies.sum(-1))
     lengths = beside("lengths", lengths, query)
     if lengths is None:
         return source * share

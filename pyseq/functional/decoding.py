@@ -90,9 +90,9 @@ def decode(
             Each head has its own rows of it and its own past.
         weight_position, weight_position_v: (P, H) and (P,), ``W_p`` and ``v_p``, with a window.
         state: ``(hidden, feed)`` or what a call returned: h (L, B, H) or for LSTM the pair
-            (h, c), and (B, F), either of them None for zero; with a window or a history, a third
-            part ``(step, weights)``: (B,) int64, how many steps there were, and (B, N, S).
-            Default: all zero.
+            (h, c), and (B, F), either of them None for zero; with a window or a history, where
+            something is fed, a third part ``(step, weights)``: (B,) int64, how many steps there
+            were, and (B, N, S) or None for zero. Default: all zero.
         order: ``"luong"`` or ``"bahdanau"``; the latter needs ``feed="context"``.
         input_feeding: whether the first layer sees what is fed.
         feed: ``"output"`` or ``"context"``.
@@ -135,6 +135,13 @@ def decode(
     flat = flatten(layers)
     parts, fed = decoder_parts(cell, state)
     step, past = attention_parts(state)
+    # A local-p window needs no number of the step.
+    counts = window is not None and weight_position is None
+    if (counts or history is not None) and fed is not None and step is None:
+        raise ValueError(
+            "state must have a third part (step, weights) with a window or a history, as what a "
+            "call returned has; (hidden, None) starts anew; got (hidden, feed) without it"
+        )
     h_0, c_0 = h_and_c(parts)
     # The operator's defaults are left out where they are wanted: to give them takes its time.
     more: tuple[object, ...] = ()

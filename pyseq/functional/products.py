@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from .._checks import autocasts, check_tensor
+from ._common import is_short
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,8 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     check_tensor("x", x)
     # Of short numbers torch's library multiplies twice as many at a time, and sums in float32 too.
-    short = x.dtype in (torch.float16, torch.bfloat16) and not autocasts(x.device)
-    if short or not _fused(x):
+    if (is_short(x) and not autocasts(x.device)) or not _fused(x):
         return reference.linear(x, weight, bias)
     product: Tensor = torch.ops.pyseq.linear(x, weight, bias)
     return product

@@ -174,8 +174,8 @@ def scan(
             forward once more. For long sequences, whose memory binds.
         return_states: also return the state after every step.
         w_ch: (3*H,), LSTM only: the peepholes of i, f and o. Default: none.
-        h_mask: (B, P), the same at all steps: ``W_hh (h_mask * h_{t-1})`` in place of
-            ``W_hh h_{t-1}``. What the GRU carries over, ``z * h_{t-1}``, is not masked.
+        h_mask: (B, P), the same at all steps: ``h_mask * h_{t-1}`` is what ``w_hh`` multiplies, in
+            place of ``h_{t-1}``. What a GRU carries over, ``z * h_{t-1}``, is not masked.
         zoneout_h: (T or 1, B or 1, P), in [0, 1]: the share of the old h in the new one,
             ``h_t = zoneout_h * h_{t-1} + (1 - zoneout_h) * h``, where h is what the cell (and
             ``w_hr``) gave. Ones and zeros in training, their expectation in evaluation.
@@ -246,6 +246,42 @@ def scan(
     if not return_states:
         return ScanOutput(output, last)
     return ScanStates(output, last, join_state(cell, output, c_steps))
+
+
+def step(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    state: State | None = None,
+    *,
+    cell: CellName = "lstm",
+    w_ch: Tensor | None = None,
+) -> State:
+    """The state after one step of a cell: :func:`scan` with T = 1, for streams.
+
+    Args:
+        x: (B, I), floating-point.
+        w_ih, w_hh, b_ih, b_hh, state, cell, w_ch: as in :func:`scan`.
+
+    Returns:
+        h (B, H), or for LSTM (h, c), for sLSTM (h, c, n, m).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as :func:`scan`.
+
+    Reference:
+        As :func:`scan`.
+    """
+    if is_compiling() or has_torch_function_unary(x):
+        last: State = scan(
+            x.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, state=state, cell=cell, w_ch=w_ch
+        ).state
+        return last
+    check_option("cell", cell, SCAN_GATES)
+    h, c = (None, None) if state is None else h_and_c(state_parts(cell, state))
+    return join_state(cell, *_C.step(x, w_ih, w_hh, b_ih, b_hh, h, c, cell, w_ch))
 
 
 def scan_both(

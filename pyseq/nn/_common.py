@@ -74,7 +74,7 @@ def weights_now(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
 
 def add_weight(module: torch.nn.RNNBase | torch.nn.RNNCellBase, name: str, *shape: int) -> None:
     """Give ``module`` a parameter drawn within 1/sqrt(H), in the place of one that is there."""
-    bound = 1 / math.sqrt(module.hidden_size)
+    bound = 1 / math.sqrt(max(module.hidden_size, 1))
     like = next(module.parameters())
     weight = torch.nn.Parameter(like.new_empty(shape))
     init.uniform_(weight, -bound, bound)

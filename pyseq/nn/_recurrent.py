@@ -389,7 +389,8 @@ class Recurrent(torch.nn.RNNBase):
             resets: bool, True where the row's state is set to zero, or to the learned one,
                 before that step (as each direction meets it); (T, B), (B, T) with
                 ``batch_first``, (T,) for one sequence; rows in the order before packing for a
-                PackedSequence.
+                PackedSequence. The sizes are checked, but where T is B nothing tells a (T, B)
+                from a (B, T): give it in the layout of the input.
             return_states: also return the state of every layer and direction after every step.
 
         Returns:

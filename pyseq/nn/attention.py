@@ -235,6 +235,7 @@ class Attention(torch.nn.Module):
         window: ``"local-m"``, ``"local-p"``, or None for all of the memory.
         window_size: D, at least 1 position. Default: 10, with a window.
         max_positions: positions that can have a weight, score ``"location"`` only.
+        batch_first: query, memory, context and weights are (B, T, .) and (B, S, .).
         device, dtype: of the parameters.
 
     Raises:
@@ -257,6 +258,7 @@ class Attention(torch.nn.Module):
         window: str | None = None,
         window_size: int | None = None,
         max_positions: int | None = None,
+        batch_first: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -264,6 +266,7 @@ class Attention(torch.nn.Module):
         check_positive(query_size=query_size, memory_size=memory_size)
         self.query_size = query_size
         self.memory_size = memory_size
+        self.batch_first = batch_first
         self.window = window
         self.window_size = check_window(window, window_size)
         self.score = Score(
@@ -282,7 +285,9 @@ class Attention(torch.nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        fill_in(self, {"window": None, "window_size": None, "positions": None})
+        fill_in(
+            self, {"window": None, "window_size": None, "positions": None, "batch_first": False}
+        )
 
     def forward(
         self,
@@ -290,6 +295,8 @@ class Attention(torch.nn.Module):
         memory: Tensor,
         lengths: Tensor | None = None,
         need_weights: bool = False,
+        *,
+        step: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend with every query over the memory of its row.
 
@@ -298,6 +305,8 @@ class Attention(torch.nn.Module):
             memory: (S, B, M).
             lengths: (B,) int64, valid positions of each row, on any device. Default: S.
             need_weights: also return the weights.
+            step: (B,) int64, how many queries each row had before these, with the window
+                local-m only; where steps are asked one by one. Default: none.
 
         Returns:
             The context (T, B, M), and the weights (T, B, S), of several heads (T, B, N, S),
@@ -307,6 +316,24 @@ class Attention(torch.nn.Module):
             RuntimeError: a tensor has the wrong shape, dtype or device.
             TypeError: what must be a tensor is none.
         """
+        if not self.batch_first:
+            return self._attend(query, memory, lengths, need_weights, step)
+        check_shape("query", query, "(B, T, Q)", (-1, -1, self.query_size))
+        check_shape("memory", memory, "(B, S, M)", (query.shape[0], -1, self.memory_size))
+        context, weights = self._attend(
+            query.transpose(0, 1), memory.transpose(0, 1), lengths, need_weights, step
+        )
+        return context.transpose(0, 1), None if weights is None else weights.transpose(0, 1)
+
+    def _attend(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        lengths: Tensor | None,
+        need_weights: bool,
+        step: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``forward``, time-major."""
         check_shape("query", query, "(T, B, Q)", (-1, -1, self.query_size))
         check_shape("memory", memory, "(S, B, M)", (-1, query.shape[1], self.memory_size))
         positions = None
@@ -323,11 +350,12 @@ class Attention(torch.nn.Module):
             heads=self.score.heads,
             window=self.window_size,
             positions=positions,
+            step=step,
             need_weights=need_weights,
         )
 
     def extra_repr(self) -> str:
         text = f"{self.query_size}, {self.memory_size}"
-        if self.window is None:
-            return text
-        return f"{text}, window={self.window!r}, window_size={self.window_size}"
+        if self.window is not None:
+            text += f", window={self.window!r}, window_size={self.window_size}"
+        return text + (", batch_first=True" if self.batch_first else "")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import init
 
 from .. import functional
-from ..types import CellName, State, join_parts, state_parts
+from ..types import STATES, CellName, State, join_parts, state_parts
 from ._common import (
     Device,
     add_weight,
@@ -40,6 +40,10 @@ class _Cell(torch.nn.RNNCellBase):
             rows = tuple(part.unsqueeze(0) for part in parts)
             last = self._step(cell, input.unsqueeze(0), join_parts(rows) if rows else None, w_ch)
             return join_parts(tuple(part.squeeze(0) for part in state_parts(cell, last)))
+        if self.hidden_size == 0:
+            self._explain(input, state_parts(cell, hx))
+            empty = torch.nn.functional.linear(input, self.weight_ih)  # (B, 0), differentiable
+            return join_parts((empty,) * (1 + len(STATES.get(cell, ""))))
         w_ih, w_hh, b_ih, b_hh = weights_now(self, _CELL_WEIGHTS)
         if input.dtype != w_ih.dtype:
             check_input("input", input, w_ih, self.training)

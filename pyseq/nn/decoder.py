@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch.nn import init
 
 from .. import functional
 from .._checks import check_positive, check_shape
-from .._dropout import apply_dropout
+from .._dropout import apply_dropout, check_probability
 from .._pickled import fill_in
 from ..types import (
     DEFAULT_HISTORY_SIZE,
@@ -21,6 +22,7 @@ from ..types import (
     GATES,
     HISTORIES,
     ORDERS,
+    AttentionState,
     DecoderOutput,
     DecoderStart,
     DecoderState,
@@ -28,8 +30,10 @@ from ..types import (
     HistoryName,
     LayerWeights,
     OrderName,
+    State,
     decoder_parts,
     join_parts,
+    state_parts,
 )
 from ._common import Device, cell_name, check_input, refuse_script, weights_now
 from ._stack import scan_layers
@@ -153,8 +157,13 @@ class AttentionDecoder(torch.nn.Module):
             memory_size=memory_size,
             num_layers=num_layers,
         )
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must be a probability in [0, 1], got {dropout!r}")
+        check_probability("dropout", dropout)
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                "dropout is between the layers, so that it does nothing with one, got "
+                f"dropout={dropout} and num_layers=1",
+                stacklevel=2,
+            )
         if score is None:
             for name, scores, value in (
                 ("attention_size", "score 'concat'", attention_size),
@@ -181,6 +190,8 @@ class AttentionDecoder(torch.nn.Module):
             )
         if feed is not None and not input_feeding:
             raise ValueError(f"feed goes with input_feeding, got {feed!r} without")
+        if history is not None and score != "concat":
+            raise ValueError(f"history goes with score 'concat', got {history!r} with {score!r}")
         if history_size is not None and history is None:
             raise ValueError(f"history_size goes with a history, got {history_size!r} without one")
         self.input_size = input_size
@@ -274,7 +285,8 @@ class AttentionDecoder(torch.nn.Module):
         """
         if self.score is None:
             return None
-        if self.batch_first and memory.dim() == 3:
+        if self.batch_first:
+            check_shape("memory", memory, "(B, S, M)", (-1, -1, self.memory_size))
             return self.score.project(memory.transpose(0, 1), lengths).transpose(0, 1)
         return self.score.project(memory, lengths)
 
@@ -288,6 +300,19 @@ class AttentionDecoder(torch.nn.Module):
             and self.feed == "output"
             and (self.score is None or self.score.heads == 1)
         )
+
+    def start(self, hidden: State) -> DecoderState:
+        """The state before the first step: nothing is fed yet, and no weights are past.
+
+        Args:
+            hidden: h (L, B, H), or for LSTM (h, c).
+        """
+        h = state_parts(self.cell, hidden)[0]
+        attention = None
+        if self.window is not None or self.history is not None:
+            step = torch.zeros(h.shape[1], dtype=torch.int64, device=h.device)
+            attention = AttentionState(step, None)
+        return DecoderState(hidden, h.new_zeros(h.shape[1], self.fed_size), attention)
 
     def _check_state(self, state: DecoderStart | None, batch: int) -> tuple[Tensor, ...]:
         """The parts of the hidden state, ``()`` for zero."""
@@ -319,7 +344,8 @@ class AttentionDecoder(torch.nn.Module):
             lengths: (B,) int64, valid positions of each row of the memory, on any device.
                 Default: S.
             state: what the last call returned, or ``(hidden, feed)``: h (L, B, H), or for LSTM
-                (h, c), and what is fed (B, F), either of them None for zero. Default: all zero.
+                (h, c), and what is fed (B, F), either of them None for zero; ``(hidden, None)`` or
+                :meth:`start` to begin with a window or a history. Default: all zero.
             need_weights: also return the attention weights.
             keys: what :meth:`project` gave for this memory. Default: computed here.
             dropout_masks: (L-1, T, B, H), what :meth:`draw_dropout_masks` gave, where several
@@ -334,9 +360,10 @@ class AttentionDecoder(torch.nn.Module):
             RuntimeError: a tensor has the wrong shape, dtype or device, or is missing.
             TypeError: what must be a tensor is none.
         """
-        if self.batch_first and x.dim() == 3:
+        letters = "(B, T, I)" if self.batch_first else "(T, B, I)"
+        check_shape("x", x, letters, (-1, -1, self.input_size))
+        if self.batch_first:
             x = x.transpose(0, 1)
-        check_shape("x", x, "(T, B, I)", (-1, -1, self.input_size))
         check_input("x", x, self.weight_ih_l0, self.training)
         parts = self._check_state(state, x.shape[1])
         if self.score is None:
@@ -344,10 +371,15 @@ class AttentionDecoder(torch.nn.Module):
         else:
             if memory is None:
                 raise RuntimeError("memory must be given unless score is None, got None")
-            if self.batch_first and memory.dim() == 3:
+            batch = x.shape[1]
+            if self.batch_first:
+                check_shape("memory", memory, "(B, S, M)", (batch, -1, self.memory_size))
                 memory = memory.transpose(0, 1)
-                keys = None if keys is None else keys.transpose(0, 1)
-            check_shape("memory", memory, "(S, B, M)", (-1, x.shape[1], self.memory_size))
+                if keys is not None:
+                    check_shape("keys", keys, "(B, S, A)", (batch, -1, -1))
+                    keys = keys.transpose(0, 1)
+            else:
+                check_shape("memory", memory, "(S, B, M)", (-1, batch, self.memory_size))
             result = self._forward_attentive(
                 x, memory, keys, lengths, state, need_weights, dropout_masks
             )

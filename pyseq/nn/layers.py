@@ -149,11 +149,8 @@ class GRU(Recurrent):
         _refuse_projection(proj_size)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
         super().__init__("GRU", *sizes, 0, device, dtype)
-        if not reset_after and (recurrent_dropout or layer_norm):
-            raise ValueError(
-                "recurrent_dropout and layer_norm go with reset_after=True, got "
-                f"recurrent_dropout {recurrent_dropout!r}, layer_norm {layer_norm!r} and False"
-            )
+        if not reset_after and layer_norm:
+            raise ValueError("layer_norm goes with reset_after=True, got True and False")
         self.reset_after = reset_after
         self._set_options(
             residual=residual,
@@ -245,11 +242,11 @@ class IndRNN(Recurrent):
     ``h_t = relu(W_ih x_t + b_ih + w_hh * h_{t-1} + b_hh)`` with a vector ``w_hh``, or tanh. A
     step costs H multiplications instead of H^2; units meet in the layer above.
 
-    Args, Raises: as :class:`RNN`, but for ``recurrent_dropout`` and ``layer_norm``, which are of
-        the recurrent product; ``nonlinearity`` is ``"relu"`` by default. ``weight_hh_l0``
-        is (H,) and drawn uniformly from 0 to 1, so that from the start there are units that
-        forget at once and units that hardly do; all others within 1/sqrt(H). With relu, a weight
-        above 1 lets its unit grow without bound: the paper keeps weights below 2^(1/T).
+    Args, Raises: as :class:`RNN`, but for ``layer_norm``, which is of the recurrent product;
+        ``nonlinearity`` is ``"relu"`` by default. ``weight_hh_l0`` is (H,) and drawn uniformly
+        from 0 to 1, so that from the start there are units that forget at once and units that
+        hardly do; all others within 1/sqrt(H). With relu, a weight above 1 lets its unit grow
+        without bound: the paper keeps weights below 2^(1/T).
 
     Reference:
         Li et al. 2018, arXiv 1803.04831, eq. 4.
@@ -270,6 +267,7 @@ class IndRNN(Recurrent):
         *,
         residual: bool = False,
         variational_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         zoneout_h: float = 0.0,
         learned_state: bool = False,
@@ -284,6 +282,7 @@ class IndRNN(Recurrent):
         self._set_options(
             residual=residual,
             variational_dropout=variational_dropout,
+            recurrent_dropout=recurrent_dropout,
             weight_dropout=weight_dropout,
             zoneout_h=zoneout_h,
             learned_state=learned_state,

@@ -503,7 +503,7 @@ class Seq2Seq(torch.nn.Module):
         checked = self._copies(copies, source, lengths)
         memory, hidden, context = self._encode(source, lengths, None, source_extra)
         rnn = self.decoder.rnn
-        state = DecoderState(hidden, memory.new_zeros(memory.shape[1], rnn.fed_size))
+        state = rnn.start(hidden)
         keys = rnn.project(memory)
         if keys is None or rnn.score is None:
             return EncodedSource(None, None, None, context), state

@@ -24,8 +24,10 @@ from ..types import (
     DecoderOutput,
     DecoderStart,
     DecoderState,
+    State,
     decoder_parts,
     join_parts,
+    state_parts,
 )
 
 
@@ -128,6 +130,11 @@ class ScannedDecoder(torch.nn.Module):
     def project(self, memory: Tensor, lengths: Tensor | None = None) -> Tensor | None:
         """The keys of ``memory`` (S, B, M); None without attention."""
         return None if self.score is None else self.score.project(memory, lengths)
+
+    def start(self, hidden: State) -> DecoderState:
+        """The state before the first step, with these hidden states."""
+        h = state_parts(self.cell, hidden)[0]
+        return DecoderState(hidden, h.new_zeros(h.shape[1], self.fed_size))
 
     def is_plain(self) -> bool:
         """No: a step is more than the operator of :class:`pyseq.nn.AttentionDecoder`."""
@@ -234,7 +241,7 @@ def build_decoder(
         cell=name,
         score=score,
         input_feeding=input_feeding,
-        dropout=dropout,
+        dropout=dropout if num_layers > 1 else 0.0,  # it is between layers
         device=device,
         dtype=dtype,
         **asdict(attention),
