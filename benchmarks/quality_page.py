@@ -24,8 +24,8 @@ from .tasks import DESCRIPTIONS
 from .trials import Archive, Result, write_text
 
 _INTRODUCTION = """\
-What the parts of pyseq are good for, shown on models that were trained for this page. Everything
-below, sentences on what holds included, is worked out from the results by the command above.
+What the parts of pyseq are good for, shown on models that were trained for this page. All that is
+said here on what holds was worked out from the results by the command above.
 
 - Error rates are those of greedy search on lines that no training saw, unless a beam is named:
   `tokens` counts edits per token of the nearest right answer (PER of phonemes), `lines` the lines
@@ -37,6 +37,8 @@ below, sentences on what holds included, is worked out from the results by the c
   favour none on purpose, which also means that none has got the settings that suit it best.
 - `seconds` is the mean processor time of a training. It is more where other work runs on the same
   machine, so it is there to tell minutes from hours; for speed see [benchmarks.md](benchmarks.md).
+- Claims are tried seed by seed: `yes (3 of 3)` says that the mean is lower, and so it is for each
+  of 3 seeds; `in the mean (2 of 3)` that only the mean is, and 2 of 3 seeds; `no` that it is not.
 - With two or three seeds, differences smaller than the brackets mean nothing.
 """
 
@@ -102,29 +104,31 @@ class Found:
         """Over the seeds."""
         return statistics.mean(self.values(variant, measure))
 
-    def compared(self, better: str, worse: str, measure: Measure, what: str) -> str:
-        """Whether one variant is below another, over all and seed by seed, as a sentence."""
+    def compared(self, better: str, worse: str, measure: Measure) -> str:
+        """Whether one variant is below another, in the mean and in how many seeds."""
         results = [self.results.get(name, {}) for name in (better, worse)]
         seeds = sorted(results[0].keys() & results[1].keys())
         if not seeds:
-            return f"{better} against {worse}: not finished."
-        wins = sum(
-            measure(self.results[better][seed]) < measure(self.results[worse][seed])
-            for seed in seeds
-        )
-        low, high = (
-            statistics.mean(measure(self.results[name][seed]) for seed in seeds)
-            for name in (better, worse)
-        )
-        if low < high:
-            verdict = "holds" if wins == len(seeds) else "holds in the mean only"
-        elif low == high:
-            verdict = "there is no difference"
+            return "not finished"
+        low, high = ([measure(result[seed]) for seed in seeds] for result in results)
+        wins = sum(one < other for one, other in zip(low, high, strict=True))
+        if sum(low) < sum(high):
+            verdict = "yes" if wins == len(seeds) else "in the mean"
         else:
-            verdict = "**does not hold**"
-        return (
-            f"{better} below {worse}, {what}: {verdict} ({low:.2%} against {high:.2%}, "
-            f"{wins} of {len(seeds)} seeds)."
+            verdict = "equal" if sum(low) == sum(high) else "**no**"
+        return f"{verdict} ({wins} of {len(seeds)})"
+
+    def claims(self, pairs: Sequence[tuple[str, str]], measures: Mapping[str, Measure]) -> str:
+        """A table of whether the first of each pair is below the second, by each measure."""
+        return table(
+            ("claim", *measures),
+            [
+                (
+                    f"{better} below {worse}",
+                    *(self.compared(better, worse, measure) for measure in measures.values()),
+                )
+                for better, worse in pairs
+            ],
         )
 
 
@@ -218,12 +222,8 @@ def _attention_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
             texts.append("Not done.\n")
             continue
         texts.append(f"{_error_table(found, 'decoder')}\n")
-        sentences = [
-            found.compared(better, worse, _error(kind), f"{kind}s")
-            for better, worse in ((_PLAIN, _NONE), (_FED, _PLAIN))
-            for kind in ("token", "line")
-        ]
-        texts.append(f"{_listed(sentences)}\n")
+        errors = {f"{kind}s": _error(kind) for kind in ("token", "line")}
+        texts.append(f"{found.claims(((_PLAIN, _NONE), (_FED, _PLAIN)), errors)}\n")
         if number == 0:
             text, curves = _length_text(found)
             texts.append(text)
@@ -340,21 +340,18 @@ def _sampling_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
         ]
         header = ("reads", "next step", "running free", "gap", "tokens", "lines", "seconds")
         texts.append(f"{table(header, rows)}\n")
-        sampled = [name for name in made.variants if name != _FORCED]
-        measures = (
-            (_gap, "gap"),
-            (_places("free_running"), "running free"),
-            (_error("token"), "tokens"),
-        )
-        sentences = [
-            found.compared(name, _FORCED, measure, what)
-            for measure, what in measures
-            for name in sampled
+        pairs = [(name, _FORCED) for name in made.variants if name != _FORCED]
+        pairs += [
+            (f"coin per token, {how}", f"coin per sequence, {how}")
+            for how in ("likeliest", "drawn")
         ]
-        for how in ("likeliest", "drawn"):
-            coins = (f"coin per token, {how}", f"coin per sequence, {how}")
-            sentences += [found.compared(*coins, measure, what) for measure, what in measures]
-        texts.append(f"{_listed(sentences)}\n")
+        measures = {
+            "gap": _gap,
+            "running free": _places("free_running"),
+            "tokens": _error("token"),
+            "lines": _error("line"),
+        }
+        texts.append(f"{found.claims(pairs, measures)}\n")
     return "\n".join(texts), []
 
 

@@ -111,12 +111,13 @@ def test_generated_task_is_the_same_every_time_and_tests_on_others() -> None:
 @pytest.mark.parametrize(
     ("better", "worse", "verdict"),
     [
-        ([0.1, 0.2], [0.3, 0.4], "holds (15.00% against 35.00%, 2 of 2 seeds)"),
-        ([0.1, 0.5], [0.3, 0.4], "holds in the mean only (30.00% against 35.00%, 1 of 2 seeds)"),
-        ([0.3, 0.6], [0.3, 0.4], "**does not hold** (45.00% against 35.00%, 0 of 2 seeds)"),
-        ([0.3, 0.3], [0.3, 0.3], "there is no difference (30.00% against 30.00%, 0 of 2 seeds)"),
+        ([0.1, 0.2], [0.3, 0.4], "yes (2 of 2)"),
+        ([0.1, 0.5], [0.3, 0.4], "in the mean (1 of 2)"),
+        ([0.3, 0.6], [0.3, 0.4], "**no** (0 of 2)"),
+        ([0.3, 0.3], [0.3, 0.3], "equal (0 of 2)"),
+        ([], [0.3, 0.3], "not finished"),
     ],
-    ids=["always", "in the mean", "never", "equal"],
+    ids=["always", "in the mean", "never", "equal", "unfinished"],
 )
 def test_claims_are_judged_by_means_and_seeds(
     better: list[float], worse: list[float], verdict: str
@@ -125,14 +126,16 @@ def test_claims_are_judged_by_means_and_seeds(
         {
             name: {seed: {"error": value} for seed, value in enumerate(values)}
             for name, values in (("a", better), ("b", worse))
+            if values
         }
     )
-    assert found.compared("a", "b", lambda result: result["error"], "x") == (
-        f"a below b, x: {verdict}."
-    )
-    assert found.compared("a", "c", lambda result: result["error"], "x") == (
-        "a against c: not finished."
-    )
+
+    def error(result: trials.Result) -> float:
+        return float(result["error"])
+
+    assert found.compared("a", "b", error) == verdict
+    row = found.claims([("a", "b")], {"x": error}).splitlines()[-1]
+    assert row == f"| a below b | {verdict} |"
 
 
 def test_missed_and_reached_goals_are_told(tmp_path: Path) -> None:
