@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -59,7 +60,9 @@ class Ensemble:
 
     def in_eval_mode(self) -> Ensemble:
         """The same of the models in eval mode; see :class:`SearchModel`."""
-        return Ensemble([in_eval_mode(model) for model in self.models], weights=self.weights)
+        result = copy.copy(self)
+        result.models = tuple(map(in_eval_mode, self.models))
+        return result
 
     def encode_source(self, source: Tensor, lengths: Tensor) -> tuple[_Parts, _Parts]:
         """What each model attends to, and their states; see :class:`SearchModel`."""

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as _of_all_modules
 
 from .. import functional
 from .._checks import check_positive, check_shape
@@ -29,51 +28,13 @@ from ..types import (
     DecoderStart,
     DecoderState,
     GenerateOutput,
-    State,
 )
+from . import fused
 from .inputs import check_tokens
+from .masks import Masks, masked
 from .scanned import build_decoder
 
 __all__ = ["Decoder"]
-
-
-def _is_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
-    """Whether calling the module is its class's ``forward`` and nothing else, on weights that
-    the operators can read: those of other classes of tensors may compute otherwise."""
-    if type(module) is not kind:
-        return False
-    own = vars(module)
-    if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return False
-    # A loop: this is asked before every search, of which the smallest take 100 µs.
-    for weight in own["_parameters"].values():
-        if weight is None:
-            continue
-        if type(weight) is not torch.nn.Parameter or not weight.is_cpu:
-            return False
-        if not weight.is_floating_point():
-            return False
-    return True
-
-
-class _Masks(NamedTuple):
-    """What dropout multiplies with in one pass of a decoder; None where nothing is dropped."""
-
-    embedding: Tensor | None  # (T, B, E)
-    layers: Tensor | None  # (L-1, T, B, H), the outputs of all layers but the last
-    output: Tensor | None  # (T, B, H)
-
-    def step(self, t: int) -> _Masks:
-        """Those of one step."""
-        return _Masks(
-            None if self.embedding is None else self.embedding[t : t + 1],
-            None if self.layers is None else self.layers[:, t : t + 1],
-            None if self.output is None else self.output[t : t + 1],
-        )
-
-
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
 
 
 _GLOBAL = AttentionOptions()
@@ -341,7 +302,7 @@ class Decoder(torch.nn.Module):
         state: DecoderStart | None,
         need_weights: bool = False,
         keys: Tensor | None = None,
-        masks: _Masks | None = None,
+        masks: Masks | None = None,
         conditions: Conditions | None = None,
     ) -> tuple[Tensor, DecoderOutput, Tensor]:
         """What the output layer reads (T, B, H), what the recurrent decoder gave, and what it
@@ -352,7 +313,7 @@ class Decoder(torch.nn.Module):
         if masks is None:
             masks = self._draw_masks(target_in)
         context, extra, _ = conditions or Conditions()
-        x = _masked(self.embedding(target_in.t()), masks.embedding)
+        x = masked(self.embedding(target_in.t()), masks.embedding)
         check_extra("target_extra", self.extra, extra, rows=x.shape[1], steps=x.shape[0])
         if self.extra is not None and extra is not None and self.extra_at_input:
             x = self.extra(x, extra)
@@ -375,16 +336,16 @@ class Decoder(torch.nn.Module):
         hidden = decoded.output
         if self.extra is not None and extra is not None and not self.extra_at_input:
             hidden = self.extra(hidden, extra)
-        return _masked(hidden, masks.output), decoded, x
+        return masked(hidden, masks.output), decoded, x
 
-    def _draw_masks(self, target_in: Tensor) -> _Masks:
+    def _draw_masks(self, target_in: Tensor) -> Masks:
         """What dropout zeroes in one pass over ``target_in`` (B, T)."""
         batch, steps = target_in.shape
         layers = self.rnn.draw_dropout_masks(steps, batch)
         if not self.training or self.dropout == 0:
-            return _Masks(None, layers, None)
+            return Masks(None, layers, None)
         like = self.embedding.weight
-        return _Masks(
+        return Masks(
             apply_dropout(like.new_ones(steps, batch, like.shape[1]), self.dropout),
             layers,
             apply_dropout(like.new_ones(steps, batch, self.rnn.hidden_size), self.dropout),
@@ -399,7 +360,7 @@ class Decoder(torch.nn.Module):
         *,
         lengths: Tensor | None = None,
         state: DecoderStart | None = None,
-        masks: _Masks | None = None,
+        masks: Masks | None = None,
         unread: Tensor | None = None,
         generator: torch.Generator | None = None,
         conditions: Conditions | None = None,
@@ -433,7 +394,8 @@ class Decoder(torch.nn.Module):
             like = self.embedding.weight
             draws = torch.rand((steps, batch), generator=generator, dtype=like.dtype, device=device)
         if self.is_fused() and state is not None and state[0] is not None:
-            return self._inputs_fused(
+            return fused.scheduled_inputs(
+                self,
                 target_in.t(),
                 coins,
                 draws,
@@ -462,7 +424,7 @@ class Decoder(torch.nn.Module):
         *,
         lengths: Tensor | None,
         state: DecoderStart | None,
-        masks: _Masks,
+        masks: Masks,
         conditions: Conditions,
     ) -> Tensor:
         """See :func:`pyseq.functional.scheduled_inputs`; for any decoder."""
@@ -532,59 +494,15 @@ class Decoder(torch.nn.Module):
             prefix=prefix,
         )
 
-    def _inputs_fused(
-        self,
-        tokens: Tensor,
-        coins: Tensor,
-        draws: Tensor | None,
-        memory: Tensor | None,
-        *,
-        lengths: Tensor | None,
-        state: tuple[State, Tensor | None],
-        masks: _Masks,
-    ) -> Tensor:
-        """See :func:`pyseq.functional.scheduled_inputs`; for a decoder that :meth:`is_fused`."""
-        assert isinstance(self.rnn, AttentionDecoder)  # or it is not fused
-        score, combine = self.rnn.score, self.rnn.combine
-        attends = memory is not None and score is not None
-        limit = None
-        if memory is not None and score is not None:
-            limit = score.limit(memory, lengths)
-        return functional.scheduled_inputs(
-            tokens,
-            coins,
-            self.embedding.weight,
-            self.rnn.layer_weights(),
-            state,
-            self.output.weight,
-            self.output.bias,
-            self.rnn.project(memory, lengths) if attends and memory is not None else None,
-            memory if attends else None,
-            None if combine is None else combine.weight,
-            draws=draws,
-            cell=self.rnn.cell,
-            score=None if score is None else score.fused,
-            weight_query=None if score is None else score.weight_query,
-            weight_v=None if score is None else score.weight_v,
-            lengths=limit,
-            input_feeding=self.rnn.input_feeding,
-            embedding_masks=masks.embedding,
-            dropout_masks=masks.layers,
-            output_masks=masks.output,
-        )
-
     def is_fused(self) -> bool:
         """Whether a step of ``forward`` in eval mode is what :meth:`generate` computes.
 
         Not with other attention than Luong's over all of the memory, see
         :meth:`pyseq.nn.AttentionDecoder.is_plain`; not on another device or in another dtype
-        than the operator's; and not if a module
-        has hooks, is parametrised or was replaced by one of another class, nor if it takes a
-        context or extra information or copies.
+        than the operator's; and not if a module has hooks, is parametrised or was replaced by one
+        of another class, nor if it takes a context or extra information or copies.
         """
-        if self.context_size is not None or _of_all_modules._global_forward_hooks:
-            return False
-        if _of_all_modules._global_forward_pre_hooks:
+        if self.context_size is not None or fused.all_are_hooked():
             return False
         # By the dictionary: found by name a module takes four times as long.
         own = self._modules
@@ -604,6 +522,6 @@ class Decoder(torch.nn.Module):
             (own["output"], torch.nn.Linear),
         )
         for module, kind in parts:
-            if module is not None and not _is_plain(module, kind):
+            if module is not None and not fused.is_plain(module, kind):
                 return False
         return True

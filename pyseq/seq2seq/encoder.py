@@ -14,8 +14,9 @@ from .._pickled import fill_in
 from ..extra import ExtraInformation, ExtraOptions, check_extra
 from ..nn._common import Device
 from ..recurrent import LayerOptions, build_layers, layer_cell
+from ..reference import without_padding
 from ..types import PAD, State, join_parts, state_parts
-from .inputs import check_source, last_steps, valid_steps
+from .inputs import check_source, last_steps
 
 __all__ = ["Encoder"]
 
@@ -132,12 +133,6 @@ class Encoder(torch.nn.Module):
             return part.transpose(0, 1).reshape(1, batch, 2 * size)
         return part.reshape(both // 2, 2, batch, size).transpose(1, 2).flatten(2)
 
-    def _without_padding(self, source: Tensor, lengths: Tensor) -> Tensor:
-        """``source``, with features of padding as zeros: a NaN there would reach the gradient."""
-        if source.dim() == 2:
-            return source
-        return source.masked_fill(~valid_steps(lengths, source).unsqueeze(2), 0.0)
-
     def forward(
         self, source: Tensor, lengths: Tensor, extra: Tensor | None = None
     ) -> tuple[Tensor, State]:
@@ -160,25 +155,27 @@ class Encoder(torch.nn.Module):
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
         check_source(source, self.embedding)
-        x = self.embedding(self._without_padding(source, lengths).transpose(0, 1))
+        x = source.transpose(0, 1)
+        if source.dim() == 3:  # a NaN in the padding of features would reach the gradient
+            x = without_padding(x, lengths)
+        x = self.embedding(x)
         if self.training:
             x = apply_dropout(x, self.dropout)
         check_extra("source_extra", self.extra, extra, rows=x.shape[1], steps=x.shape[0])
         if extra is not None and extra.dim() == 3:
-            extra = extra.masked_fill(~valid_steps(lengths, source).t().unsqueeze(2), 0.0)
+            extra = without_padding(extra, lengths)
         if self.extra is not None and extra is not None and self.extra_at_input:
             x = self.extra(x, extra)
         memory, state = self.rnn(x, lengths=lengths)
         parts = [self._join_directions(part) for part in state_parts(self.cell, state)]
         if self.extra is not None and extra is not None and not self.extra_at_input:
-            valid = valid_steps(lengths, source).t().unsqueeze(2)
-            memory = self.extra(memory, extra).masked_fill(~valid, 0.0)
+            memory = without_padding(self.extra(memory, extra), lengths)
             last = extra if extra.dim() == 2 else last_steps(extra, lengths)
             top = self.extra(parts[0][-1:], last)
             parts[0] = torch.cat([parts[0][:-1], top])
         if self.training:
             memory = apply_dropout(memory, self.dropout)
         if self.constant:
-            ones = valid_steps(lengths, source).t().unsqueeze(2).to(memory.dtype)
+            ones = without_padding(memory.new_ones(*memory.shape[:2], 1), lengths)
             memory = torch.cat([memory, ones], 2)
         return memory, join_parts(tuple(parts))

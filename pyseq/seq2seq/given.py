@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,8 +65,9 @@ class Given:
 
     def in_eval_mode(self) -> Given:
         """The same of the model in eval mode; see :class:`pyseq.search.SearchModel`."""
-        model = in_eval_mode(self.model)
-        return Given(model, self.source_extra, self.target_extra, self.copies)
+        result = copy.copy(self)
+        result.model = in_eval_mode(self.model)
+        return result
 
     def encode_source(
         self, source: Tensor, lengths: Tensor
