@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import checkpoint
-from .errors import CheckpointError
+from .errors import CheckpointError, DataError
 from .labels import LabelExamples, Labels
 from .tagger import Classifier, Tagger
-from .text import Extra, Pair, Tokenizer, Vocab, extra_tensor, pad
+from .text import Extra, Features, Pair, Tokenizer, Vocab, check_features, extra_tensor
+from .text.batches import pad_rows
 from .text.extra import check_extra, read_line
 from .types import PAD
 
@@ -44,9 +46,11 @@ class Labeler:
 
     Args:
         model: the model; dropout is off in every call, whatever its mode.
-        source_vocab: what its ids mean.
+        source_vocab: what its ids mean; None for a model that reads features.
         labels: what its outputs mean.
-        source_tokens: how text is split: ``"char"``, ``"space"``, ``"word"``.
+        source_tokens: how text is split: ``"char"``, ``"space"``, ``"word"``, ``"line"``.
+        features: of a model with ``source_features``: lines are the names of these arrays, which
+            may be given later.
 
     Raises:
         ValueError: an unknown way to split, or vocabulary or labels of another size than the
@@ -56,18 +60,35 @@ class Labeler:
     def __init__(
         self,
         model: Tagger | Classifier,
-        source_vocab: Vocab,
+        source_vocab: Vocab | None,
         labels: Labels,
         *,
         source_tokens: str = "space",
+        features: Features | None = None,
     ) -> None:
         for name, given in (("source_vocab_size", source_vocab), ("num_labels", labels)):
-            if len(given) != model.config[name]:
-                raise ValueError(f"{name} of the model is {model.config[name]}, got {len(given)}")
+            size = None if given is None else len(given)
+            if size != model.config[name]:
+                raise ValueError(f"{name} of the model is {model.config[name]}, got {size}")
         self.model = model
         self.source_vocab = source_vocab
         self.labels = labels
         self.source_tokenizer = Tokenizer(source_tokens)
+        self.features = features
+
+    @property
+    def features(self) -> Features | None:
+        """The arrays that lines are the names of, for a model that reads features.
+
+        Raises:
+            ValueError: when set, to those of another size than the model reads.
+        """
+        return self._features
+
+    @features.setter
+    def features(self, features: Features | None) -> None:
+        check_features(features, [self.model.config])
+        self._features = features
 
     @property
     def per_token(self) -> bool:
@@ -99,7 +120,7 @@ class Labeler:
         read = [self._read(line) for line in lines]
         sources = [source for source, _ in read]
         results: dict[int, Labelling] = {}
-        order = sorted(range(len(lines)), key=lambda i: len(sources[i]))
+        order = sorted(range(len(lines)), key=lambda i: self._steps(sources[i]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             found = self._predict_batch([sources[i] for i in rows], [read[i][1] for i in rows])
@@ -118,15 +139,40 @@ class Labeler:
         source = self.source_tokenizer.split(text)
         if not source:
             return source, Extra((0.0,) * (self.extra_size or 0))
-        check_extra(extra, (self.extra_size, None), (len(source), None), place=f"the line {text!r}")
+        check_extra(
+            extra, (self.extra_size, None), (self._steps(source), None), place=f"the line {text!r}"
+        )
         return source, extra
+
+    def _source(self) -> Vocab | Features:
+        """What makes numbers of sources.
+
+        Raises:
+            DataError: the features have not been given.
+        """
+        found = self.source_vocab if self.features is None else self.features
+        if found is None:
+            raise DataError("this model reads features, not text: give it those that lines name")
+        return found
+
+    def _steps(self, source: list[str]) -> int:
+        """Steps of a source as the encoder reads it."""
+        return len(self._source().encode(source)) if source else 0
+
+    def _rows(self, sources: list[list[str]]) -> list[list[int] | Tensor]:
+        """Sources in numbers, with a step of padding at least, for blank lines."""
+        encoder = self._source()
+        blank = [PAD] if isinstance(encoder, Vocab) else torch.zeros(1, encoder.size)
+        return [encoder.encode(source) if source else blank for source in sources]
 
     @torch.no_grad()
     def _predict_batch(self, sources: list[list[str]], extras: list[Extra]) -> list[Labelling]:
         device = self.model.output.weight.device
-        # A step of padding at least, for batches of nothing but blank lines.
-        source, _ = pad([self.source_vocab.encode(tokens) or [PAD] for tokens in sources])
-        lengths = torch.tensor([len(tokens) for tokens in sources])
+        source, _ = pad_rows(self._rows(sources))
+        if source.is_floating_point():
+            source = source.to(self.model.output.weight.dtype)
+        steps = [self._steps(tokens) for tokens in sources]
+        lengths = torch.tensor(steps)
         extra = extra_tensor(
             [each.source for each in extras], self.extra_size, steps=source.shape[1]
         )
@@ -138,14 +184,17 @@ class Labeler:
         best, numbers = probabilities.max(-1)
         results = []
         for row, tokens in enumerate(sources):
-            kept = slice(row, row + 1) if not self.per_token else (row, slice(len(tokens)))
+            kept = slice(row, row + 1) if not self.per_token else (row, slice(steps[row]))
             labels = self.labels.decode(numbers[kept].tolist())
             results.append(Labelling(labels, best[kept].tolist(), tokens))
         return results
 
     def unknown_symbols(self, line: str) -> list[str]:
         """The tokens of ``line`` that the model has never seen."""
-        return [token for token in self._read(line)[0] if token not in self.source_vocab]
+        vocab = self.source_vocab
+        if vocab is None:
+            return []
+        return [token for token in self._read(line)[0] if token not in vocab]
 
     def encode(self, pairs: Sequence[Pair], *, name: str) -> LabelExamples:
         """Tokens and labels as the numbers that the model is trained on.
@@ -155,7 +204,7 @@ class Labeler:
         """
         return LabelExamples.encode(
             pairs,
-            self.source_vocab,
+            self._source(),
             self.labels,
             name=name,
             per_token=self.per_token,
@@ -174,14 +223,20 @@ class Labeler:
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> Labeler:
+    def load(cls, path: str | Path, *, features: Features | None = None) -> Labeler:
         """Load what :meth:`save` wrote.
+
+        Args:
+            path: the folder.
+            features: as for the constructor.
 
         Raises:
             CheckpointError: there is no saved model, it is damaged, it is of another kind, or
                 it was saved without vocabulary or labels.
         """
-        return cls.from_saved(checkpoint.load(path), path)
+        found = cls.from_saved(checkpoint.load(path), path)
+        found.features = features
+        return found
 
     @classmethod
     def from_saved(cls, saved: checkpoint.Saved, path: str | Path) -> Labeler:
@@ -191,7 +246,8 @@ class Labeler:
                 f"{path}: the model must be a Tagger or a Classifier, got "
                 f"{type(saved.model).__name__}"
             )
-        if saved.source_vocab is None or saved.labels is None:
+        reads_features = saved.model.config["source_features"] is not None
+        if (saved.source_vocab is None) != reads_features or saved.labels is None:
             raise CheckpointError(f"{path}: this model was saved without its vocabulary or labels")
         return cls(
             saved.model,

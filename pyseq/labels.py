@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
-from .text import Pair, Vocab, extra_tensor, pad
+from .text import Features, Pair, Vocab, extra_tensor, pad
+from .text.batches import content_of, encode_each, pad_rows
 from .text.extra import check_extra, rows_of
 from .types import IGNORE
 
@@ -94,7 +95,7 @@ class Labels:
 class LabelBatch(NamedTuple):
     """Padded labelled examples; the rows are in no particular order."""
 
-    source: Tensor  # (B, S) int64, padded with PAD
+    source: Tensor  # (B, S) int64, padded with PAD; or (B, S, D), features padded with 0
     source_lengths: Tensor  # (B,) int64
     labels: Tensor  # (B, S) int64, padded with IGNORE; or (B,), one for each row
     lines: list[int]  # where each row came from
@@ -152,7 +153,7 @@ class LabelExamples:
     ``labels`` has one for each token of a source, or, ``per_token`` being False, one alone.
     """
 
-    sources: list[list[int]]
+    sources: Sequence[list[int] | Tensor]  # ids, or features (S, D)
     labels: list[list[int]]
     lines: list[int]
     name: str  # the file, for messages
@@ -164,7 +165,7 @@ class LabelExamples:
     def encode(
         cls,
         pairs: Sequence[Pair],
-        vocab: Vocab,
+        vocab: Vocab | Features,
         labels: Labels,
         *,
         name: str,
@@ -174,17 +175,19 @@ class LabelExamples:
         """``pairs``, whose targets are labels, in numbers.
 
         Args:
-            pairs, vocab, labels, name, per_token: see there.
+            pairs, vocab, labels, name, per_token: see there; features take the place of a
+                vocabulary, and the sources are their names.
             extra_size: numbers of a vector of extra information; None for none.
 
         Raises:
             DataError: a line has not the right number of labels, or one that is unknown, or not
                 the extra information that is asked for.
         """
-        check_labels(pairs, name=name, per_token=per_token)
-        for pair in pairs:
+        sources = encode_each(vocab, pairs)
+        check_labels(pairs, name=name, per_token=per_token, features=vocab)
+        for pair, source in zip(pairs, sources, strict=True):
             place = f"{name}:{pair.line}"
-            check_extra(pair.extra, (extra_size, None), (len(pair.source), None), place=place)
+            check_extra(pair.extra, (extra_size, None), (len(source), None), place=place)
             for label in pair.target:
                 if label not in labels:
                     raise DataError(
@@ -192,7 +195,7 @@ class LabelExamples:
                         f"{len(labels)}"
                     )
         return cls(
-            [vocab.encode(pair.source) for pair in pairs],
+            sources,
             [labels.encode(pair.target) for pair in pairs],
             [pair.line for pair in pairs],
             name,
@@ -206,7 +209,7 @@ class LabelExamples:
 
     def collate(self, indices: Sequence[int]) -> LabelBatch:
         """The examples at ``indices`` as one padded batch."""
-        source, lengths = pad([self.sources[i] for i in indices])
+        source, lengths = pad_rows([self.sources[i] for i in indices])
         if self.per_token:
             labels, _ = pad([self.labels[i] for i in indices], value=IGNORE)
         else:
@@ -223,25 +226,37 @@ class LabelExamples:
         """SHA-256 over all numbers: tells whether two runs train on the same data."""
         digest = hashlib.sha256()
         for source, labels in zip(self.sources, self.labels, strict=True):
-            digest.update(f"{source}{labels}\n".encode())
+            digest.update(content_of(source))
+            digest.update(f"{labels}\n".encode())
         for extra in self.extras or ():
             digest.update(f"{extra}\n".encode())
         return digest.hexdigest()
 
 
-def check_labels(pairs: Iterable[Pair], *, name: str, per_token: bool) -> None:
+def check_labels(
+    pairs: Iterable[Pair],
+    *,
+    name: str,
+    per_token: bool,
+    features: Features | Vocab | None = None,
+) -> None:
     """Raise unless each line has one label for each of its tokens, or one alone.
 
     Args:
         pairs: tokens and labels.
         name: the file, for messages.
         per_token: which of the two.
+        features: what the sources name, where they are no tokens.
 
     Raises:
         DataError: a line has another number; the text names it.
     """
     for pair in pairs:
-        expected = len(pair.source) if per_token else 1
+        source: Sequence[object] | Tensor = pair.source
+        if isinstance(features, Features):
+            source = features.encode(pair.source)
+        steps = len(source)
+        expected = steps if per_token else 1
         if len(pair.target) != expected:
             what = f"one label for each of its {expected} tokens" if per_token else "one label"
             raise DataError(f"{name}:{pair.line}: expected {what}, got {len(pair.target)}")

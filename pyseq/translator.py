@@ -23,14 +23,17 @@ from .text import (
     SOURCE_MARKS,
     Examples,
     Extra,
+    Features,
     Pair,
     SourceMarks,
     Tokenizer,
     Vocab,
+    check_features,
     encode_copies,
     encode_sources,
     extra_tensor,
 )
+from .text.batches import pad_features
 from .text.extra import check_extra, read_line, reversed_steps
 from .types import UNK
 
@@ -64,7 +67,8 @@ class Translator:
 
     Args:
         model: the model; dropout is off in every call, whatever its mode.
-        source_vocab, target_vocab: what its ids mean.
+        source_vocab, target_vocab: what its ids mean; the source's is None for a model that reads
+            features.
         source_tokens, target_tokens: how text is split: ``"char"``, ``"space"``, ``"word"``.
         max_length: tokens an output may have, ``<stop>`` included.
         reverse_source: whether the model was trained on sources read backwards; results are
@@ -73,6 +77,8 @@ class Translator:
             :func:`pyseq.text.encode_sources`. Models that pyseq trained want ``"stop"``.
         others: further models with the same vocabularies, which predict together with
             ``model``; see :class:`pyseq.Ensemble`.
+        features: of a model with ``source_features``: lines are the names of these arrays, which
+            may be given later.
 
     Raises:
         ValueError: an unknown way to split or to mark, ``max_length`` below 1, or a vocabulary of
@@ -82,7 +88,7 @@ class Translator:
     def __init__(
         self,
         model: Seq2Seq,
-        source_vocab: Vocab,
+        source_vocab: Vocab | None,
         target_vocab: Vocab,
         *,
         source_tokens: str = "char",
@@ -91,6 +97,7 @@ class Translator:
         reverse_source: bool = False,
         source_marks: SourceMarks = "stop",
         others: Sequence[Seq2Seq] = (),
+        features: Features | None = None,
     ) -> None:
         if source_marks not in SOURCE_MARKS:
             raise ValueError(
@@ -103,10 +110,13 @@ class Translator:
         for side, vocab in (("source", source_vocab), ("target", target_vocab)):
             for each in (model, *others):
                 size = each.config[f"{side}_vocab_size"]
-                if len(vocab) != size:
+                found = None if vocab is None else len(vocab)
+                if found != size:
                     raise ValueError(
-                        f"{side}_vocab must have {size} symbols like the model, got {len(vocab)}"
+                        f"{side}_vocab must have {size} symbols like the model, got {found}"
                     )
+        if source_vocab is None and (reverse_source or self._copies(model)):
+            raise ValueError("reverse_source and copying go with tokens, got a model of features")
         self.model = model
         self.others = tuple(others)
         self.source_vocab = source_vocab
@@ -116,11 +126,30 @@ class Translator:
         self.max_length = max_length
         self.reverse_source = reverse_source
         self.source_marks: SourceMarks = source_marks
+        self.features = features
 
     @property
     def copies(self) -> bool:
         """Whether the model may copy tokens of the line, those too that it does not know."""
-        return self.model.config["copy"] is not None
+        return self._copies(self.model)
+
+    @staticmethod
+    def _copies(model: Seq2Seq) -> bool:
+        return model.config["copy"] is not None
+
+    @property
+    def features(self) -> Features | None:
+        """The arrays that lines are the names of, for a model that reads features.
+
+        Raises:
+            ValueError: when set, to those of another size than the model reads.
+        """
+        return self._features
+
+    @features.setter
+    def features(self, features: Features | None) -> None:
+        check_features(features, [model.config for model in (self.model, *self.others)])
+        self._features = features
 
     def __call__(self, line: str, *, beam_size: int = 1) -> str:
         """The output text for one line; :meth:`translate` does many at once."""
@@ -196,7 +225,7 @@ class Translator:
         read = [self._read(line) for line in lines]
         sources = [source for source, _ in read]
         results: list[list[Translation]] = [[Translation("", [], [], 0.0, None)] for _ in lines]
-        order = sorted(range(len(lines)), key=lambda i: len(sources[i]))
+        order = sorted(range(len(lines)), key=lambda i: self._steps(sources[i]))
         order = [i for i in order if sources[i]]
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -266,7 +295,7 @@ class Translator:
         text, information = read_line(line, self.extra_sizes)
         source = self.source_tokenizer.split(text)
         if source:
-            steps = (len(source) + 1, None)
+            steps = (self._steps(source), None)
             check_extra(information, self.extra_sizes, steps, place=f"the line {text!r}")
         return source, information
 
@@ -282,6 +311,8 @@ class Translator:
             model.config["score"] is None for model in (self.model, *self.others)
         ):
             raise ValueError("replace_unknown needs a model with attention, got one without")
+        if replace_unknown and self.source_vocab is None:
+            raise ValueError("replace_unknown needs a source of tokens, got a model of features")
         if replace_unknown:
             options = replace(options, need_weights=True)
         tokens = self.target_tokenizer.split(prefix)
@@ -295,7 +326,11 @@ class Translator:
     ) -> _Encoded:
         device = next(self.model.parameters()).device
         lines = [self.in_reading_order(source) for source in sources]
-        source, lengths = encode_sources(self.source_vocab, lines, marks=self.source_marks)
+        if self.source_vocab is None:
+            source, lengths = pad_features([self._named().encode(line) for line in lines])
+            source = source.to(self.model.decoder.output.weight.dtype)
+        else:
+            source, lengths = encode_sources(self.source_vocab, lines, marks=self.source_marks)
         copies: Tensor | None = None
         extra: list[list[str]] = [[] for _ in lines]
         if self.copies:
@@ -325,7 +360,9 @@ class Translator:
         self, source: list[str], extra: list[str], hypothesis: Hypothesis, replace_unknown: bool
     ) -> Translation:
         weights = hypothesis.weights
-        if weights is not None and self.source_marks == "none":
+        if self.source_vocab is None:
+            source = [str(step) for step in range(1, self._steps(source) + 1)]
+        if weights is not None and (self.source_marks == "none" or self.source_vocab is None):
             weights = torch.nn.functional.pad(weights, (0, 1))
         elif weights is not None and self.source_marks == "both":
             weights = torch.cat([weights[:, 1:-1], weights[:, :1] + weights[:, -1:]], 1)
@@ -354,7 +391,28 @@ class Translator:
 
     def unknown_symbols(self, line: str) -> list[str]:
         """The tokens of ``line`` that the model has never seen."""
-        return [token for token in self._read(line)[0] if token not in self.source_vocab]
+        vocab = self.source_vocab
+        if vocab is None:
+            return []
+        return [token for token in self._read(line)[0] if token not in vocab]
+
+    def _named(self) -> Features:
+        """The arrays that sources name.
+
+        Raises:
+            DataError: they have not been given.
+        """
+        if self.features is None:
+            raise DataError("this model reads features, not text: give it those that lines name")
+        return self.features
+
+    def _steps(self, source: list[str]) -> int:
+        """Steps of a source as the encoder reads it; of a blank line none."""
+        if not source:
+            return 0
+        if self.source_vocab is None:
+            return len(self._named().encode(source))
+        return len(source) + 1  # <stop>
 
     def encode(self, pairs: Sequence[Pair], *, name: str) -> Examples:
         """Pairs of tokens as the ids that the model is trained on.
@@ -367,7 +425,7 @@ class Translator:
             DataError: a pair has not the extra information that the model takes.
         """
         for pair in pairs:
-            steps = (len(pair.source) + 1, len(pair.target) + 1)
+            steps = (self._steps(pair.source), len(pair.target) + 1)
             check_extra(pair.extra, self.extra_sizes, steps, place=f"{name}:{pair.line}")
         ordered = [
             pair._replace(
@@ -378,7 +436,7 @@ class Translator:
         ]
         return Examples.encode(
             ordered,
-            self.source_vocab,
+            self._named() if self.source_vocab is None else self.source_vocab,
             self.target_vocab,
             name=name,
             copy=self.copies,
@@ -410,12 +468,15 @@ class Translator:
         )
 
     @classmethod
-    def load(cls, path: str | Path, *others: str | Path) -> Translator:
+    def load(
+        cls, path: str | Path, *others: str | Path, features: Features | None = None
+    ) -> Translator:
         """Load what :meth:`save` wrote.
 
         Args:
             path: the folder.
             others: folders of further models that predict together with the first.
+            features: as for the constructor.
 
         Raises:
             CheckpointError: there is no saved model, it is damaged, it was saved without
@@ -447,6 +508,7 @@ class Translator:
                 )
             models.append(one.model)
         first.others = tuple(models)
+        first.features = features
         return first
 
     @classmethod
@@ -457,7 +519,8 @@ class Translator:
                 f"{path}: the model must be a Seq2Seq, got {type(saved.model).__name__}; "
                 "pyseq.Labeler.load loads it"
             )
-        if saved.source_vocab is None or saved.target_vocab is None:
+        reads_features = saved.model.config["source_features"] is not None
+        if (saved.source_vocab is None) != reads_features or saved.target_vocab is None:
             raise CheckpointError(f"{path}: this model was saved without its vocabularies")
         return cls(
             saved.model,

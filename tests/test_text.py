@@ -58,7 +58,7 @@ def test_tokenizer_joins_what_it_split(name: str, text: str) -> None:
 
 
 def test_tokenizer_refuses_unknown_names() -> None:
-    with pytest.raises(ValueError, match="tokens must be one of char, space, word, got 'bpe'"):
+    with pytest.raises(ValueError, match="tokens must be one of char, space, word, line, got 'bpe'"):
         Tokenizer("bpe")
 
 

@@ -14,7 +14,7 @@ from .. import checkpoint, scheduled, training
 from ..errors import PyseqError
 from ..recurrent import LayerOptions
 from ..seq2seq import Seq2Seq
-from ..text import PairsFile, TextPair, read_pairs
+from ..text import Features, PairsFile, TextPair, read_pairs
 
 #: The task that a saved model was trained for, by what it is.
 TASK_OF: dict[str, training.TaskName] = {"Tagger": "tag", "Classifier": "classify"}
@@ -63,6 +63,21 @@ def add_threads(command: Any) -> None:
     command.add_argument(
         "--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)"
     )
+
+
+def add_features(command: Any) -> None:
+    command.add_argument(
+        "--source-features",
+        dest="features",
+        metavar="FILE",
+        help="vectors (S, D) in place of source tokens: a file of safetensors, or X.npz of numpy; "
+        "sources are the names of its arrays",
+    )
+
+
+def given_features(arguments: argparse.Namespace) -> Features | None:
+    """The file of features, if there is one."""
+    return None if arguments.features is None else Features.read(arguments.features)
 
 
 def begin(arguments: argparse.Namespace) -> None:

@@ -94,6 +94,7 @@ def _import(arguments: argparse.Namespace) -> None:
     except ValueError as error:  # options that do not go together
         raise PyseqError(str(error)) from error
     translator.save(arguments.out)
+    assert translator.source_vocab is not None  # no other library's models read features
     say(
         f"{len(translator.source_vocab):,} source and {len(translator.target_vocab):,} target "
         f"symbols, {sum(p.numel() for p in translator.model.parameters()):,} weights"

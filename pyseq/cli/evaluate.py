@@ -13,11 +13,20 @@ from ..labels import check_labels
 from ..text import Pair
 from ..text import tokenise_pairs as tokenise
 from ..translator import Translator
-from .common import TASK_OF, add_threads, begin, gives_labels, read_texts, require_one_source
+from .common import (
+    TASK_OF,
+    add_features,
+    add_threads,
+    begin,
+    given_features,
+    gives_labels,
+    read_texts,
+    require_one_source,
+)
 from .searching import add_search, load, refuse_search, searcher
 
 # How BLEU splits predictions and references, by how the model splits its target.
-_BLEU_TOKENIZE = {"char": "char", "space": "none", "word": "13a"}
+_BLEU_TOKENIZE = {"char": "char", "space": "none", "word": "13a", "line": "none"}
 
 
 def add(commands: Any) -> None:
@@ -46,6 +55,7 @@ def add(commands: Any) -> None:
         help="also print the share of wrong tokens at each place of the answers, where the model "
         "reads the answer and where it reads its own tokens",
     )
+    add_features(command)
     add_search(command)
     add_threads(command)
 
@@ -128,7 +138,7 @@ def _print_positions(
 def _evaluate_labels(arguments: argparse.Namespace) -> None:
     if arguments.task is not None:
         raise PyseqError(f"{arguments.model}: this model gives labels: give a file of pairs")
-    labeler = Labeler.load(arguments.model)
+    labeler = Labeler.load(arguments.model, features=given_features(arguments))
     task = TASK_OF[type(labeler.model).__name__]
     pairs = read_texts(arguments.pairs, skip_bad_lines=arguments.skip_bad_lines)
     tokens = labeler.source_tokenizer.name
@@ -136,7 +146,9 @@ def _evaluate_labels(arguments: argparse.Namespace) -> None:
     expected = training.tokenise_labels(
         pairs, task=task, tokens=tokens, extra_size=size, name=arguments.pairs
     )
-    check_labels(expected, name=arguments.pairs, per_token=labeler.per_token)
+    check_labels(
+        expected, name=arguments.pairs, per_token=labeler.per_token, features=labeler.features
+    )
     lines = ["\t".join((pair.source, *pair.columns[: int(size is not None)])) for pair in pairs]
     results = labeler.predict(lines, batch_size=arguments.batch_size)
     predicted, right = [result.labels for result in results], [pair.target for pair in expected]

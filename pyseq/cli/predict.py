@@ -18,7 +18,7 @@ from ..plot import save_heatmap
 from ..text import SPECIALS, read_lines
 from ..translator import Translation, Translator
 from ..types import STOP
-from .common import add_threads, begin, gives_labels, positive, say
+from .common import add_features, add_threads, begin, given_features, gives_labels, positive, say
 from .searching import add_search, load, refuse_search, searcher
 
 
@@ -43,6 +43,7 @@ def add(commands: Any) -> None:
         help="write the N best outputs of each line instead of one, or N draws with --sample: "
         "number of the line, log-probability in nats and output, separated by tabs",
     )
+    add_features(command)
     add_search(command)
     add_threads(command)
 
@@ -74,7 +75,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _predict_labels(arguments: argparse.Namespace) -> None:
-    labeler = Labeler.load(arguments.model)
+    labeler = Labeler.load(arguments.model, features=given_features(arguments))
     for batch in _input_batches(labeler, arguments.batch_size):
         for result in labeler.predict([text for _, text in batch]):
             print(result.text)

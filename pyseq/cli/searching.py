@@ -13,7 +13,7 @@ import torch
 from ..errors import PyseqError
 from ..search import SearchOptions
 from ..translator import Translation, Translator
-from .common import positive
+from .common import given_features, positive
 
 
 def add_search(command: argparse.ArgumentParser) -> None:
@@ -118,7 +118,7 @@ def add_search_option(group: Any, name: str, kind: Callable[[str], Any], text: s
 
 
 def load(arguments: argparse.Namespace) -> Translator:
-    return Translator.load(arguments.model, *arguments.others)
+    return Translator.load(arguments.model, *arguments.others, features=given_features(arguments))
 
 
 def searcher(

@@ -19,7 +19,7 @@ from ..text import Pair, Tokenizer, hold_out
 from ..text import tokenise_pairs as tokenise
 from ..training import Data, Interrupted, LabelerOptions, ModelOptions, Trainer, TrainingOptions
 from ..translator import Translator
-from .common import EXIT_SIGNAL, TASK_OF, begin, read_texts, require_one_source, say
+from .common import EXIT_SIGNAL, TASK_OF, begin, given_features, read_texts, require_one_source, say
 from .fields import flag
 from .train_arguments import VALID_SHARE, add_arguments, check_given, given_options
 
@@ -77,11 +77,12 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _refuse_files(arguments: argparse.Namespace) -> None:
     """Refuse what is about a file of pairs, for the task that brings its own."""
-    split = ("tokens", "source_tokens", "target_tokens")
+    split = ("tokens", "source_tokens", "target_tokens", "features")
     for name in ("valid", "valid_share", "skip_bad_lines", *split):
         if getattr(arguments, name) not in (None, False):
             raise PyseqError(
-                f"--task g2p brings its own words, and their split: leave {flag(name)} out"
+                "--task g2p brings its own words, and their split: leave "
+                f"{'--source-features' if name == 'features' else flag(name)} out"
             )
 
 
@@ -110,6 +111,15 @@ def _presets(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
 
 def _tokens(arguments: argparse.Namespace) -> tuple[str, str]:
     """How source and target of a new run are split."""
+    source, target = _text_tokens(arguments)
+    if arguments.features is None:
+        return source, target
+    if arguments.source_tokens is not None:
+        raise PyseqError("--source-tokens goes with text, not with --source-features")
+    return "line", target
+
+
+def _text_tokens(arguments: argparse.Namespace) -> tuple[str, str]:
     if arguments.task == "g2p":
         return g2p.SOURCE_TOKENS, g2p.TARGET_TOKENS
     if arguments.task in training.TASKS:
@@ -147,6 +157,7 @@ def _start(arguments: argparse.Namespace, out: Path, log: Callable[[str], None] 
                 log=log,
                 tensorboard=arguments.tensorboard,
                 source_embeddings=_embeddings_file(arguments, "source"),
+                features=given_features(arguments),
             )
         return training.start(
             data,
@@ -163,6 +174,7 @@ def _start(arguments: argparse.Namespace, out: Path, log: Callable[[str], None] 
             tensorboard=arguments.tensorboard,
             source_embeddings=_embeddings_file(arguments, "source"),
             target_embeddings=_embeddings_file(arguments, "target"),
+            features=given_features(arguments),
         )
     except PyseqError:
         raise
@@ -219,6 +231,7 @@ def _resume(arguments: argparse.Namespace, out: Path, log: Callable[[str], None]
         tensorboard=arguments.tensorboard,
         source_embeddings=_embeddings_file(arguments, "source"),
         target_embeddings=_embeddings_file(arguments, "target"),
+        features=given_features(arguments),
     )
 
 

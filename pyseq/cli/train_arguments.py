@@ -15,7 +15,7 @@ from ..extra import EXTRA_MODES, EXTRA_PLACES
 from ..text import TOKENS
 from ..training import LabelerOptions, ModelOptions, TrainingOptions
 from ..types import FEEDS, HISTORIES, ORDERS, SCAN_GATES, SCORES, WINDOWS
-from .common import add_threads, positive, share
+from .common import add_features, add_threads, positive, share
 from .fields import Need, add_fields, given_fields, require_switches
 
 MODEL: dict[str, str] = {
@@ -170,6 +170,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def _add_data(group: Any) -> None:
     group.add_argument("--tokens", choices=TOKENS, help="how both sides are split (default: char)")
     group.add_argument("--source-tokens", choices=TOKENS, help="how the source is split")
+    add_features(group)
     group.add_argument("--target-tokens", choices=TOKENS, help="how the target is split")
     group.add_argument(
         "--min-count",

@@ -17,6 +17,7 @@ from .batches import (
     pad,
 )
 from .extra import Extra, extra_tensor, parse_extra
+from .features import Features, check_features
 from .pairs import (
     Pair,
     PairsFile,
@@ -39,6 +40,7 @@ __all__ = [
     "ExampleSet",
     "Examples",
     "Extra",
+    "Features",
     "Pair",
     "PairsFile",
     "SourceMarks",
@@ -46,6 +48,7 @@ __all__ = [
     "Tokenizer",
     "TokensName",
     "Vocab",
+    "check_features",
     "encode_copies",
     "encode_sources",
     "extra_tensor",

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import DataError
 from ..types import PAD, START, STOP
 from .extra import Extra, Sizes, extra_tensor, rows_of
+from .features import Features
 from .pairs import Pair
 from .vocab import Vocab
 
@@ -25,7 +26,8 @@ SOURCE_MARKS: tuple[str, ...] = ("stop", "none", "both")
 class Batch(NamedTuple):
     """Padded examples; the rows are in no particular order."""
 
-    source: Tensor  # (B, S) int64, ends with STOP, padded with PAD
+    #: (B, S) int64, ends with STOP, padded with PAD; or (B, S, D), features padded with 0.
+    source: Tensor
     source_lengths: Tensor  # (B,) int64, STOP included
     target_in: Tensor  # (B, T) int64, begins with START
     target_out: Tensor  # (B, T) int64, target_in shifted by one, ends with STOP
@@ -101,6 +103,12 @@ def pad(rows: Sequence[Sequence[int]], *, value: int = PAD) -> tuple[Tensor, Ten
     return pad_sequence(tensors, batch_first=True, padding_value=value), lengths
 
 
+def pad_features(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Features (S, D) as one (B, S, D) tensor padded with 0, and lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    return pad_sequence(list(rows), batch_first=True), lengths
+
+
 def encode_sources(
     vocab: Vocab, lines: Sequence[Sequence[str]], *, marks: SourceMarks = "stop"
 ) -> tuple[Tensor, Tensor]:
@@ -132,11 +140,37 @@ def encode_copies(vocab: Vocab, lines: Sequence[Sequence[str]]) -> tuple[Tensor,
     return pad([[*ids, PAD] for ids, _ in rows])[0], [extra for _, extra in rows]
 
 
+def encode_each(source: Vocab | Features, pairs: Sequence[Pair]) -> list[list[int] | Tensor]:
+    """The sources of pairs as ids, or as features.
+
+    Raises:
+        DataError: a source names no array.
+    """
+    return [source.encode(pair.source) for pair in pairs]
+
+
+def pad_rows(
+    rows: Sequence[list[int] | Tensor], *, end: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Ids, with ``end`` behind each row, or features as one padded tensor, and lengths (B,)."""
+    features = [row for row in rows if isinstance(row, Tensor)]
+    if features:
+        return pad_features(features)
+    return pad([[*row, *end] for row in rows if not isinstance(row, Tensor)])
+
+
+def content_of(source: list[int] | Tensor) -> bytes:
+    """What a fingerprint is made of."""
+    if isinstance(source, Tensor):
+        return f"{tuple(source.shape)}".encode() + source.numpy().tobytes()
+    return str(source).encode()
+
+
 @dataclass(frozen=True)
 class Examples:
     """Pairs as ids, kept unpadded; the two special symbols are added when collating."""
 
-    sources: list[list[int]]
+    sources: Sequence[list[int] | Tensor]  # ids, or features (S, D)
     targets: list[list[int]]
     lines: list[int]
     name: str  # the file, for messages
@@ -148,7 +182,7 @@ class Examples:
     def encode(
         cls,
         pairs: Sequence[Pair],
-        source_vocab: Vocab,
+        source_vocab: Vocab | Features,
         target_vocab: Vocab,
         *,
         name: str,
@@ -158,7 +192,8 @@ class Examples:
         """``pairs`` in the ids of two vocabularies.
 
         Args:
-            pairs, source_vocab, target_vocab, name: see there.
+            pairs, source_vocab, target_vocab, name: see there; features take the place of a
+                vocabulary, and the sources are their names.
             copy: whether tokens of the source may be copied; in a target those that the
                 vocabulary lacks then have ids beyond it.
             extra_sizes: numbers of a vector of extra information. Default: as many as the first
@@ -169,7 +204,7 @@ class Examples:
             extra_sizes = (len(first.source) or None, len(first.target) or None)
         extended = [target_vocab.extend(pair.source) if copy else ([], []) for pair in pairs]
         return cls(
-            [source_vocab.encode(pair.source) for pair in pairs],
+            encode_each(source_vocab, pairs),
             [
                 target_vocab.encode(pair.target, extra=extra)
                 for pair, (_, extra) in zip(pairs, extended, strict=True)
@@ -186,7 +221,7 @@ class Examples:
 
     def collate(self, indices: Sequence[int]) -> Batch:
         """The examples at ``indices`` as one padded batch."""
-        source, source_lengths = pad([[*self.sources[i], STOP] for i in indices])
+        source, source_lengths = pad_rows([self.sources[i] for i in indices], end=[STOP])
         target, _ = pad([[START, *self.targets[i], STOP] for i in indices])
         # Shorter rows still hold STOP in target_in; the loss ignores what it predicts
         # there, because target_out is PAD.
@@ -211,7 +246,8 @@ class Examples:
         """SHA-256 over all ids: tells whether two runs train on the same data."""
         digest = hashlib.sha256()
         for source, target in zip(self.sources, self.targets, strict=True):
-            digest.update(f"{source}{target}\n".encode())
+            digest.update(content_of(source))
+            digest.update(f"{target}\n".encode())
         for copied in self.copies or ():
             digest.update(f"{copied}\n".encode())
         for extra in self.extras or ():

@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-TokensName = Literal["char", "space", "word"]
-TOKENS: tuple[str, ...] = ("char", "space", "word")
+TokensName = Literal["char", "space", "word", "line"]
+TOKENS: tuple[str, ...] = ("char", "space", "word", "line")
 
 # Characters that belong to a word when word characters stand on both sides of them.
 _INNER = "'’-"
@@ -56,11 +56,13 @@ _SPLIT: dict[str, Callable[[str], list[str]]] = {
     "char": lambda text: list(text.strip()),
     "space": str.split,
     "word": _split_words,
+    "line": lambda text: [text.strip()] if text.strip() else [],
 }
 _JOIN: dict[str, Callable[[Sequence[str]], str]] = {
     "char": "".join,
     "space": " ".join,
     "word": _join_words,
+    "line": " ".join,
 }
 
 
@@ -77,9 +79,10 @@ class Tokenizer:
       digits to the number; every other character but white space is a token of its own.
       Joined by spaces, but without one before closing and after opening punctuation. A
       script that writes no spaces needs ``char``.
+    - ``line``: all of it is one token, such as the name of an array of features.
 
     Args:
-        name: ``"char"``, ``"space"`` or ``"word"``.
+        name: ``"char"``, ``"space"``, ``"word"`` or ``"line"``.
 
     Raises:
         ValueError: another name.

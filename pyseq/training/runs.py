@@ -16,7 +16,7 @@ from ..errors import CheckpointError, DataError
 from ..labeler import Labeler
 from ..labels import Labels, check_labels
 from ..seq2seq import Seq2Seq
-from ..text import Pair, TextPair, Tokenizer, Vocab, parse_extra
+from ..text import Features, Pair, TextPair, Tokenizer, Vocab, parse_extra
 from ..translator import Translator
 from .options import TASKS, LabelerOptions, ModelOptions, TaskName, TrainingOptions, check_option
 from .trainer import LAST, Trainer, begun_options
@@ -45,6 +45,7 @@ def start(
     source_embeddings: EmbeddingsFile | None = None,
     target_embeddings: EmbeddingsFile | None = None,
     overwrite: bool = False,
+    features: Features | None = None,
 ) -> Trainer:
     """A trainer at the beginning of a run: vocabularies and model are new.
 
@@ -63,6 +64,7 @@ def start(
         source_embeddings, target_embeddings: pretrained vectors with which the embeddings of
             that side begin; they set its embedding size.
         overwrite: whether a model that ``out`` holds may be replaced.
+        features: arrays that the model reads in place of tokens, and the sources of pairs name.
 
     Raises:
         CheckpointError: ``out`` holds a model, and it may not be replaced.
@@ -71,7 +73,11 @@ def start(
     """
     _check_begin(data, out, overwrite=overwrite)
     check_option("min_count", min_count, min_count >= 1, "at least 1")
-    source_vocab = Vocab.build((pair.source for pair in data.pairs), min_count=min_count)
+    source_vocab: Vocab | None = None
+    if features is None:
+        source_vocab = Vocab.build((pair.source for pair in data.pairs), min_count=min_count)
+    _check_features(model, features, source_embeddings)
+    model = replace(model, source_features=None if features is None else features.size)
     target_vocab = Vocab.build((pair.target for pair in data.pairs), min_count=min_count)
     pretrained = _read_embeddings(
         {"source": (source_embeddings, source_vocab), "target": (target_embeddings, target_vocab)},
@@ -91,6 +97,7 @@ def start(
         # Half as long again as anything seen; longer outputs are loops.
         max_length=longest + longest // 2 + 1,
         reverse_source=reverse_source,
+        features=features,
     )
     tables = translator.model.embeddings()
     for side, found in pretrained.items():
@@ -112,6 +119,21 @@ def held_model(out: str | Path) -> Path | None:
     """The folder of a model that a run in ``out`` would replace: it, or its last checkpoint's."""
     folders = (Path(out), Path(out) / LAST)
     return next((folder for folder in folders if checkpoint.exists(folder)), None)
+
+
+def _check_features(
+    model: ModelOptions | LabelerOptions,
+    features: Features | None,
+    source_embeddings: EmbeddingsFile | None,
+) -> None:
+    size = None if features is None else features.size
+    if model.source_features not in (None, size):
+        raise ValueError(
+            f"source_features must be the number of columns of the features, {size}, got "
+            f"{model.source_features}"
+        )
+    if features is not None and source_embeddings is not None:
+        raise ValueError("source_embeddings go with tokens, got them and features")
 
 
 def _check_begin(data: Data, out: str | Path | None, *, overwrite: bool) -> None:
@@ -170,6 +192,7 @@ def start_labeler(
     tensorboard: str | Path | None = None,
     source_embeddings: EmbeddingsFile | None = None,
     overwrite: bool = False,
+    features: Features | None = None,
 ) -> Trainer:
     """A trainer at the beginning of a run that teaches labels; vocabulary and model are new.
 
@@ -182,7 +205,7 @@ def start_labeler(
         tokens: how the source was split.
         model: what the model is made of.
         options, out, progress, log, tensorboard: as for :class:`Trainer`.
-        source_embeddings, overwrite: as for :func:`start`.
+        source_embeddings, overwrite, features: as for :func:`start`.
 
     Raises:
         CheckpointError: ``out`` holds a model, and it may not be replaced.
@@ -195,15 +218,23 @@ def start_labeler(
     _check_begin(data, out, overwrite=overwrite)
     parts = [data] if validation is None else [data, validation]
     for part in parts:
-        check_labels(part.pairs, name=part.name, per_token=task == "tag")
-    source_vocab = Vocab.build(pair.source for pair in data.pairs)
+        check_labels(part.pairs, name=part.name, per_token=task == "tag", features=features)
+    source_vocab: Vocab | None = None
+    if features is None:
+        source_vocab = Vocab.build(pair.source for pair in data.pairs)
+    _check_features(model, features, source_embeddings)
+    model = replace(model, source_features=None if features is None else features.size)
     labels = Labels.build(pair.target for part in parts for pair in part.pairs)
     pretrained = _read_embeddings({"source": (source_embeddings, source_vocab)}, options.seed, log)
     if "source" in pretrained:
         model = replace(model, embedding_size=pretrained["source"].matrix.shape[1])
     torch.manual_seed(options.seed)
     labeler = Labeler(
-        model.build(task, source_vocab, labels), source_vocab, labels, source_tokens=tokens
+        model.build(task, source_vocab, labels),
+        source_vocab,
+        labels,
+        source_tokens=tokens,
+        features=features,
     )
     for side, found in pretrained.items():
         found.copy_to(labeler.model.embeddings()[side])
@@ -221,14 +252,14 @@ def start_labeler(
 
 
 def _read_embeddings(
-    files: Mapping[str, tuple[EmbeddingsFile | None, Vocab]],
+    files: Mapping[str, tuple[EmbeddingsFile | None, Vocab | None]],
     seed: int,
     log: Callable[[str], None] | None,
 ) -> dict[str, Embeddings]:
     """By side, what the files that are given hold for the vocabularies."""
     found = {}
     for side, (file, vocab) in files.items():
-        if file is not None:
+        if file is not None and vocab is not None:
             found[side] = file.read(vocab, seed=seed)
             if log is not None:
                 log(f"{side} embeddings: {found[side].report}")
@@ -277,6 +308,7 @@ def resume(
     tensorboard: str | Path | None = None,
     source_embeddings: EmbeddingsFile | None = None,
     target_embeddings: EmbeddingsFile | None = None,
+    features: Features | None = None,
 ) -> Trainer:
     """A trainer that goes on from the last checkpoint in ``out``.
 
@@ -290,12 +322,14 @@ def resume(
         patience: epochs without a better one until the run stops. Default: as begun.
         source_embeddings, target_embeddings: need not be given, since the checkpoint has the
             matrices; if they are, they must be those that the run was begun with.
+        features: of a model that reads them, those that the run was begun with.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is not one of this data or of
             these vectors.
         DataError: a file of vectors cannot be used.
-        ValueError: ``epochs``, ``checkpoint_every`` or ``patience`` is below 1.
+        ValueError: the features are of another size than the model's; ``epochs``,
+            ``checkpoint_every`` or ``patience`` is below 1.
     """
     saved, state = last_checkpoint(out)
     folder = Path(out) / LAST
@@ -304,6 +338,7 @@ def resume(
         translator = Translator.from_saved(saved, folder)
     else:
         translator = Labeler.from_saved(saved, folder)
+    translator.features = features
     try:
         options = begun_options(state)
         options = replace(

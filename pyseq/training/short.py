@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 from ..embeddings import EmbeddingsFile
 from ..errors import DataError
 from ..labeler import Labeler
-from ..text import TextPair, Tokenizer, make_pair, tokenise_pairs
+from ..text import Features, TextPair, Tokenizer, make_pair, tokenise_pairs
+from ..text.features import given_features
 from ..translator import Translator
 from .options import (
     LABELER_TOKENS,
@@ -74,6 +75,7 @@ class _RunArguments(TrainingOptions):
     log: Callable[[str], None] | None = None
     tensorboard: str | Path | None = None
     source_embeddings: EmbeddingsFile | str | Path | None = None
+    features: Features | Mapping[str, Any] | str | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ def train(arguments: TrainArguments) -> Translator:
         reverse_source, min_count: see :func:`start`.
         source_embeddings, target_embeddings: a file of pretrained vectors for that side, or how
             it is read, :class:`pyseq.embeddings.EmbeddingsFile`.
+        features: for a model that reads vectors in place of source tokens: arrays (S, D) by name,
+            or a file of them, see :class:`pyseq.text.Features`; sources are their names.
         out: save the best model there and checkpoints in its subfolder ``last``.
         overwrite: whether a model that ``out`` holds may be replaced.
         log: is called with a line of text after each epoch, ``print`` for example.
@@ -173,7 +177,10 @@ def train(arguments: TrainArguments) -> Translator:
         Interrupted: Ctrl-C; a KeyboardInterrupt.
     """
     source_size, target_size = arguments.source_extra_size, arguments.target_extra_size
+    features = given_features(arguments.features)
     tokens = _both(arguments.tokens)
+    if features is not None:
+        tokens = ("line", tokens[1])
     source, target = Tokenizer(tokens[0]), Tokenizer(tokens[1])
     extras = sum(size is not None for size in (source_size, target_size))
 
@@ -206,6 +213,7 @@ def train(arguments: TrainArguments) -> Translator:
         tensorboard=arguments.tensorboard,
         source_embeddings=_embeddings_file(arguments.source_embeddings),
         target_embeddings=_embeddings_file(arguments.target_embeddings),
+        features=features,
     )
     found = _run(trainer, arguments.out, validated=validation is not None)
     assert isinstance(found, Translator)
@@ -224,7 +232,7 @@ def train_labeler(arguments: TrainLabelerArguments) -> Labeler:
         validation: lines that choose the best epoch. Default: the last epoch is taken.
         tokens: how text is split, ``"char"``, ``"space"`` or ``"word"``. Default: that of
             :data:`LABELER_TOKENS`.
-        source_embeddings, out, overwrite, log, tensorboard: as for :func:`train`.
+        source_embeddings, features, out, overwrite, log, tensorboard: as for :func:`train`.
         all others: the model's are those of :class:`pyseq.Tagger` and
             :class:`pyseq.Classifier`, which alone has a pooling; the run's those of
             :class:`TrainingOptions`.
@@ -245,7 +253,10 @@ def train_labeler(arguments: TrainLabelerArguments) -> Labeler:
     task = arguments.task
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    features = given_features(arguments.features)
     tokens = LABELER_TOKENS[task] if arguments.tokens is None else arguments.tokens
+    if features is not None:
+        tokens = "line"
 
     size = arguments.source_extra_size
 
@@ -270,6 +281,7 @@ def train_labeler(arguments: TrainLabelerArguments) -> Labeler:
         log=arguments.log,
         tensorboard=arguments.tensorboard,
         source_embeddings=_embeddings_file(arguments.source_embeddings),
+        features=features,
     )
     found = _run(trainer, arguments.out, validated=validation is not None)
     assert isinstance(found, Labeler)
@@ -296,4 +308,6 @@ def _run(trainer: Trainer, out: str | Path | None, *, validated: bool) -> Transl
     trainer.take_average()
     trainer.model.eval()
     model = trainer.translator
-    return model if out is None or not validated else type(model).load(out)
+    if out is None or not validated:
+        return model
+    return type(model).load(out, features=model.features)

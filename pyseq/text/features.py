@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources that are no tokens but vectors: frames of speech, or what another model made of text.
+
+A pair then names its array: the source of a line is a key of a file of arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError, require
+
+
+class Features(Mapping[str, Tensor]):
+    """Arrays (S, D) by name, as float32 tensors; S may differ, D may not.
+
+    Args:
+        arrays: by name, arrays or tensors of floating-point numbers.
+        name: what messages call them.
+
+    Attributes:
+        size: D.
+
+    Raises:
+        DataError: there are none, or one has another shape, no step, or a number that is not
+            finite.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], *, name: str = "features") -> None:
+        self.name = name
+        self._tensors = {key: self._tensor(key, value) for key, value in arrays.items()}
+        sizes = {tensor.shape[1] for tensor in self._tensors.values()}
+        if len(sizes) != 1:
+            found = ", ".join(map(str, sorted(sizes))) or "no arrays"
+            raise DataError(f"{name}: expected arrays with one number of columns, got {found}")
+        (self.size,) = sizes
+
+    def _tensor(self, key: str, value: Any) -> Tensor:
+        tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(value)
+        if not tensor.is_floating_point() or tensor.dim() != 2 or 0 in tensor.shape:
+            raise DataError(
+                f"{self.name}: {key!r} must be floating-point numbers (S, D), at least 1 x 1, got "
+                f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            )
+        tensor = tensor.float().contiguous()
+        if not tensor.isfinite().all():
+            raise DataError(f"{self.name}: {key!r} has a number that is not finite")
+        return tensor
+
+    @classmethod
+    def read(cls, path: str | Path) -> Features:
+        """The arrays of a file of safetensors, or of numpy, whose name ends in ``.npz``.
+
+        Nothing in the file is run.
+
+        Raises:
+            DataError: the file is of another kind or damaged, or as the constructor.
+            OSError: the file cannot be read.
+        """
+        path = Path(path)
+        if path.suffix == ".npz":
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    arrays = {key: file[key] for key in file.files}
+            except OSError:
+                raise
+            except Exception as error:  # numpy parses archives and headers: it may be any
+                raise DataError(f"{path}: not a file of numpy arrays: {error}") from error
+        else:
+            safetensors = require("safetensors.torch", extra="train")
+            try:
+                arrays = safetensors.load(path.read_bytes())
+            except require("safetensors", extra="train").SafetensorError as error:
+                raise DataError(f"{path}: not a file of safetensors: {error}") from error
+        return cls(arrays, name=str(path))
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def encode(self, tokens: Sequence[str]) -> Tensor:
+        """(S, D), the array that a source names, which is its only token.
+
+        Raises:
+            DataError: there is no such array.
+        """
+        (key,) = tokens
+        if key not in self._tensors:
+            raise DataError(f"{self.name}: has no array {key!r}")
+        return self._tensors[key]
+
+
+def given_features(given: Features | Mapping[str, Any] | str | Path | None) -> Features | None:
+    """Features as functions take them: made, in memory, or in a file."""
+    if given is None or isinstance(given, Features):
+        return given
+    return Features.read(given) if isinstance(given, (str, Path)) else Features(given)
+
+
+def check_features(features: Features | None, configs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a ValueError unless models with these options read such features."""
+    for config in configs if features is not None else ():
+        size = config["source_features"]
+        if features is not None and features.size != size:
+            raise ValueError(
+                f"{features.name}: features must have {size} columns like the model's, got "
+                f"{features.size}"
+            )
