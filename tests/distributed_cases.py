@@ -22,8 +22,9 @@ from pyseq import training
 from pyseq.distributed import DataParallel, Processes, joined
 from pyseq.errors import TrainingError
 from pyseq.labels import LabelBatch
+from pyseq.scheduled import Constant
 from pyseq.tagger import Classifier, Tagger
-from pyseq.text import Pair
+from pyseq.text import Extra, Pair
 from pyseq.training import Data, Interrupted, ModelOptions, Trainer, TrainingOptions
 
 MODEL = ModelOptions(embedding_size=8, hidden_size=12, dropout=0.0)
@@ -36,11 +37,27 @@ OPTIONS = TrainingOptions(
 )
 
 
+# What a model may copy, told at every step, with tables that stay as they are at first.
+TOLD = Data(
+    [
+        pair._replace(extra=Extra(tuple(float(n % 3) for n in range(len(pair.source)))))
+        for pair in PAIRS.pairs
+    ],
+    "pairs",
+)
+COPYING = replace(MODEL, copy="pointer", source_extra_size=1)
+FREEZING = replace(OPTIONS, freeze_source=1, freeze_target=None)
+
+
 def begin(
-    out: Path | None, *, model: ModelOptions = MODEL, options: TrainingOptions = OPTIONS
+    out: Path | None,
+    *,
+    model: ModelOptions = MODEL,
+    options: TrainingOptions = OPTIONS,
+    data: Data = PAIRS,
 ) -> Trainer:
     return training.start(
-        PAIRS, PAIRS, tokens=("char", "char"), model=model, options=options, out=out
+        data, data, tokens=("char", "char"), model=model, options=options, out=out
     )
 
 
@@ -102,9 +119,10 @@ def compare_labels(processes: Processes) -> None:
 
 def resume_exactly(folder: Path, processes: Processes) -> None:
     """A signal to process 1 alone stops all, and resuming gives the bits of a whole run."""
-    model, options = replace(MODEL, dropout=0.3), replace(OPTIONS, average="exponential")
-    begin(folder / "whole", model=model, options=options).run()
-    trainer = begin(folder / "parts", model=model, options=options)
+    model = replace(COPYING, dropout=0.3)
+    options = replace(FREEZING, average="exponential", scheduled_sampling=Constant(0.5))
+    begin(folder / "whole", model=model, options=options, data=TOLD).run()
+    trainer = begin(folder / "parts", model=model, options=options, data=TOLD)
     if processes.rank == 1:
         at_step(trainer, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
@@ -114,7 +132,7 @@ def resume_exactly(folder: Path, processes: Processes) -> None:
     else:
         raise AssertionError("no process was interrupted")
     torch.manual_seed(9)  # what the process did before must not matter
-    training.resume(PAIRS, PAIRS, out=folder / "parts").run()
+    training.resume(TOLD, TOLD, out=folder / "parts").run()
 
 
 def draw_masks(folder: Path, processes: Processes) -> None:
@@ -144,6 +162,7 @@ def main(folder: Path) -> None:
         draw_masks(folder, processes)
         trainer = begin(folder / "two")
         trainer.run()
+        begin(folder / "copying", model=COPYING, options=FREEZING, data=TOLD).run()
         resume_exactly(folder, processes)
         lose_a_process(folder, processes)
 

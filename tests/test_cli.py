@@ -477,6 +477,19 @@ def test_the_dictionary_needs_no_files(
     assert f"leave {options[0]} out" in capsys.readouterr().err
 
 
+def test_a_missing_tensorboard_is_named(
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    train = ["train", str(pairs), "--out", str(tmp_path / "x"), *SMALL]
+    assert cli.main([*train, "--tensorboard", str(tmp_path / "curves")]) == 1
+    assert "pip install 'pyseq-torch[tensorboard]'" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_file_after_an_option_stays_a_file(pairs: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     train = ["train", "--out", out, "--epochs", "1", *SMALL, "--freeze-source", "all", str(pairs)]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import distributed_cases as cases
 import pytest
@@ -53,10 +54,19 @@ def run_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_learn_what_one_learns(run_of_two: Path) -> None:
-    trainer = cases.begin(None)
+RUNS: dict[str, dict[str, Any]] = {
+    "two": {},
+    "copying": {"model": cases.COPYING, "options": cases.FREEZING, "data": cases.TOLD},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_learn_what_one_learns(name: str, run_of_two: Path) -> None:
+    trainer = cases.begin(None, **RUNS[name])
+    frozen = trainer.model.decoder.embedding.weight.clone()
     alone = trainer.run()
-    saved = checkpoint.load(run_of_two / "two" / "last")
+    assert torch.equal(trainer.model.decoder.embedding.weight, frozen) is (name == "copying")
+    saved = checkpoint.load(run_of_two / name / "last")
     assert saved.training is not None
     record = saved.training.record
     assert record["processes"] == 2
@@ -64,9 +74,9 @@ def test_two_processes_learn_what_one_learns(run_of_two: Path) -> None:
         assert found["train_loss"] == pytest.approx(report.train_loss, rel=1e-5)
         assert found["valid_loss"] == pytest.approx(report.valid_loss, rel=1e-5)
         assert found["valid_accuracy"] == report.valid_accuracy
-    for name, weight in trainer.model.state_dict().items():
+    for key, weight in trainer.model.state_dict().items():
         # Adam divides by the root of the second moment: rounding of small gradients grows.
-        torch.testing.assert_close(saved.model.state_dict()[name], weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(saved.model.state_dict()[key], weight, rtol=1e-3, atol=1e-5)
 
 
 def test_resuming_two_processes_is_exact(run_of_two: Path) -> None:
@@ -85,7 +95,7 @@ def test_a_lost_process_ends_the_others(run_of_two: Path) -> None:
 
 def test_going_on_with_one_process_says_so(run_of_two: Path) -> None:
     said: list[str] = []
-    trainer = training.resume(cases.PAIRS, cases.PAIRS, out=run_of_two / "whole", log=said.append)
+    trainer = training.resume(cases.TOLD, cases.TOLD, out=run_of_two / "whole", log=said.append)
     assert len(trainer.reports) == 2
     assert said == [
         "the run was begun with 2 processes and goes on with 1: its dropout and the last bits of "

@@ -38,6 +38,8 @@ from pyseq.types import PAD, START, STOP, UNK
         ("word", "end.", ["end", "."]),
         ("word", "1,000.", ["1,000", "."]),
         ("word", "", []),
+        ("line", " file 7 ", ["file 7"]),
+        ("line", " ", []),
     ],
 )
 def test_tokenizer_splits(name: str, text: str, tokens: list[str]) -> None:
@@ -49,6 +51,7 @@ def test_tokenizer_splits(name: str, text: str, tokens: list[str]) -> None:
     [
         ("char", "a b c"),
         ("space", "HH AH L OW"),
+        ("line", "file 7"),
         ("word", "Well, (don't) say so: 3.14 is not 22/7!".replace("/", " ")),
     ],
 )
@@ -58,7 +61,7 @@ def test_tokenizer_joins_what_it_split(name: str, text: str) -> None:
 
 
 def test_tokenizer_refuses_unknown_names() -> None:
-    with pytest.raises(ValueError, match="tokens must be one of char, space, word, line, got 'bpe'"):
+    with pytest.raises(ValueError, match="one of char, space, word, line, got 'bpe'"):
         Tokenizer("bpe")
 
 

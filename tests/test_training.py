@@ -12,8 +12,10 @@ import re
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,6 +43,7 @@ pytest.importorskip("safetensors", reason="checkpoints need the extra 'train'")
 
 MODEL = ModelOptions(embedding_size=8, hidden_size=12, dropout=0.2)
 OPTIONS = TrainingOptions(epochs=4, batch_size=8, learning_rate=0.01)
+EVERY_STEP = replace(OPTIONS, checkpoint_every=1)
 STEPS = 5  # of an epoch
 
 
@@ -675,6 +678,30 @@ def test_nothing_is_no_number_to_resume_with(tmp_path: Path, name: str) -> None:
     begin(tmp_path, replace(OPTIONS, epochs=1)).run()
     with pytest.raises(ValueError, match=f"{name} must be at least 1.*got 0"):
         go_on(tmp_path, **{name: 0})
+
+
+def test_a_kill_at_any_moment_is_resumed_exactly(
+    tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    chance = random.Random(3)
+    for _ in range(6):
+        child = os.fork()
+        if child == 0:  # only this process is killed
+            with suppress(BaseException):
+                begun = checkpoint.exists(tmp_path / "last")
+                run = go_on(tmp_path) if begun else begin(tmp_path, EVERY_STEP, overwrite=True)
+                run.run()
+            os._exit(0)
+        time.sleep(chance.uniform(0.02, 0.4))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if not checkpoint.exists(tmp_path / "last"):
+        begin(tmp_path, EVERY_STEP, overwrite=True).run()
+    go_on(tmp_path).run()
+    found = contents(tmp_path)
+    assert found.keys() == uninterrupted.keys()  # nothing half-written is left
+    for name in ("model.safetensors", "last/model.safetensors", "last/training.safetensors"):
+        assert found[name] == uninterrupted[name], name
 
 
 def test_the_best_epoch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
