@@ -150,8 +150,14 @@ def test_every_parameter_of_a_model_gets_a_gradient(name: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"heads": 2}, {"window": "local-p", "window_size": 2}, {"score": "location"}],
-    ids=["global", "heads", "local-p", "location"],
+    [
+        {},
+        {"heads": 2},
+        {"window": "local-m", "window_size": 1},
+        {"window": "local-p", "window_size": 2},
+        {"score": "location"},
+    ],
+    ids=["global", "heads", "local-m", "local-p", "location"],
 )
 @pytest.mark.parametrize("cell", ["rnn_relu", "gru", "lstm"])
 def test_what_attends_afterwards_is_what_attends_in_between(
@@ -179,6 +185,11 @@ def test_what_attends_afterwards_is_what_attends_in_between(
         (gradient,) = torch.autograd.grad(loss, [model.encoder.embedding.weight])
         found.append({"loss": loss.detach(), "gradient": gradient})
     assert_close(found[1], found[0])
+    results = [
+        model.eval().generate(source, LENGTHS, max_length=5, beam_size=2) for model in (one, other)
+    ]
+    assert [h.tokens for h in results[0]] == [h.tokens for h in results[1]]
+    assert [h.score for h in results[0]] == pytest.approx([h.score for h in results[1]])
 
 
 def test_forget_bias_goes_with_input_feeding() -> None:

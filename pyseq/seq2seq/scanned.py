@@ -20,11 +20,13 @@ from ..nn.attention import check_window
 from ..recurrent import LayerOptions, build_layers, layer_cell
 from ..types import (
     GATES,
+    AttentionState,
     CellName,
     DecoderOutput,
     DecoderStart,
     DecoderState,
     State,
+    attention_parts,
     decoder_parts,
     join_parts,
     state_parts,
@@ -81,13 +83,13 @@ class ScannedDecoder(torch.nn.Module):
             attention_size=attention.attention_size,
             max_positions=attention.max_positions,
             heads=attention.heads,
-            window=attention.window if attention.window == "local-p" else None,
+            window=attention.window,
             window_size=attention.window_size,
         )
         if attention != (allowed if score is not None else AttentionOptions()):
             raise ValueError(
-                f"a decoder with {_described(cell, options)} attends after its layers, over all of "
-                "the memory or in the window local-p, without a history and only with a score, "
+                f"a decoder with {_described(cell, options)} attends after its layers, without a "
+                "history, and only with a score, "
                 f"got score {score!r} and {attention}"
             )
         self.input_size = input_size
@@ -106,6 +108,7 @@ class ScannedDecoder(torch.nn.Module):
             device=device,
             dtype=dtype,
         )
+        self.window = attention.window
         self.window_size = check_window(attention.window, attention.window_size)
         self.score: Score | None = None
         self.positions: Positions | None = None
@@ -121,7 +124,7 @@ class ScannedDecoder(torch.nn.Module):
                 device=device,
                 dtype=dtype,
             )
-            if attention.window is not None:
+            if attention.window == "local-p":
                 self.positions = Positions(hidden_size, device=device, dtype=dtype)
             self.combine = torch.nn.Linear(
                 memory_size + hidden_size, hidden_size, bias=False, device=device, dtype=dtype
@@ -134,7 +137,21 @@ class ScannedDecoder(torch.nn.Module):
     def start(self, hidden: State) -> DecoderState:
         """The state before the first step, with these hidden states."""
         h = state_parts(self.cell, hidden)[0]
-        return DecoderState(hidden, h.new_zeros(h.shape[1], self.fed_size))
+        return DecoderState(
+            hidden,
+            h.new_zeros(h.shape[1], self.fed_size),
+            self._after(None, 0, h.shape[1], h.device),
+        )
+
+    def _after(
+        self, step: Tensor | None, steps: int, batch: int, device: torch.device
+    ) -> AttentionState | None:
+        """What attention remembers ``steps`` steps after that one: where a local-m window is."""
+        if self.window != "local-m":
+            return None
+        if step is None:
+            step = torch.zeros(batch, dtype=torch.int64, device=device)
+        return AttentionState(step + steps, None)
 
     def is_plain(self) -> bool:
         """No: a step is more than the operator of :class:`pyseq.nn.AttentionDecoder`."""
@@ -164,7 +181,13 @@ class ScannedDecoder(torch.nn.Module):
         Returns, Raises: as there.
         """
         check_shape("x", x, "(T, B, I)", (-1, -1, self.input_size))
-        parts, _ = decoder_parts(self.cell, state)
+        parts, feed = decoder_parts(self.cell, state)
+        step, _ = attention_parts(state)
+        if self.window == "local-m" and feed is not None and step is None:
+            raise ValueError(
+                "state must have a third part (step, weights) with a window, as what a call "
+                "returned has; (hidden, None) starts anew; got (hidden, feed) without it"
+            )
         hidden, last = self.layers(x, join_parts(parts) if parts else None)
         if self.score is None or self.combine is None:
             return DecoderOutput(hidden, None, DecoderState(last, hidden[-1]))
@@ -185,10 +208,12 @@ class ScannedDecoder(torch.nn.Module):
             heads=self.score.heads,
             window=self.window_size,
             positions=positions,
+            step=step if self.window == "local-m" else None,
             need_weights=need_weights,
         )
         output = self.combine(torch.cat([context, hidden], 2)).tanh()
-        return DecoderOutput(output, weights, DecoderState(last, output[-1]))
+        after = self._after(step, x.shape[0], x.shape[1], x.device)
+        return DecoderOutput(output, weights, DecoderState(last, output[-1], after))
 
 
 def build_decoder(
