@@ -234,7 +234,8 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   // Where the loop does not multiply all gates at once, the input is multiplied ahead.
   const bool normalises = extras.normalises();
   const bool at_once = !is_quantized(w_hh) && !cell.gates_state && !cell.has_heads && !normalises;
-  const bool reads_input = (B >= cpu::kRowsToReadInput || T_ == 1) && I > 0 && at_once;
+  const int64_t weight_bytes = static_cast<int64_t>(w_ih.nbytes() + w_hh.nbytes());
+  const bool reads_input = cpu::reads_input(T_, B, weight_bytes) && I > 0 && at_once;
   const Tensor x_rows = x.contiguous(), w_ih_rows = w_ih.contiguous();
   const int64_t kept = save ? T_ : 1, rows = cell.gates * H;
   const Tensor gates = normalises     ? fresh({kept, B, rows}, x)
@@ -341,7 +342,9 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
   // With few rows the input is multiplied ahead. Of a long sequence a stretch at a time, so that
   // what is written is read again from the cache.
   constexpr int64_t kAhead = 1 << 19, kLeast = 64;  // numbers; steps
-  if (x.dim() == 3 && w_hh.dim() > 0 && x.size(1) < cpu::kRowsToReadInput) {
+  if (x.dim() == 3 && w_hh.dim() > 0 &&
+      !cpu::reads_input(x.size(0), x.size(1),
+                        static_cast<int64_t>(w_ih.nbytes() + w_hh.nbytes()))) {
     const int64_t stretch =
         std::max(kLeast, kAhead / std::max<int64_t>(1, x.size(1) * w_hh.size(0)));
     if (x.size(0) > 2 * stretch) {

@@ -19,6 +19,7 @@ from operator_cases import (
     Results,
     ScanCase,
     expected_of,
+    outputs_of,
     run,
 )
 from tolerances import assert_close, assert_same_bits
@@ -78,6 +79,41 @@ def test_one_and_more_threads_give_the_same_bits(
         assert_same_bits(other.outputs, first.outputs)
         assert_same_bits(looped(call, other), looped(call, first))
         assert_close(other.gradients, first.gradients)
+
+
+@pytest.mark.parametrize("case", SHARED, ids=IDS)
+def test_without_gradients_they_do_too(case: Case, set_threads: Callable[[int], None]) -> None:
+    """Then states take turns in memory of each team's own, and the last must come back from it."""
+    call = case.call()
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        with torch.no_grad():
+            results.append(outputs_of(functional, call))
+    assert_close(results[0], expected_of(call).outputs)
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+# Weights that are read where they lie, and inputs that are multiplied ahead, since no cache of a
+# core holds them; and panels that ask for the next ones.
+WIDE = tuple(
+    ScanCase(cell="gru", sizes=sizes)
+    for sizes in ((42, 1, 40, 840), (3, 9, 40, 1184), (3, 33, 40, 1184))
+)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=[case.id for case in WIDE])
+def test_wide_layers(case: Case, set_threads: Callable[[int], None]) -> None:
+    call = case.call()
+    expected = expected_of(call)
+    results = []
+    for threads in (1, 2):
+        set_threads(threads)
+        results.append(run(functional, call))
+        assert_close(results[-1].outputs, expected.outputs)
+        assert_close(results[-1].gradients, expected.gradients)
+    assert_same_bits(results[1].outputs, results[0].outputs)
 
 
 def looped(call: Call, results: Results) -> dict[str, torch.Tensor]:

@@ -6,55 +6,120 @@
 
 namespace pyseq::cpu::PYSEQ_TIER {
 
+// What a loop without `save` writes again at every step, in memory of each team's own; see
+// RowsApart.
+template <class T>
+struct DecoderApart {
+  RowsApart<T> states, contexts, queries;
+  int64_t layer_count, arrays;  // of states: h and, if the cell has it, c of each layer
+  T* memory;
+
+  static DecoderApart take(const Decode<T>& args, const Plan& plan, bool has_cell,
+                           Pieces<T>& pieces) {
+    const int64_t B = args.batch;
+    DecoderApart all{{plan, 2, B, args.hidden},
+                     {plan, 1, B, args.memory_size},
+                     {plan, 1, B, args.projects_query() ? args.key_size : 0},
+                     args.layer_count,
+                     has_cell ? 2 : 1,
+                     nullptr};
+    if (args.save) return all;
+    all.memory = pieces.take(all.arrays * args.layer_count * all.states.size() +
+                             all.contexts.size() + all.queries.size());
+    return all;
+  }
+
+  Slots<T> of(const Place& at, int64_t layer, int64_t array) const {
+    return states.of(at, memory + (layer * arrays + array) * states.size());
+  }
+
+  // Lets `own`, a copy of `args`, and its layers work there.
+  void enter(const Place& at, const Decode<T>& args, Decode<T>& own,
+             DecoderLayer<T>* layers) const {
+    for (int64_t l = 0; l < layer_count; ++l) {
+      layers[l] = args.layers[l];
+      layers[l].states = of(at, l, 0).data;
+      if (at.member == 0) states.copy(at, args.layers[l].states, layers[l].states);
+      if (arrays == 1) continue;
+      layers[l].cells = of(at, l, 1).data;
+      if (at.member == 0) states.copy(at, args.layers[l].cells, layers[l].cells);
+    }
+    own.layers = layers;
+    T* const others = memory + layer_count * arrays * states.size();
+    own.context = contexts.of(at, others).data;
+    if (args.projects_query()) own.query = queries.of(at, others + contexts.size()).data;
+  }
+
+  // Hands back what goes on after the last step.
+  void leave(const Place& at, const Decode<T>& args, const Decode<T>& own) const {
+    if (at.member != 0) return;
+    const int64_t slot = slot_before(args.steps, args.steps, false, false);
+    const int64_t last = slot * args.batch * args.hidden;
+    for (int64_t l = 0; l < layer_count; ++l) {
+      states.copy(at, of(at, l, 0)[slot], args.layers[l].states + last);
+      if (arrays == 2) states.copy(at, of(at, l, 1)[slot], args.layers[l].cells + last);
+    }
+    contexts.copy(at, own.context, args.context);
+  }
+};
+
 template <class T, class Cell, class Score>
 void decode_forward_cell(const Decode<T>& args) {
   constexpr int G = Cell::kGates;
   const int64_t B = args.batch, H = args.hidden, L = args.layer_count;
   const Plan plan = plan_decode(args, G, static_cast<int>(L) + 3 + (args.projects_query() ? 1 : 0));
-  const bool packs = repays_packing(args.steps, B);
+  const bool packs = repays_packing(args.steps, B, decoder_cost(args, G, 0).weight_bytes);
 
   Pieces<T> count(nullptr);
   DecoderWeights<T>::take(args, G, packs, /*folded=*/false, count);
   DecoderScratch<T>::take(args, plan.threads, count);
+  DecoderApart<T>::take(args, plan, Cell::kStates > 0, count);
   Workspace workspace(count.bytes());
   Pieces<T> pieces(workspace.data());
   const auto weights = DecoderWeights<T>::take(args, G, packs, /*folded=*/false, pieces);
   const auto scratch = DecoderScratch<T>::take(args, plan.threads, pieces);
+  const auto apart = DecoderApart<T>::take(args, plan, Cell::kStates > 0, pieces);
+  const bool keeps_apart = plan.teams > 1 && !args.save && args.steps > 0;
   Teams teams(plan);
 
   parallel(plan.threads, [&](int thread, int present) {
+    const Place at = place(plan, thread, present, B, teams);
+    Decode<T> own = args;
+    DecoderLayer<T> layers[kMaxLayers];
+    if (keeps_apart) apart.enter(at, args, own, layers);
+    const int64_t slot_size = (keeps_apart ? at.rows.size() : B) * H;
     weights.pack(L, thread, present);
     if (present > 1) teams.all.wait(present);
 
-    const Place at = place(plan, thread, present, B, teams);
     for (int64_t t = 0; t < args.steps; ++t) {
       T* const output = args.output + t * B * H;
       const int64_t M = args.memory_size;
-      const T* const context = args.context + (args.save ? t : 0) * B * M;
+      const T* const context = own.context + (args.save ? t : 0) * B * M;
       const T* const fed = t == 0               ? args.feed
                            : args.feeds_context ? (args.save ? context - B * M : context)
                                                 : output - B * H;
       DecoderStep<T> step{t,
                           t % 2 != 0,
-                          slot_before(t, args.steps, false, args.save) * B * H,
-                          slot_after(t, args.steps, false, args.save) * B * H,
+                          slot_before(t, args.steps, false, args.save) * slot_size,
+                          slot_after(t, args.steps, false, args.save) * slot_size,
                           args.feeding ? fed : nullptr,
                           output,
                           args.attn + t * args.attn_step,
                           nullptr,
                           /*folded=*/false};
       if (args.attends_first) {
-        attend_step<T, Score>(args, weights, scratch, step, at, thread,
-                              args.layers[L - 1].states + step.before);
+        attend_step<T, Score>(own, weights, scratch, step, at, thread,
+                              own.layers[L - 1].states + step.before);
         step.fed = context;
       }
-      const T* const top = step_cells<T, Cell>(args, weights, scratch, step, at);
+      const T* const top = step_cells<T, Cell>(own, weights, scratch, step, at);
       if (args.attends_first) {
-        combine_step(args, weights, step, at, top);
+        combine_step(own, weights, step, at, top);
       } else {
-        step_attention<T, Score>(args, weights, scratch, step, at, thread, top);
+        step_attention<T, Score>(own, weights, scratch, step, at, thread, top);
       }
     }
+    if (keeps_apart) apart.leave(at, args, own);
   });
 }
 

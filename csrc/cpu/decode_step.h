@@ -77,9 +77,9 @@ struct DecoderScratch {
     DecoderScratch scratch{};
     scratch.below = pieces.take(2 * args.batch * args.hidden);
     scratch.scores = pieces.take(args.batch * args.source);
-    scratch.own_size = (args.source + 15) / 16 * 16;
+    scratch.own_size = (args.source + 15) / 16 * 16 + kGap<T>;
     scratch.own = pieces.take(scratch.own_size * threads);
-    scratch.row_size = decoder_row_workspace(args);
+    scratch.row_size = decoder_row_workspace(args) + kGap<T>;
     scratch.rows = pieces.take(scratch.row_size * threads);
     return scratch;
   }
@@ -107,6 +107,7 @@ constexpr int64_t kTanhWork = 16, kWaitWork = 40000;
 
 template <class T>
 StepCost decoder_cost(const Decode<T>& args, int gates, int barriers) {
+  constexpr int64_t kBytes = sizeof(T);
   const int64_t H = args.hidden;
   int64_t weights = args.attends() ? H * (args.memory_size + H) : 0;
   for (int64_t l = 0; l < args.layer_count; ++l) {
@@ -119,7 +120,8 @@ StepCost decoder_cost(const Decode<T>& args, int gates, int barriers) {
       seen * (args.key_size * (args.additive ? kTanhWork : 1) + args.memory_size);
   return quantized_cost(
       args.layers[0].quantized_hh,
-      {args.batch, weights, row_work, weights * static_cast<int64_t>(sizeof(T)), barriers});
+      {args.batch, weights, row_work, weights * kBytes,
+       (args.layer_count * H + args.key_size + args.memory_size + H) * kBytes, barriers});
 }
 
 template <class T>

@@ -136,7 +136,8 @@ void gemm(const Gemm<T>& args) {
   using detail::kGroup;
   constexpr int kRows = detail::kMaxRows<1>;
   const bool copies_a = args.a_column != 1 || args.a_sums != nullptr;
-  if (!repays_packing(1, args.m) && args.b_row == 1 && !copies_a && !args.accumulate) {
+  if (!repays_packing(1, args.m, args.n * args.k * static_cast<int64_t>(sizeof(T))) &&
+      args.b_row == 1 && !copies_a && !args.accumulate) {
     return detail::gemm_of_few_rows(args);
   }
   const int64_t panels = vectors<T>(args.n), groups = (panels + kGroup - 1) / kGroup;
@@ -184,7 +185,7 @@ void gemm(const Gemm<T>& args) {
               const int step = width - done >= 4 ? 4 : (width - done >= 2 ? 2 : 1);
               detail::pick<T, 1>(height, step)(a, copies_a ? 1 : args.a_row, copies_a ? height : 1,
                                                packed + done * depth * kLanes<T>, depth, sums, 1,
-                                               slot, false);
+                                               slot, false, packed);
               for (int p = 0; p < step; ++p) {
                 const int64_t column = (panel + done + p) * kLanes<T>;
                 const int inside = lanes_inside<T>(args.n, panel + done + p);

@@ -47,9 +47,13 @@ struct alignas(64) QuantizedWeights {
 
 // With so many rows the scan itself multiplies the input, beside the state: a tile of a step
 // is full then, and what the product made ahead would write and the loop read again is much.
-// So does a single step, which the product would only put off. Only the shape decides, because
-// the order of a sum depends on it.
-constexpr int64_t kRowsToReadInput = 8;
+// Weights that no cache holds are more, until some tiles share them: made ahead, the product reads
+// its half of them once. A single step does it itself, which the product would only put off. Only
+// the shape decides, because the order of a sum depends on it.
+inline bool reads_input(int64_t steps, int64_t batch, int64_t weight_bytes) {
+  constexpr int64_t kRows = 8, kRowsOfFarWeights = 32, kFarWeights = 16 << 20;
+  return steps == 1 || batch >= (weight_bytes > kFarWeights ? kRowsOfFarWeights : kRows);
+}
 
 // Numbers for each step and row, of which a stride of 0 makes the same for all; or none.
 template <class T>

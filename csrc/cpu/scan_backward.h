@@ -294,7 +294,9 @@ void scan_backward_cell(const ScanBackward<T>& args) {
   const int64_t heads = Cell::kHeads ? args.heads : 1, head_size = P / heads;
   const int64_t weights = (Cell::kRecurrent ? G * H * head_size : 0) + (projects ? P * H : 0);
   const int barriers = (projects || Cell::kGatesState ? 2 : 1) + (Normed ? 1 + Cell::kStates : 0);
-  const StepCost cost{B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), barriers};
+  constexpr int64_t kBytes = sizeof(T);
+  const StepCost cost{B,       weights, 0, weights * kBytes, ((projects ? P : 0) + G * H) * kBytes,
+                      barriers};
   const Plan plan = Cell::kRecurrent ? plan_steps(cost, args.threads)
                                      : plan_free(length * B * H * kUnitCost, args.threads);
   ScanBlocks<T> w_hh{{args.w_hh, P, P, 1, Cell::kRecurrent ? G * H : 0, nullptr}, 1, {}};
@@ -306,8 +308,12 @@ void scan_backward_cell(const ScanBackward<T>& args) {
     w_hh.last = {args.w_hh + before * P, P, P, 1, H, nullptr};
   }
   Weights<T> w_hr{args.w_hr, H, H, 1, P, nullptr};
+  const RowsApart<T> h_apart(plan, 1, B, P), c_apart(plan, 1, B, Cell::kStates * H);
+  T *d_h = nullptr, *d_c = nullptr;
   ScanGradientRun<T> run{};
   const auto take = [&](Pieces<T> pieces) {
+    d_h = pieces.take(h_apart.size());
+    d_c = pieces.take(c_apart.size());
     w_hh.shape.packed = pieces.take(w_hh.count * w_hh.shape.packed_size());
     if (w_hh.last.source != nullptr) w_hh.last.packed = pieces.take(w_hh.last.packed_size());
     if (projects) w_hr.packed = pieces.take(w_hr.packed_size());
@@ -347,8 +353,23 @@ void scan_backward_cell(const ScanBackward<T>& args) {
         if (projects) pack_columns(w_hr, thread, present);
         if (present > 1) teams.all.wait(present);
       }
-      scan_backward_run<T, Cell, Normed>(args, run, w_hh, w_hr,
-                                         place(plan, thread, present, B, teams));
+      const Place at = place(plan, thread, present, B, teams);
+      if (plan.teams == 1) {
+        return scan_backward_run<T, Cell, Normed>(args, run, w_hh, w_hr, at);
+      }
+      ScanBackward<T> own = args;
+      own.d_h = h_apart.of(at, d_h)[0];
+      if (Cell::kStates > 0) own.d_c = c_apart.of(at, d_c)[0];
+      if (at.member == 0) {
+        h_apart.copy(at, args.d_h, own.d_h);
+        if (Cell::kStates > 0) c_apart.copy(at, args.d_c, own.d_c);
+      }
+      at.wait();
+      scan_backward_run<T, Cell, Normed>(own, run, w_hh, w_hr, at);
+      if (at.member == 0) {
+        h_apart.copy(at, own.d_h, args.d_h);
+        if (Cell::kStates > 0) c_apart.copy(at, own.d_c, args.d_c);
+      }
     });
     scan_gradient_products<T, Cell>(args, run);
   }

@@ -22,7 +22,8 @@ void scan_forward_cell(const ScanForward<T>& args) {
   const int64_t weights = G * H * (I + recurrent) + (projects ? P * H : 0);
   // The rows of a normalisation are waited for.
   const int barriers = (projects || Cell::kGatesState ? 2 : 1) + (Normed ? 1 + K : 0);
-  const StepCost cost{B, weights, 0, weights * static_cast<int64_t>(sizeof(T)), barriers};
+  constexpr int64_t kBytes = sizeof(T);
+  const StepCost cost{B, weights, 0, weights * kBytes, (projects ? P + H : P) * kBytes, barriers};
   const Plan plan = Cell::kRecurrent
                         ? plan_steps(quantized_cost(args.quantized_hh, cost), args.threads)
                         : plan_free(args.steps * B * (weights + H * kUnitCost), args.threads);
@@ -40,11 +41,17 @@ void scan_forward_cell(const ScanForward<T>& args) {
   };
   const int64_t head_panels = vectors<T>(H / heads);
   Weights<T> w_hr{args.w_hr, H, P, 1, H, nullptr, args.quantized_hr};
-  const bool packs = args.quantized_hh == nullptr && repays_packing(args.steps, B);
+  const bool packs =
+      args.quantized_hh == nullptr && repays_packing(args.steps, B, weights * kBytes);
   const int64_t w_ih_size = packs && reads_input ? w_ih.packed_size() : 0;
   const int64_t w_hh_size = packs ? blocks * w_block.packed_size() : 0;
   const int64_t w_hr_size = packs && projects ? w_hr.packed_size() : 0;
-  Workspace workspace(static_cast<size_t>(w_ih_size + w_hh_size + w_hr_size) * sizeof(T));
+  const RowsApart<T> h_apart(plan, 2, B, P), c_apart(plan, 2, B, K * H);
+  const bool apart = plan.teams > 1 && !args.save;
+  const int64_t packed_size = w_ih_size + w_hh_size + w_hr_size;
+  const int64_t states_size = apart ? h_apart.size() + c_apart.size() : 0;
+  Workspace workspace(static_cast<size_t>(packed_size + states_size) * sizeof(T));
+  T* const apart_states = static_cast<T*>(workspace.data()) + packed_size;
   if (packs) {
     w_block.packed = static_cast<T*>(workspace.data());
     if (reads_input) w_ih.packed = w_block.packed + w_hh_size;
@@ -53,19 +60,28 @@ void scan_forward_cell(const ScanForward<T>& args) {
   Teams teams(plan);
 
   parallel(plan.threads, [&](int thread, int present) {
+    const Place at = place(plan, thread, present, B, teams);
+    Slots<T> states{args.states, B * P}, cells{args.cells, B * K * H};
+    if (apart) {
+      states = h_apart.of(at, apart_states);
+      if (K > 0) cells = c_apart.of(at, apart_states + h_apart.size());
+      if (at.member == 0) {
+        h_apart.copy(at, args.states, states[0]);
+        if (K > 0) c_apart.copy(at, args.cells, cells[0]);
+      }
+    }
     pack_rows(w_ih, thread, present);
     for (int64_t block = 0; block < blocks; ++block) pack_rows(w_hh(block), thread, present);
     pack_rows(w_hr, thread, present);
     if (present > 1) teams.all.wait(present);
 
-    const Place at = place(plan, thread, present, B, teams);
     const Range units = at.part(heads * head_panels), outputs = at.part(state_panels);
     for (int64_t n = 0; n < args.steps; ++n) {
       const int64_t t = steps.time(n);
       const int64_t before = slot_before(n, args.steps, args.reverse, args.save);
       const int64_t after = slot_after(n, args.steps, args.reverse, args.save);
-      const T* h_before = args.states + before * B * P;
-      T* h_after = args.states + after * B * P;
+      const T* h_before = states[before];
+      T* h_after = states[after];
       const T* h_read = args.h_mask == nullptr ? h_before : args.masked + (n & 1) * B * P;
       T* inner = args.inner == nullptr ? nullptr : args.inner + (args.save ? t * B * H : 0);
       const bool works = steps.any_active(n, at.rows);
@@ -90,8 +106,8 @@ void scan_forward_cell(const ScanForward<T>& args) {
       };
       // c after the step, of which the cell has stored its own.
       const auto keep_cell = [&](int64_t row, int64_t unit, int count, bool active) {
-        const T* c_prev = args.cells + (before * B + row) * K * H + unit;
-        T* c_next = args.cells + (after * B + row) * K * H + unit;
+        const T* c_prev = cells[before] + row * K * H + unit;
+        T* c_next = cells[after] + row * K * H + unit;
         Vec<T> c[at_least_one(K)];
         load_each<K>(active ? c_next : c_prev, H, count, c);
         if (active && args.zoneout_c) {
@@ -156,7 +172,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
             const T* c_prev = nullptr;
             T* c_own = nullptr;
             if constexpr (K > 0) {
-              c_prev = args.cells + before * B * H + offset;
+              c_prev = cells[before] + offset;
               c_own = norm.c_sums + kept * B * H + offset;
             }
             Vec<T> h = {};
@@ -174,7 +190,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
                   sums);
             }
             if constexpr (K > 0) {
-              if (active) store(args.cells + after * B * H + offset, load(c_own, count), count);
+              if (active) store(cells[after] + offset, load(c_own, count), count);
               keep_cell(row, unit, count, active);
             } else {
               keep_inner(row, unit, count, h, active);
@@ -233,8 +249,8 @@ void scan_forward_cell(const ScanForward<T>& args) {
           const T* c_prev = nullptr;
           T* c_next = nullptr;
           if constexpr (K > 0) {
-            c_prev = args.cells + (before * B + row) * K * H + unit;
-            c_next = args.cells + (after * B + row) * K * H + unit;
+            c_prev = cells[before] + row * K * H + unit;
+            c_next = cells[after] + row * K * H + unit;
           }
           Vec<T> h = {};
           if (active) {
@@ -294,6 +310,11 @@ void scan_forward_cell(const ScanForward<T>& args) {
                          });
         at.wait();
       }
+    }
+    if (apart && at.member == 0) {
+      const int64_t last = slot_before(args.steps, args.steps, args.reverse, false);
+      h_apart.copy(at, states[last], args.states + last * B * P);
+      if (K > 0) c_apart.copy(at, cells[last], args.cells + last * B * K * H);
     }
   });
 }

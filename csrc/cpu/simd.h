@@ -99,9 +99,11 @@ PYSEQ_FORCE_INLINE void store(T* to, Vec<T> value, int count) {
 #endif
 }
 
+// Minus zero, since the compiler leaves that out: plus zero it would add, for it changes -0, and
+// could not broadcast from memory then, which takes no arithmetic unit from the tile.
 template <class T>
 PYSEQ_FORCE_INLINE Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};
 }
 
 // a * b + c, rounded once where the tier can. The compiler contracts sums of products too, but not

@@ -60,6 +60,8 @@ inline void pause() {
 
 }  // namespace
 
+Barrier::Barrier() : begin_(nanoseconds()) {}
+
 void Barrier::wait(int members) {
   const int generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
   if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members) {
@@ -73,7 +75,11 @@ void Barrier::wait(int members) {
   }
   const int64_t begin = nanoseconds();
   while (__atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation) sched_yield();
-  if (nanoseconds() - begin > kLongWait) __atomic_store_n(&waited_long, 1, __ATOMIC_RELAXED);
+  // Of long phases a core that is slower for a while may lose as much.
+  const int64_t phase = (begin - begin_) / (generation + 1);
+  if (nanoseconds() - begin > std::max(kLongWait, phase)) {
+    __atomic_store_n(&waited_long, 1, __ATOMIC_RELAXED);
+  }
 }
 
 Range share(int64_t count, int index, int members) {
@@ -85,29 +91,27 @@ Range share(int64_t count, int index, int members) {
 
 Plan plan_steps(const StepCost& cost, int threads) {
   // Rates of one core, in multiply-adds and bytes per nanosecond, and the price of a
-  // barrier in nanoseconds. They only have to rank three plans: one thread, a team per
-  // thread, one team of all.
-  constexpr double kMultiplyAdds = 80;
-  constexpr double kFarBytes = 30;
-  constexpr double kNearBytes = 100;
-  constexpr double kNearCapacity = 1 << 20;
-  constexpr double kBarrier = 250;
+  // barrier in nanoseconds, as measured on two cores that share no cache. They only have to rank
+  // three plans: one thread, a team per thread, one team of all.
+  constexpr double kMultiplyAdds = 120;
+  constexpr double kWeightBytes = 160;
+  constexpr double kForeignBytes = 2;
+  constexpr double kBarrier = 700;
   threads = static_cast<int>(std::min<int64_t>(threads, kMaxTeams));
   if (threads <= 1 || cost.rows == 0) return {1, 1};
 
   const auto time = [&](double row_share, double unit_share) {
     const double rows = cost.rows * row_share;
-    // A tile of few rows cannot keep the multipliers busy: below 4 rows the loads bind.
-    const double work =
-        (std::max(rows, 4.0) * cost.weights + rows * cost.row_work) * unit_share / kMultiplyAdds;
-    const double bytes = cost.weight_bytes * unit_share;
-    return std::max(work, bytes / (bytes > kNearCapacity ? kFarBytes : kNearBytes));
+    const double work = rows * (cost.weights + cost.row_work) / kMultiplyAdds;
+    // The first tile of a panel waits for it.
+    return unit_share * (work + cost.weight_bytes / kWeightBytes);
   };
   const double alone = time(1, 1);
   const int64_t teams = std::min<int64_t>(threads, cost.rows);
   const double largest_slice = static_cast<double>((cost.rows + teams - 1) / teams) / cost.rows;
   const double sliced = time(largest_slice, 1);
-  const double split = time(1, 1.0 / threads) + cost.barriers * kBarrier;
+  const double foreign = cost.rows * cost.state_bytes * (1 - 1.0 / threads);
+  const double split = time(1, 1.0 / threads) + foreign / kForeignBytes + cost.barriers * kBarrier;
   if (alone <= 2000 && alone <= 2 * std::min(sliced, split)) return {1, 1};
   if (alone <= std::min(sliced, split)) return {1, 1};
   if (sliced <= split) return {static_cast<int>(teams), static_cast<int>(teams)};
@@ -152,7 +156,7 @@ Place place(const Plan& plan, int thread, int present, int64_t rows, Teams& team
   const int count = plan.teams == 1 ? 1 : std::min(plan.teams, present);
   const int team = thread % count;
   const int members = present / count + (team < present % count ? 1 : 0);
-  return {share(rows, team, count), thread / count, members, teams.team + team};
+  return {share(rows, team, count), team, thread / count, members, teams.team + team};
 }
 
 namespace {

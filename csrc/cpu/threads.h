@@ -13,9 +13,11 @@ namespace pyseq::cpu {
 // yields, so that it does not collapse when the cores are shared.
 class Barrier {
  public:
+  Barrier();
   void wait(int members);
 
  private:
+  const int64_t begin_;  // nanoseconds
   alignas(64) int arrived_ = 0;
   alignas(64) int generation_ = 0;
 };
@@ -32,6 +34,7 @@ Range share(int64_t count, int index, int members);
 // What one thread does: the rows of its team and its place in it.
 struct Place {
   Range rows;
+  int team;
   int member;
   int members;
   Barrier* barrier;
@@ -48,6 +51,7 @@ struct StepCost {
   int64_t weights;       // multiply-adds per row and step: the weights it passes
   int64_t row_work;      // further multiply-adds per row and step (attention)
   int64_t weight_bytes;  // bytes of packed weights read per step
+  int64_t state_bytes;   // per row and step: what is read by others than who wrote it when split
   int barriers;          // barriers per step when the units are split
 };
 

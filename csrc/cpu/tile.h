@@ -90,8 +90,12 @@ void pack_columns(const Weights<T>& weights, int thread, int present) {
 
 // Whether packing the weights of a forward loop repays. Measured with 256 and 512 units: to
 // pack takes as long as the products of 40 rows gain by it, however many steps they are in.
+// A single row gains nothing where memory beyond the caches decides how fast weights are read.
 // The number of threads has no say, so that it cannot change bits.
-PYSEQ_FORCE_INLINE bool repays_packing(int64_t steps, int64_t batch) { return steps * batch > 40; }
+PYSEQ_FORCE_INLINE bool repays_packing(int64_t steps, int64_t batch, int64_t weight_bytes) {
+  constexpr int64_t kFarWeights = 8 << 20;
+  return steps * batch > 40 && (batch > 1 || weight_bytes <= kFarWeights);
+}
 
 // One summand of a product: rows of `a` times weights. Gate g adds to sum slot[g].
 template <class T>
@@ -104,11 +108,12 @@ struct Segment {
 
 namespace detail {
 
+// Asks on the way for as many vectors from `ahead` on as k_count.
 template <class T, int G, int MR, int NP>
 [[gnu::noinline, gnu::noclone]] void multiply(const T* __restrict a, int64_t a_row, int64_t a_k,
                                               const T* __restrict packed, int64_t k_count,
                                               T* __restrict sums, int pre, const int* slot,
-                                              bool accumulate) {
+                                              bool accumulate, const T* ahead) {
   using V = Vec<T>;
   const int64_t panel_stride = k_count * G * kLanes<T>;
   V sum[NP][MR][G];
@@ -141,6 +146,8 @@ template <class T, int G, int MR, int NP>
       }
     }
     a += a_k;
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += kLanes<T>;
   }
 #pragma GCC unroll 8
   for (int p = 0; p < NP; ++p) {
@@ -244,7 +251,8 @@ constexpr bool fits(int gates, int rows, int panels) {
 }
 
 template <class T>
-using Multiply = void (*)(const T*, int64_t, int64_t, const T*, int64_t, T*, int, const int*, bool);
+using Multiply = void (*)(const T*, int64_t, int64_t, const T*, int64_t, T*, int, const int*, bool,
+                          const T*);
 
 template <class T, int G, int MR>
 PYSEQ_FORCE_INLINE Multiply<T> pick_panels(int panels) {
@@ -327,7 +335,12 @@ PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, i
     }
     left_panels -= width;
     const int64_t panel = backwards ? panel_begin + left_panels : panel_end - left_panels - width;
-    for (int64_t row = row_begin; row < row_end;) {
+    // Each tile asks for its share of the panels that come next, which far memory would else have
+    // to bring as fast as the first tile takes them.
+    const int64_t next = backwards ? panel - width : panel + width;
+    const bool comes_next = next >= panel_begin && next + width <= panel_end;
+    int64_t tile = 0;
+    for (int64_t row = row_begin; row < row_end; ++tile) {
       // Tiles of equal height, give or take one row.
       const int64_t left = (row_end - row + tile_rows - 1) / tile_rows;
       const int height = static_cast<int>((row_end - row + left - 1) / left);
@@ -349,9 +362,13 @@ PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, i
           detail::multiply_rows<T, G>(segment, row, height, panel, width, sums, Pre, accumulate);
           continue;
         }
+        const Weights<T>& weights = segment.weights;
+        const int64_t asked = comes_next && tile < G * width
+                                  ? next * weights.panel_size() + tile * weights.k_count * kLanes<T>
+                                  : panel * weights.panel_size();
         multiply(segment.a + row * segment.a_stride, segment.a_stride, 1,
-                 segment.weights.packed + panel * segment.weights.panel_size(),
-                 segment.weights.k_count, sums, Pre, segment.slot, accumulate);
+                 weights.packed + panel * weights.panel_size(), weights.k_count, sums, Pre,
+                 segment.slot, accumulate, weights.packed + asked);
       }
       for (int p = 0; p < width; ++p) {
         for (int m = 0; m < height; ++m) {
