@@ -75,6 +75,19 @@ def test_predict(
     assert output.err == ""
 
 
+def test_predict_as_it_is_found(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, b"ab\n\nbb\n")
+    assert cli.main(["predict", str(model), "--stream"]) == 0
+    assert capsys.readouterr().out == "x y\n\ny y\n"
+    feed(monkeypatch, b"ab\n")
+    assert cli.main(["predict", str(model), "--stream", "--beam-size", "2"]) == 1
+    assert "a stream follows one hypothesis" in capsys.readouterr().err
+    assert cli.main(["predict", str(model), "--stream", "--n-best", "1"]) == 1
+    assert "--stream goes without --n-best" in capsys.readouterr().err
+
+
 def test_predict_nothing(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,7 @@ from .common import (
     read_texts,
     require_one_source,
 )
-from .searching import add_search, load, refuse_search, searcher
+from .searching import Searcher, add_search, load, refuse_search
 
 # How BLEU splits predictions and references, by how the model splits its target.
 _BLEU_TOKENIZE = {"char": "char", "space": "none", "word": "13a", "line": "none"}
@@ -71,7 +71,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     metrics.require_packages(text_scores=True)
     translator = load(arguments)
-    search = searcher(arguments, translator, need_weights=False)
+    search = Searcher(arguments, translator, need_weights=False)
     if arguments.by_position and arguments.others:
         raise PyseqError("--by-position goes with one model: leave out --with")
     if arguments.task == "g2p":

@@ -19,7 +19,7 @@ from ..text import SPECIALS, read_lines
 from ..translator import Translation, Translator
 from ..types import STOP
 from .common import add_features, add_threads, begin, given_features, gives_labels, positive, say
-from .searching import add_search, load, refuse_search, searcher
+from .searching import Searcher, add_search, load, refuse_search
 
 
 def add(commands: Any) -> None:
@@ -43,6 +43,11 @@ def add(commands: Any) -> None:
         help="write the N best outputs of each line instead of one, or N draws with --sample: "
         "number of the line, log-probability in nats and output, separated by tabs",
     )
+    command.add_argument(
+        "--stream",
+        action="store_true",
+        help="write each output as it is found, piece by piece",
+    )
     add_features(command)
     add_search(command)
     add_threads(command)
@@ -55,7 +60,12 @@ def _predict(arguments: argparse.Namespace) -> None:
         _predict_labels(arguments)
         return
     translator = load(arguments)
-    search = searcher(arguments, translator, need_weights=arguments.attention is not None)
+    search = Searcher(arguments, translator, need_weights=arguments.attention is not None)
+    if arguments.stream:
+        if arguments.n_best is not None or arguments.attention is not None:
+            raise PyseqError("--stream goes without --n-best and --attention")
+        _stream(translator, search)
+        return
     pictures = None if arguments.attention is None else Path(arguments.attention)
     if pictures is not None:
         if any(model.config["score"] is None for model in (translator.model, *translator.others)):
@@ -72,6 +82,14 @@ def _predict(arguments: argparse.Namespace) -> None:
             if pictures is not None:
                 _draw(pictures / f"line-{number:06}.png", text, results[0])
         sys.stdout.flush()
+
+
+def _stream(translator: Translator, search: Searcher) -> None:
+    for batch in _input_batches(translator, 1):
+        for _, text in batch:
+            for piece in search.stream(text):
+                print(piece, end="", flush=True)
+            print(flush=True)
 
 
 def _predict_labels(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -92,6 +93,7 @@ _OF_SEARCH = (
     "seed",
     "n_best",
     "attention",
+    "stream",
 )
 
 
@@ -121,39 +123,64 @@ def load(arguments: argparse.Namespace) -> Translator:
     return Translator.load(arguments.model, *arguments.others, features=given_features(arguments))
 
 
-def searcher(
-    arguments: argparse.Namespace, translator: Translator, *, need_weights: bool
-) -> Callable[[list[str]], list[list[Translation]]]:
-    """What finds the outputs for some lines, as the arguments say."""
-    names = {field.name for field in fields(SearchOptions)} - {"prefix"}  # which is text here
-    given = {name: value for name, value in vars(arguments).items() if name in names}
-    given["need_weights"] = need_weights
-    for name, default in (("max_length", translator.max_length), ("n_best", 1)):
-        if given.get(name) is None:
-            given[name] = default
-    if arguments.seed is not None and not arguments.sample:
-        raise PyseqError("--seed goes with --sample, which is not given")
-    generator = torch.Generator(next(translator.model.parameters()).device)
-    try:
-        options = SearchOptions(**given)
-        generator.manual_seed(1 if arguments.seed is None else arguments.seed)
-    except (ValueError, RuntimeError) as error:  # what argparse cannot judge
-        raise PyseqError(str(error)) from error
+class Searcher:
+    """What finds the outputs for some lines, as the arguments say.
 
-    def search(lines: list[str]) -> list[list[Translation]]:
+    Raises:
+        PyseqError: an option is out of its range, or does not go with the model; before there is
+            anything to read.
+    """
+
+    def __init__(
+        self, arguments: argparse.Namespace, translator: Translator, *, need_weights: bool
+    ) -> None:
+        names = {field.name for field in fields(SearchOptions)} - {"prefix"}  # which is text here
+        given = {name: value for name, value in vars(arguments).items() if name in names}
+        given["need_weights"] = need_weights
+        for name, default in (("max_length", translator.max_length), ("n_best", 1)):
+            if given.get(name) is None:
+                given[name] = default
+        if arguments.seed is not None and not arguments.sample:
+            raise PyseqError("--seed goes with --sample, which is not given")
+        self._arguments = arguments
+        self._translator = translator
+        self._generator = torch.Generator(next(translator.model.parameters()).device)
         try:
-            return translator.search(
+            self._options = SearchOptions(**given)
+            self._generator.manual_seed(1 if arguments.seed is None else arguments.seed)
+        except (ValueError, RuntimeError) as error:  # what argparse cannot judge
+            raise PyseqError(str(error)) from error
+        self([])
+
+    def __call__(self, lines: list[str]) -> list[list[Translation]]:
+        """The outputs of each line."""
+        with self._refusing():
+            return self._translator.search(
                 lines,
-                options,
-                prefix=arguments.prefix,
-                replace_unknown=arguments.replace_unknown,
-                batch_size=arguments.batch_size,
-                generator=generator,
+                self._options,
+                prefix=self._arguments.prefix,
+                replace_unknown=self._arguments.replace_unknown,
+                batch_size=self._arguments.batch_size,
+                generator=self._generator,
             )
+
+    def stream(self, line: str) -> Iterator[str]:
+        """The output of one line, piece by piece."""
+        with self._refusing():
+            yield from self._translator.stream(
+                line,
+                self._options,
+                prefix=self._arguments.prefix,
+                replace_unknown=self._arguments.replace_unknown,
+                generator=self._generator,
+            )
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Say of which model it is that an option does not go with it."""
+        try:
+            yield
         except PyseqError:
             raise
-        except ValueError as error:  # an option that does not go with the model
-            raise PyseqError(f"{arguments.model}: {error}") from error
-
-    search([])  # so that such an option is refused before there is anything to read
-    return search
+        except ValueError as error:
+            raise PyseqError(f"{self._arguments.model}: {error}") from error
