@@ -538,7 +538,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name, (default, is_valid, expected) in _SETTINGS.items():
         value = config.setdefault(name, default)  # older files do not say
         if not is_valid(value):
-            raise CheckpointError(f"{path / CONFIG}: {name} must be {expected}, got {value!r}")
+            raise CheckpointError(
+                f"{path / CONFIG}: not the settings of a pyseq model: {name} must be {expected}, "
+                f"got {value!r}"
+            )
     return config
 
 

@@ -73,7 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="where the model goes (default: demo); one that is there already is replaced",
     )
-    parser.add_argument("--epochs", type=int, default=g2p.SHORT_TRAINING["epochs"], metavar="N")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=g2p.SHORT_TRAINING["epochs"],
+        metavar="N",
+        help="passes over the words (default: %(default)s)",
+    )
     arguments = parser.parse_args(argv)
     if arguments.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {arguments.epochs}")

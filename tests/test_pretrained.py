@@ -210,6 +210,9 @@ def test_commands(vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     train = ["train", str(pairs), "--out", str(out), "--valid-share", "0", "--threads", "1"]
     given = ["--source-embeddings", str(vectors), "--fold-case", "--embeddings-format", "glove"]
     sizes = ["--hidden-size", "8", "--embedding-size", "4", "--freeze-source", "all"]
+    both = [*given, "--target-embeddings", str(vectors)]
+    assert cli.main([*train, *both, *sizes, "--epochs", "1"]) == 1
+    assert "--embedding-size has no side left to be about" in capsys.readouterr().err
     assert cli.main([*train, *given, *sizes, "--epochs", "1"]) == 0
     assert "vectors for 4 of 4 words (100.0%), 1 of them under another" in capsys.readouterr().err
     translator = Translator.load(out)
