@@ -28,6 +28,7 @@ _ROWS = {
     "bidirectional": "two layers, both directions",
     "ragged": "ragged lengths",
     "stream": "one step per call",
+    "cell": "one step of a cell",
     "attend": "attention, {kind}",
     "decode": "attention decoder",
     "seq2seq": "whole Seq2Seq step",

@@ -22,6 +22,7 @@ _SECTIONS = {
     "bidirectional": "Two layers in both directions",
     "ragged": "Ragged lengths, against packing",
     "stream": "Streaming: 50 calls for one step of one row each",
+    "cell": "Cells: the same by `RNNCell`, `GRUCell` and `LSTMCell`",
     "attend": "Attention",
     "decode": "Attention decoder: LSTM, general score, input feeding",
     "seq2seq": "A whole training step of Seq2Seq, with label smoothing, clipping and Adam",

@@ -51,6 +51,7 @@ def workloads() -> list[Workload]:
         *(_bidirectional(c, batch, m) for m in MODES for c in CELLS for batch in (1, 16, 64)),
         *(_ragged(cell, batch, mode) for mode in MODES for cell in CELLS for batch in (16, 64)),
         *(_stream(cell, hidden) for cell in CELLS for hidden in (64, 256, 512)),
+        *(_cell(cell, hidden) for cell in CELLS for hidden in (64, 256)),
         *(_attend("dot", steps, mode) for mode in MODES for steps in (50, 200)),
         *(_attend("concat", steps, mode) for mode in MODES for steps in (50, 200)),
         *(_decode(*size, mode) for mode in MODES for size in DECODE_SIZES),
@@ -220,6 +221,44 @@ def _stream(cell: str, hidden: int) -> Workload:
         cost=floors.stream(nn.cell_name(cell), calls=calls, inputs=hidden, hidden=hidden),
         prepare=prepare,
         implementations=("pyseq", "torch", "onnx", "reference"),
+    )
+
+
+def _cell(cell: str, hidden: int) -> Workload:
+    """A cell called with one row and its state, again and again."""
+    calls = 50
+
+    def prepare() -> Mapping[ImplementationName, Implementation]:
+        torch.manual_seed(0)
+        name = f"{cell.upper()}Cell"
+        theirs = getattr(torch.nn, name)(hidden, hidden)
+        ours = getattr(nn, name)(hidden, hidden)
+        ours.load_state_dict(theirs.state_dict())
+        xs = torch.randn(calls, 1, hidden).unbind(0)
+
+        def loop(module: torch.nn.Module) -> Tensor:
+            outputs, state = [], None
+            for x in xs:
+                state = module(x, state)
+                outputs.append(state[0] if cell == "lstm" else state)
+            return torch.cat(outputs)
+
+        weights = dict(ours.named_parameters())
+        return {
+            "pyseq": differentiated(lambda: loop(ours), weights, "inference"),
+            "torch": differentiated(lambda: loop(theirs), weights, "inference"),
+            "reference": differentiated(with_reference(lambda: loop(ours)), weights, "inference"),
+        }
+
+    return Workload(
+        op="cell",
+        kind=cell,
+        shape=f"B1-H{hidden}-{calls}x1",
+        mode="inference",
+        tokens=calls,
+        cost=floors.stream(nn.cell_name(cell), calls=calls, inputs=hidden, hidden=hidden),
+        prepare=prepare,
+        implementations=("pyseq", "torch", "reference"),
     )
 
 

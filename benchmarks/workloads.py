@@ -39,7 +39,7 @@ MODES: tuple[Mode, ...] = ("inference", "training")
 class Workload:
     """One operator at one shape, to train or to infer."""
 
-    op: str  # scan, bidirectional, ragged, stream, attend, decode, seq2seq or generate
+    op: str  # scan, bidirectional, ragged, stream, cell, attend, decode, seq2seq or generate
     kind: str  # what tables do not average over: the cell, the score, the search
     shape: str  # such as B16-H256-T50
     mode: Mode

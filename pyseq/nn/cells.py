@@ -40,20 +40,18 @@ class _Cell(torch.nn.RNNCellBase):
             rows = tuple(part.unsqueeze(0) for part in parts)
             last = self._step(cell, input.unsqueeze(0), join_parts(rows) if rows else None, w_ch)
             return join_parts(tuple(part.squeeze(0) for part in state_parts(cell, last)))
-        if self.hidden_size == 0:
-            self._explain(input, state_parts(cell, hx))
-            empty = torch.nn.functional.linear(input, self.weight_ih)  # (B, 0), differentiable
-            return join_parts((empty,) * (1 + len(STATES.get(cell, ""))))
         w_ih, w_hh, b_ih, b_hh = weights_now(self, _CELL_WEIGHTS)
         if input.dtype != w_ih.dtype:
             check_input("input", input, w_ih, self.training)
         try:
-            return functional.scan(
-                input.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, state=hx, cell=cell, w_ch=w_ch
-            ).state
+            return functional.step(input, w_ih, w_hh, b_ih, b_hh, hx, cell=cell, w_ch=w_ch)
         except RuntimeError:
             self._explain(input, state_parts(cell, hx))
-            raise
+            if self.hidden_size > 0:
+                raise
+        # Without units, which the operators refuse.
+        empty = torch.nn.functional.linear(input, w_ih)  # (B, 0), differentiable
+        return join_parts((empty,) * (1 + len(STATES.get(cell, ""))))
 
     def _check_dim(self, input: Tensor, parts: tuple[Tensor, ...]) -> None:
         """Raise unless the input is one row or a batch of them, and the state likewise."""
