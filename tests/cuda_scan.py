@@ -47,15 +47,18 @@ SIZES = "cell:k steps:i batch:i hidden:i state_size:i heads:i "
 NORM = " gain_ih gain_hh gain_c bias_c bias x_sums r_sums c_sums moments"
 Forward = structure(
     "Forward",
-    SIZES + "reverse:b save:b w_hh w_hr apart_bias unit_weights lengths resets gates apart states "
-    "cells inner y c_steps h_mask masked zoneout_h:s zoneout_c:s reset_h:s reset_c:s" + NORM,
+    SIZES
+    + "reverse:b save:b w_hh w_hr apart_bias unit_weights unit_weights_stride:i lengths resets "
+    "gates apart states cells inner y c_steps h_mask masked zoneout_h:s zoneout_c:s "
+    "reset_h:s reset_c:s" + NORM,
 )
 Backward = structure(
     "Backward",
-    SIZES
-    + "reverse:b w_hh w_hr unit_weights lengths resets gates apart states cells d_y d_c_steps "
-    "d_h d_c d_x_gates d_r_gates d_projected d_unit_weights h_mask zoneout_h:s zoneout_c:s "
-    "d_reset_h d_reset_c" + NORM + " row_gain_ih row_gain_hh row_bias row_apart row_gain_c "
+    SIZES + "reverse:b w_hh w_hr unit_weights unit_weights_stride:i lengths resets gates "
+    "apart states cells d_y d_c_steps d_h d_c d_x_gates d_r_gates d_projected d_unit_weights "
+    "h_mask zoneout_h:s zoneout_c:s d_reset_h d_reset_c"
+    + NORM
+    + " row_gain_ih row_gain_hh row_bias row_apart row_gain_c "
     "row_bias_c scratch",
 )
 Tiles = type(
@@ -146,19 +149,22 @@ class Scan:
         values = (self.cell, self.T, self.B, self.H, self.P, self.heads, self.reverse)
         return dict(zip(names, values, strict=True))
 
-    def weights(self) -> dict[str, Tensor | None]:
+    def weights(self) -> dict[str, Any]:
         rows = self.w_hh
         if self.heads > 1:
             size = self.H // self.heads
             rows = rows.view(self.G, self.heads, size, size).transpose(0, 1).contiguous()
-        own = self.inputs.get("w_ch") if self.recurrent else rows
+        own, mask = self.inputs.get("w_ch"), self.inputs.get("h_mask")
+        if not self.recurrent:
+            own, mask = (rows if mask is None else rows * mask), None
         return {
             "w_hh": rows if self.recurrent else None,
             "w_hr": self.w_hr,
             "unit_weights": own,
+            "unit_weights_stride": self.H if own is not None and own.dim() == 2 else 0,
             "lengths": self.lengths,
             "resets": self.resets,
-            "h_mask": self.inputs.get("h_mask"),
+            "h_mask": mask,
         }
 
     def zoneouts(self) -> dict[str, Strided]:
@@ -300,7 +306,7 @@ class Scan:
         y = self.new(T, B, P)
         c_steps = self.new(T, B, K * H, wide=True) if K else None
         mask, masked = get("h_mask"), None
-        if mask is not None:
+        if mask is not None and self.recurrent:
             masked = self.new(2, B, P)
             masked[0] = self.states[first] * mask
         wide_reset = None if reset_c is None else reset_c.to(self.wide)
@@ -414,7 +420,8 @@ class Scan:
             result |= {"b_ih": bias, "b_hh": apart}
         if not self.recurrent:
             assert d_own is not None
-            result["w_hh"] = d_own.sum(0)
+            # With a mask the weights of each row are scaled.
+            result["w_hh"] = (d_own * self.inputs.get("h_mask", torch.ones(()))).sum(0)
         elif self.gated:
             assert self.inner is not None
             kept = product(d_r_gates[..., : 2 * H], before)

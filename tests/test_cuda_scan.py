@@ -67,7 +67,8 @@ CASES = (
     Case("lstm_peephole", projected=9, ragged=True, resets=True, extras=("h_mask", *SHARES)),
     Case("lstm", ragged=True, resets=True, reverse=True, extras=("h_mask", *SHARES)),
     Case("gru", ragged=True, resets=True, extras=("h_mask", "zoneout_h", "reset_h")),
-    Case("gru_reset_before", ragged=True, resets=True, extras=("zoneout_h", "reset_h")),
+    Case("gru_reset_before", ragged=True, resets=True, extras=("h_mask", "zoneout_h", "reset_h")),
+    Case("indrnn_tanh", resets=True, extras=("h_mask", "zoneout_h", "reset_h")),
     Case("slstm_exp", ragged=True, resets=True, reverse=True, extras=("h_mask", "reset_c")),
     Case("lstm", steps=1, batch=1, hidden=1),
     Case("gru", steps=1, batch=3, hidden=33),
@@ -225,7 +226,9 @@ def test_structures_are_as_declared(kernels: ctypes.CDLL) -> None:
     assert kernels.backward_size() == ctypes.sizeof(Backward)
 
 
-@pytest.mark.parametrize(("case", "layout"), list(zip(CASES, cycle(LAYOUTS), strict=False)), ids=str)
+@pytest.mark.parametrize(
+    ("case", "layout"), list(zip(CASES, cycle(LAYOUTS), strict=False)), ids=str
+)
 def test_scan_is_the_references(kernels: ctypes.CDLL, case: Case, layout: Layout) -> None:
     compare(kernels, case, layout, torch.float64, seed=1)
 

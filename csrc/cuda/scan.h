@@ -46,12 +46,13 @@ struct ScanForward {
   CellKind cell;
   int64_t steps, batch, hidden, state_size, heads;
   bool reverse, save;
-  const S* w_hh;           // (G*H, P), with several heads (heads, G*D, D); null where there is none
-  const S* w_hr;           // (P, H) or null
-  const S* apart_bias;     // (H) or null: added to the sum that stays apart (GRU)
-  const S* unit_weights;   // (U*H) or null
-  const int64_t* lengths;  // (B) or null
-  const bool* resets;      // (T, B) or null
+  const S* w_hh;          // (G*H, P), with several heads (heads, G*D, D); null where there is none
+  const S* w_hr;          // (P, H) or null
+  const S* apart_bias;    // (H) or null: added to the sum that stays apart (GRU)
+  const S* unit_weights;  // (U*H) or null
+  int64_t unit_weights_stride;  // from those of a row to those of the next, 0 where all share them
+  const int64_t* lengths;       // (B) or null
+  const bool* resets;           // (T, B) or null
   S* gates;         // (T, B, G*H): in the input's product, out with `save` what backward needs
                     // (with norm only the latter: (T or 1, B, G*H))
   S* apart;         // (T, B, H) or null: the same for the sum that stays apart
@@ -79,6 +80,7 @@ struct ScanBackward {
   const S* w_hh;
   const S* w_hr;
   const S* unit_weights;
+  int64_t unit_weights_stride;
   const int64_t* lengths;
   const bool* resets;
   const S* gates;

@@ -39,6 +39,15 @@ scan_backward_kernel(const ScanBackward<S> args, const ScanTiles tiles, unsigned
   }
 
   const int64_t end = longest(args, place.rows), row_begin = place.rows.begin;
+  const bool has_pair = !projects && thread_index() < units.count * place.rows.count;
+  const int own_unit = thread_index() / place.rows.count;
+  const int own_row = thread_index() % place.rows.count;
+  const auto load = [&](int64_t n, int unit, int row) {
+    return load_saved<Cell>(args, backward_step(args, n), row_begin + row, first_unit + unit);
+  };
+  UnitSaved<S, Cell> next{};
+  if (has_pair) next = load(args.steps - 1, own_unit, own_row);
+
   for (int64_t n = args.steps - 1; n >= -1; --n) {
     const Step step = backward_step(args, n);
     // Whether the step after, and this one, gave the gates any gradient.
@@ -55,7 +64,10 @@ scan_backward_kernel(const ScanBackward<S> args, const ScanTiles tiles, unsigned
     }
     place.each(units.count, [&](int unit, int64_t row, int column) {
       const A sum = follows ? first.sum(unit, column) : A(0);
-      backward_unit<Cell>(args, step, row, first_unit + unit, sum);
+      if (projects) return project_back(args, step, row, first_unit + unit, sum);
+      const bool own = unit == own_unit && column == own_row;
+      const UnitSaved<S, Cell> in = own ? next : load(n, unit, column);
+      backward_unit<Cell>(args, step, row, first_unit + unit, in, sum);
     });
     if constexpr (Cell::kRecurrent) {
       if (projects) {
@@ -82,6 +94,8 @@ scan_backward_kernel(const ScanBackward<S> args, const ScanTiles tiles, unsigned
       }
       barrier.arrive();
     }
+    // While the other blocks finish the step.
+    if (has_pair && n >= 0) next = load(n - 1, own_unit, own_row);
   }
 }
 

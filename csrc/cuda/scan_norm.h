@@ -159,8 +159,8 @@ PYSEQ_DEVICE void normed_row(const ScanForward<S>& args, const Step& step, Index
 
 // ---- Backward --------------------------------------------------------------------------
 
-// d_state(unit): a StateGradient, made once for each unit. It is stored in the state's buffer,
-// unless a projection has done that.
+// d_state(unit, active, d_y): its StateGradient, asked for once. It is stored in the state's
+// buffer, unless a projection has done that.
 template <class Cell, class S, class DState>
 PYSEQ_DEVICE void normed_row_back(const ScanBackward<S>& args, const Step& step, Index row,
                                   Accumulate<S>* scratch, const DState& d_state) {
@@ -180,19 +180,20 @@ PYSEQ_DEVICE void normed_row_back(const ScanBackward<S>& args, const Step& step,
     return Moments<A>{kept[0], kept[1]};
   };
   // To the gates, of which the first half of the way is the cell's.
-  const auto gates_back = [&](Index unit, A d_h, A d_c_own) {
-    return cell_back<Cell>(args, step, row, unit, d_h, d_c_own, [&](int gate, A d_x, A d_r) {
+  const auto gates_back = [&](Index unit, const UnitSaved<S, Cell>& in, A d_h, A d_c_own) {
+    return cell_back<Cell>(args, step, row, unit, in, d_h, d_c_own, [&](int gate, A d_x, A d_r) {
       d_x_normed[gate * H + unit] = d_x;
       d_r_normed[gate * H + unit] = d_r;
     });
   };
   each_of_row(H, [&](Index unit) {
-    const StateGradient<A> d = d_state(unit);
+    const UnitSaved<S, Cell> in = load_saved<Cell>(args, step, row, unit);
+    const StateGradient<A> d = d_state(unit, active, in.d_y);
     cut_cell<Cell>(args, step, row, unit);
     const Index offset = row * H + unit;
     if (!active) {
       if (!projects) args.d_h[offset] = d.d_h;
-      if (d.inside) no_gates<Cell>(args, step, row, unit);
+      if (step.n >= 0) no_gates<Cell>(args, step, row, unit);
       return;
     }
     A passed = d.zoned;  // to the state before, past the weights
@@ -200,14 +201,14 @@ PYSEQ_DEVICE void normed_row_back(const ScanBackward<S>& args, const Step& step,
       const A gain = widen(norm.gain_c[unit]);
       const A normed = moments_of(2).normed(norm.c_sums[at_t * H + unit]);
       A d_c;
-      Cell::template output_backward<Math<A>>(
-          widen(args.gates[(at_t * G + Cell::kOutput) * H + unit]),
-          gain * normed + widen(norm.bias_c[unit]), d.d_h, d_output[unit], d_c);
+      Cell::template output_backward<Math<A>>(in.gates[Cell::kOutput],
+                                              gain * normed + widen(norm.bias_c[unit]), d.d_h,
+                                              d_output[unit], d_c);
       d_c_normed[unit] = d_c * gain;
       args.row_gain_c[offset] += d_c * normed;
       args.row_bias_c[offset] += d_c;
     } else {
-      passed += gates_back(unit, d.d_h, A(0));
+      passed += gates_back(unit, in, d.d_h, A(0));
     }
     if (!projects) args.d_h[offset] = passed;
   });
@@ -218,7 +219,8 @@ PYSEQ_DEVICE void normed_row_back(const ScanBackward<S>& args, const Step& step,
     const NormGradient<A> gradient =
         norm_gradient(c_row, moments_of(2), H, scratch, [&](Index i) { return d_c_normed[i]; });
     each_of_row(H, [&](Index unit) {
-      gates_back(unit, A(0), gradient.of(c_row[unit], d_c_normed[unit]));
+      gates_back(unit, load_saved<Cell>(args, step, row, unit), A(0),
+                 gradient.of(c_row[unit], d_c_normed[unit]));
       d_x_normed[Cell::kOutput * H + unit] = d_output[unit];
       d_r_normed[Cell::kOutput * H + unit] = d_output[unit];
     });

@@ -69,7 +69,8 @@ scan_state_backward_kernel(const ScanBackward<S> args, const int64_t n, const Ac
   const Step step = backward_step(args, n);
   each_unit(args.batch, args.state_size, [&](Index row, Index unit) {
     const Accumulate<S> sum = sums == nullptr ? 0 : sums[row * args.state_size + unit];
-    backward_unit<Cell>(args, step, row, unit, sum);
+    if (args.w_hr != nullptr) return project_back(args, step, row, unit, sum);
+    backward_unit<Cell>(args, step, row, unit, load_saved<Cell>(args, step, row, unit), sum);
   });
 }
 
@@ -108,9 +109,9 @@ scan_norm_backward_kernel(const ScanBackward<S> args, const int64_t n, const Acc
   using A = Accumulate<S>;
   const Step step = backward_step(args, n);
   const Index row = block_index_x();
-  const auto d_state = [&](Index unit) {
-    return state_back(args, step, row, unit,
-                      sums == nullptr ? A(0) : sums[row * args.state_size + unit]);
+  const auto d_state = [&](Index unit, bool active, A d_y) {
+    const A sum = sums == nullptr ? A(0) : sums[row * args.state_size + unit];
+    return state_back(args, step, row, unit, sum, active, d_y);
   };
   normed_row_back<Cell>(args, step, row, static_cast<A*>(shared_memory()), d_state);
 }
@@ -122,10 +123,8 @@ scan_norm_project_backward_kernel(const ScanBackward<S> args, const int64_t n,
   using A = Accumulate<S>;
   const Step step = backward_step(args, n);
   const Index row = block_index_x();
-  const bool inside = n >= 0, active = inside && is_active(args, step.t, row);
-  const auto d_inner = [&](Index unit) {
-    const A sum = sums == nullptr ? A(0) : sums[row * args.hidden + unit];
-    return StateGradient<A>{inside, active, sum, 0};
+  const auto d_inner = [&](Index unit, bool, A) {
+    return StateGradient<A>{sums == nullptr ? A(0) : sums[row * args.hidden + unit], 0};
   };
   normed_row_back<Cell>(args, step, row, static_cast<A*>(shared_memory()), d_inner);
 }

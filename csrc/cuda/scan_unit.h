@@ -61,7 +61,8 @@ template <class S, class Cell>
 struct UnitInputs {
   using A = Accumulate<S>;
   bool active;
-  A x[Cell::kGates];
+  A x[Cell::kPre];  // the input's part of the sums; of one that stays apart its bias
+  A own[at_least_one(Cell::kUnitWeights)];
   A h;
   A c[at_least_one(Cell::kStates)];
 };
@@ -80,6 +81,13 @@ PYSEQ_DEVICE UnitInputs<S, Cell> load_unit(const ScanForward<S>& args, const Ste
   if (!in.active) return in;
   PYSEQ_UNROLL
   for (int g = 0; g < G; ++g) in.x[g] = widen(args.gates[((step.t * B + row) * G + g) * H + unit]);
+  if (Cell::kPre > G && args.apart_bias != nullptr) {
+    in.x[Cell::kPre - 1] = widen(args.apart_bias[unit]);
+  }
+  PYSEQ_UNROLL
+  for (int i = 0; i < Cell::kUnitWeights; ++i) {
+    in.own[i] = widen(args.unit_weights[row * args.unit_weights_stride + i * H + unit]);
+  }
   // With a projection no cell that reads h comes here, only LSTM.
   if (args.w_hr == nullptr) in.h = widen(args.states[(step.before * B + row) * H + unit]);
   return in;
@@ -92,11 +100,13 @@ PYSEQ_DEVICE void keep_state(const ScanForward<S>& args, const Step& step, Index
                              bool active, Accumulate<S> h) {
   using A = Accumulate<S>;
   const Index B = args.batch, P = args.state_size, offset = row * P + unit;
-  const S before = args.states[step.before * B * P + offset];
-  if (active && args.zoneout_h.data != nullptr) {
-    h = zone_out(widen(at(args.zoneout_h, step.t, row)[unit]), widen(before), h);
+  S after = narrow<S>(h);
+  if (!active || args.zoneout_h.data != nullptr) {
+    after = args.states[step.before * B * P + offset];
+    if (active) {
+      after = narrow<S>(zone_out(widen(at(args.zoneout_h, step.t, row)[unit]), widen(after), h));
+    }
   }
-  S after = active ? narrow<S>(h) : before;
   args.y[step.t * B * P + offset] = active ? after : narrow<S>(A(0));
   if (is_cleared(args, step.n + 1, row)) {
     after = args.reset_h.data != nullptr ? at(args.reset_h, 0, row)[unit] : narrow<S>(A(0));
@@ -148,7 +158,8 @@ PYSEQ_DEVICE void gate_unit(const ScanForward<S>& args, const Step& step, Index 
   if (is_active(args, step.t, row)) {
     gated = Cell::template gated<Math<A>>(
         widen(args.gates[(step.t * B + row) * Cell::kGates * H + unit]) + sum,
-        widen(args.states[(step.before * B + row) * H + unit]));
+        widen(args.h_mask == nullptr ? args.states[(step.before * B + row) * H + unit]
+                                     : args.masked[((step.n & 1) * B + row) * H + unit]));
   }
   args.inner[((args.save ? step.t : 0) * B + row) * H + unit] = narrow<S>(gated);
 }
@@ -158,24 +169,19 @@ template <class Cell, class S>
 PYSEQ_DEVICE void forward_unit(const ScanForward<S>& args, const Step& step, Index row, Index unit,
                                UnitInputs<S, Cell>& in, const Accumulate<S> (&sums)[Cell::kGates]) {
   using A = Accumulate<S>;
-  constexpr int G = Cell::kGates, K = Cell::kStates, U = Cell::kUnitWeights;
+  constexpr int G = Cell::kGates, K = Cell::kStates;
   const Index B = args.batch, H = args.hidden;
   A c[at_least_one(K)];
   PYSEQ_UNROLL
   for (int k = 0; k < K; ++k) c[k] = in.c[k];
   A h = in.h;
   if (in.active) {
-    A pre[Cell::kPre], own[at_least_one(U)];
+    A pre[Cell::kPre];
     PYSEQ_UNROLL
-    for (int g = 0; g < G; ++g) pre[g] = in.x[g];
-    if constexpr (Cell::kPre > G) {
-      pre[G] = args.apart_bias == nullptr ? A(0) : widen(args.apart_bias[unit]);
-    }
+    for (int g = 0; g < Cell::kPre; ++g) pre[g] = in.x[g];
     PYSEQ_UNROLL
     for (int g = 0; g < G; ++g) pre[Cell::recurrent_slot(g)] += sums[g];
-    PYSEQ_UNROLL
-    for (int i = 0; i < U; ++i) own[i] = widen(args.unit_weights[i * H + unit]);
-    Cell::template forward<Math<A>>(pre, own, h, c);
+    Cell::template forward<Math<A>>(pre, in.own, h, c);
     if (args.save) {
       PYSEQ_UNROLL
       for (int g = 0; g < G; ++g) {
@@ -220,6 +226,48 @@ PYSEQ_DEVICE void cut_cell(const ScanBackward<S>& args, const Step& step, Index 
   }
 }
 
+// What a unit of a row starts a step back from, besides the gradients that the step after left.
+// None of it comes from another unit, so that it can be read before the others have arrived.
+template <class S, class Cell>
+struct UnitSaved {
+  using A = Accumulate<S>;
+  bool active;  // whether there is such a step, and the row takes part in it
+  A gates[Cell::kPre];
+  A own[at_least_one(Cell::kUnitWeights)];
+  A h;
+  A c[at_least_one(Cell::kStates)];
+  A d_c[at_least_one(Cell::kStates)];  // of c after this very step
+  A d_y;                               // without a projection
+};
+
+template <class Cell, class S>
+PYSEQ_DEVICE UnitSaved<S, Cell> load_saved(const ScanBackward<S>& args, const Step& step, Index row,
+                                           Index unit) {
+  constexpr int G = Cell::kGates, K = Cell::kStates;
+  const Index B = args.batch, H = args.hidden, at_t = step.t * B + row;
+  UnitSaved<S, Cell> in{};
+  in.active = step.n >= 0 && is_active(args, step.t, row);
+  if (!in.active) return in;
+  PYSEQ_UNROLL
+  for (int g = 0; g < G; ++g) in.gates[g] = widen(args.gates[(at_t * G + g) * H + unit]);
+  if constexpr (Cell::kPre > G) in.gates[G] = widen(args.apart[at_t * H + unit]);
+  PYSEQ_UNROLL
+  for (int i = 0; i < Cell::kUnitWeights; ++i) {
+    in.own[i] = widen(args.unit_weights[row * args.unit_weights_stride + i * H + unit]);
+  }
+  PYSEQ_UNROLL
+  for (int k = 0; k < K; ++k) {
+    in.c[k] = args.cells[((step.before * B + row) * K + k) * H + unit];
+    if (args.d_c_steps != nullptr) in.d_c[k] = args.d_c_steps[(at_t * K + k) * H + unit];
+  }
+  // With a projection no cell that reads h comes here.
+  if (args.w_hr == nullptr) {
+    in.h = widen(args.states[(step.before * B + row) * H + unit]);
+    in.d_y = widen(args.d_y[at_t * H + unit]);
+  }
+  return in;
+}
+
 // Stores the gradients of one gate's sums.
 template <class Cell, class S>
 struct GateGradients {
@@ -239,22 +287,14 @@ struct GateGradients {
 // of the gradient of the state before that passes no weights.
 template <class Cell, class S, class Keep>
 PYSEQ_DEVICE Accumulate<S> cell_back(const ScanBackward<S>& args, const Step& step, Index row,
-                                     Index unit, Accumulate<S> d_h, Accumulate<S> d_c_own,
-                                     const Keep& keep) {
+                                     Index unit, const UnitSaved<S, Cell>& in, Accumulate<S> d_h,
+                                     Accumulate<S> d_c_own, const Keep& keep) {
   using A = Accumulate<S>;
-  constexpr int G = Cell::kGates, K = Cell::kStates, U = Cell::kUnitWeights;
-  const Index B = args.batch, H = args.hidden, at_t = step.t * B + row;
-  A saved[Cell::kPre], d_pre[Cell::kPre];
+  constexpr int K = Cell::kStates, U = Cell::kUnitWeights;
+  const Index H = args.hidden;
+  A d_pre[Cell::kPre], d_c[at_least_one(K)] = {}, d_own[at_least_one(U)];
   PYSEQ_UNROLL
-  for (int g = 0; g < G; ++g) saved[g] = widen(args.gates[(at_t * G + g) * H + unit]);
-  if constexpr (Cell::kPre > G) saved[G] = widen(args.apart[at_t * H + unit]);
-  A c[at_least_one(K)], d_c[at_least_one(K)] = {}, own[at_least_one(U)], d_own[at_least_one(U)];
-  PYSEQ_UNROLL
-  for (int k = 0; k < K; ++k) {
-    c[k] = args.cells[((step.before * B + row) * K + k) * H + unit];
-    d_c[k] = args.d_c[(row * K + k) * H + unit];
-    if (args.d_c_steps != nullptr) d_c[k] += args.d_c_steps[(at_t * K + k) * H + unit];
-  }
+  for (int k = 0; k < K; ++k) d_c[k] = args.d_c[(row * K + k) * H + unit] + in.d_c[k];
   A d_c_zoned = 0;
   if (K > 0 && args.zoneout_c.data != nullptr) {
     const A share = widen(at(args.zoneout_c, step.t, row)[unit]);
@@ -262,11 +302,7 @@ PYSEQ_DEVICE Accumulate<S> cell_back(const ScanBackward<S>& args, const Step& st
     d_c[0] *= 1 - share;
   }
   d_c[0] += d_c_own;
-  PYSEQ_UNROLL
-  for (int i = 0; i < U; ++i) own[i] = widen(args.unit_weights[i * H + unit]);
-  // With a projection no cell that reads h comes here.
-  const A h = args.w_hr != nullptr ? A(0) : widen(args.states[(step.before * B + row) * H + unit]);
-  Cell::template backward<Math<A>>(saved, own, h, c, d_h, d_c, d_pre, d_own);
+  Cell::template backward<Math<A>>(in.gates, in.own, in.h, in.c, d_h, d_c, d_pre, d_own);
   PYSEQ_UNROLL
   for (int k = 0; k < K; ++k) {
     args.d_c[(row * K + k) * H + unit] = d_c[k] + (k == 0 ? d_c_zoned : 0);
@@ -274,14 +310,14 @@ PYSEQ_DEVICE Accumulate<S> cell_back(const ScanBackward<S>& args, const Step& st
   PYSEQ_UNROLL
   for (int i = 0; i < U; ++i) args.d_unit_weights[(row * U + i) * H + unit] += d_own[i];
   PYSEQ_UNROLL
-  for (int g = 0; g < G; ++g) keep(g, d_pre[g], d_pre[Cell::recurrent_slot(g)]);
+  for (int g = 0; g < Cell::kGates; ++g) keep(g, d_pre[g], d_pre[Cell::recurrent_slot(g)]);
   return d_h;
 }
 template <class Cell, class S>
 PYSEQ_DEVICE Accumulate<S> cell_back(const ScanBackward<S>& args, const Step& step, Index row,
-                                     Index unit, Accumulate<S> d_h) {
+                                     Index unit, const UnitSaved<S, Cell>& in, Accumulate<S> d_h) {
   const GateGradients<Cell, S> keep{args, step.t * args.batch + row, unit};
-  return cell_back<Cell>(args, step, row, unit, d_h, Accumulate<S>(0), keep);
+  return cell_back<Cell>(args, step, row, unit, in, d_h, Accumulate<S>(0), keep);
 }
 
 // The gradients of the gates of a row that a step leaves alone.
@@ -299,61 +335,56 @@ PYSEQ_DEVICE void no_gates(const ScanBackward<S>& args, const Step& step, Index 
 // What a number of the state after a step has of gradient.
 template <class A>
 struct StateGradient {
-  bool inside, active;  // whether there is such a step, and the row takes part in it
-  A d_h;                // of the new h
-  A zoned;              // of the state before, past the step
+  A d_h;    // of the new h; or, of a row that takes no part, of the state
+  A zoned;  // of the state before, past the step
 };
 
-// `sum`: of the product of the gates' gradients in the step after.
+// `sum`: of the product of the gates' gradients in the step after; d_y: of the output, where the
+// row is active.
 template <class S>
 PYSEQ_DEVICE StateGradient<Accumulate<S>> state_back(const ScanBackward<S>& args, const Step& step,
-                                                     Index row, Index unit, Accumulate<S> sum) {
+                                                     Index row, Index unit, Accumulate<S> sum,
+                                                     bool active, Accumulate<S> d_y) {
   using A = Accumulate<S>;
-  const Index B = args.batch, P = args.state_size, offset = row * P + unit;
+  const Index offset = row * args.state_size + unit;
   A d_h = args.h_mask == nullptr ? sum : sum * widen(args.h_mask[offset]);
   d_h += args.d_h[offset];
   if (is_cleared(args, step.n + 1, row)) {
     add_to(args.d_reset_h, offset, d_h);
     d_h = 0;
   }
-  const bool inside = step.n >= 0, active = inside && is_active(args, step.t, row);
-  A zoned = 0;
-  if (active) {
-    d_h += widen(args.d_y[step.t * B * P + offset]);
-    if (args.zoneout_h.data != nullptr) {
-      const A share = widen(at(args.zoneout_h, step.t, row)[unit]);
-      zoned = share * d_h;
-      d_h *= 1 - share;
-    }
-  }
-  return {inside, active, d_h, zoned};
+  if (!active) return {d_h, 0};
+  d_h += d_y;
+  if (args.zoneout_h.data == nullptr) return {d_h, 0};
+  const A share = widen(at(args.zoneout_h, step.t, row)[unit]);
+  return {(1 - share) * d_h, share * d_h};
 }
 
-// Hands the gradient of h over to the projection's product.
+// A number of a state that is a projection: its gradient goes to the projection's product.
 template <class S>
 PYSEQ_DEVICE void project_back(const ScanBackward<S>& args, const Step& step, Index row, Index unit,
-                               const StateGradient<Accumulate<S>>& d) {
-  const Index offset = row * args.state_size + unit;
-  if (d.inside) {
-    args.d_projected[step.t * args.batch * args.state_size + offset] =
-        narrow<S>(d.active ? d.d_h : 0);
-  }
-  args.d_h[offset] = d.active ? d.zoned : d.d_h;
+                               Accumulate<S> sum) {
+  using A = Accumulate<S>;
+  const Index P = args.state_size, at_t = (step.t * args.batch + row) * P + unit;
+  const bool inside = step.n >= 0, active = inside && is_active(args, step.t, row);
+  const A d_y = active ? widen(args.d_y[at_t]) : A(0);
+  const StateGradient<A> d = state_back(args, step, row, unit, sum, active, d_y);
+  if (inside) args.d_projected[at_t] = narrow<S>(active ? d.d_h : 0);
+  args.d_h[row * P + unit] = active ? d.zoned : d.d_h;
 }
 
-// A unit of the state, and of the cell where nothing lies between the two.
+// A unit whose h is the state itself.
 template <class Cell, class S>
 PYSEQ_DEVICE void backward_unit(const ScanBackward<S>& args, const Step& step, Index row,
-                                Index unit, Accumulate<S> sum) {
-  const StateGradient<Accumulate<S>> d = state_back(args, step, row, unit, sum);
-  if (args.w_hr != nullptr) return project_back(args, step, row, unit, d);
+                                Index unit, const UnitSaved<S, Cell>& in, Accumulate<S> sum) {
+  const StateGradient<Accumulate<S>> d = state_back(args, step, row, unit, sum, in.active, in.d_y);
   cut_cell<Cell>(args, step, row, unit);
   Accumulate<S>& d_h = args.d_h[row * args.state_size + unit];
-  if (d.active) {
-    d_h = cell_back<Cell>(args, step, row, unit, d.d_h) + d.zoned;
+  if (in.active) {
+    d_h = cell_back<Cell>(args, step, row, unit, in, d.d_h) + d.zoned;
   } else {
     d_h = d.d_h;
-    if (d.inside) no_gates<Cell>(args, step, row, unit);
+    if (step.n >= 0) no_gates<Cell>(args, step, row, unit);
   }
 }
 
@@ -362,10 +393,10 @@ template <class Cell, class S>
 PYSEQ_DEVICE void projected_back(const ScanBackward<S>& args, const Step& step, Index row,
                                  Index unit, Accumulate<S> sum) {
   cut_cell<Cell>(args, step, row, unit);
-  if (step.n < 0) return;
-  if (is_active(args, step.t, row)) {
-    cell_back<Cell>(args, step, row, unit, sum);
-  } else {
+  const UnitSaved<S, Cell> in = load_saved<Cell>(args, step, row, unit);
+  if (in.active) {
+    cell_back<Cell>(args, step, row, unit, in, sum);
+  } else if (step.n >= 0) {
     no_gates<Cell>(args, step, row, unit);
   }
 }
@@ -378,10 +409,12 @@ PYSEQ_DEVICE void gate_back(const ScanBackward<S>& args, const Step& step, Index
   if (!is_active(args, step.t, row)) return;
   const Index B = args.batch, H = args.hidden;
   const Index gate = (step.t * B + row) * Cell::kGates * H + unit;
-  Accumulate<S> d_h = args.d_h[row * H + unit];
-  Cell::backward_gated(widen(args.gates[gate]),
-                       widen(args.states[(step.before * B + row) * H + unit]), d_h, sum);
-  args.d_h[row * H + unit] = d_h;
+  const Index offset = row * H + unit;
+  const S h = args.states[step.before * B * H + offset];
+  const Accumulate<S> mask = args.h_mask == nullptr ? 1 : widen(args.h_mask[offset]);
+  Accumulate<S> d_seen = 0;
+  Cell::backward_gated(widen(args.gates[gate]), widen(narrow<S>(mask * widen(h))), d_seen, sum);
+  args.d_h[offset] += mask * d_seen;
   args.d_x_gates[gate] = narrow<S>(sum);
 }
 
