@@ -578,6 +578,26 @@ def test_resuming_needs_a_training_state(tmp_path: Path) -> None:
         go_on(tmp_path)
 
 
+def test_resuming_on_another_tier_says_so(tmp_path: Path) -> None:
+    begin(tmp_path, TrainingOptions(epochs=1, batch_size=8)).run()
+    path = tmp_path / "last"
+    saved = checkpoint.load(path)
+    assert saved.training is not None
+    now = saved.training.record["tier"]
+    said: list[str] = []
+    trainer = training.resume(TRAIN, VALID, out=tmp_path, log=said.append)
+    assert said == []
+    saved.training.record["tier"] = "other"
+    trainer.restore(saved.training)
+    assert said == [
+        f"the run was begun with the CPU tier other and goes on with {now}: the last bits of its "
+        "numbers may differ"
+    ]
+    del saved.training.record["tier"]  # older versions did not say
+    trainer.restore(saved.training)
+    assert len(said) == 1
+
+
 def test_resuming_with_other_threads_says_so(
     tmp_path: Path, set_threads: Callable[[int], None]
 ) -> None:

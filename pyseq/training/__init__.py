@@ -21,6 +21,7 @@ from .options import (
     TaskName,
     TrainingOptions,
 )
+from .resuming import begun_options
 from .runs import (
     Data,
     held_model,
@@ -32,7 +33,7 @@ from .runs import (
 )
 from .short import train, train_labeler
 from .signals import Interrupted
-from .trainer import LAST, EpochReport, Trainer, begun_options
+from .trainer import LAST, EpochReport, Trainer
 from .updates import learning_rate_factor, training_step
 
 __all__ = [

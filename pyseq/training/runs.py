@@ -19,7 +19,8 @@ from ..seq2seq import Seq2Seq
 from ..text import Features, Pair, TextPair, Tokenizer, Vocab, parse_extra
 from ..translator import Translator
 from .options import TASKS, LabelerOptions, ModelOptions, TaskName, TrainingOptions, check_option
-from .trainer import LAST, Trainer, begun_options
+from .resuming import begun_options
+from .trainer import LAST, Trainer
 
 
 class Data(NamedTuple):

@@ -13,21 +13,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from .. import checkpoint
-from .._library import _C
 from ..distributed import AnyBatch, DataParallel, Processes, peers_may_end
 from ..errors import CheckpointError, DataError, TrainingError, require
 from ..events import Events, require_tensorboard
 from ..labeler import Labeler
-from ..scheduled import from_record
 from ..seq2seq import Seq2Seq
 from ..tagger import AnyModel
 from ..text import BucketedBatches
 from ..translator import Translator
 from .judging import AnyExamples, accuracy, device_of, mean_loss
-from .options import FREE_ON_RESUME, TrainingOptions
+from .options import TrainingOptions
+from .resuming import (
+    begun_options,
+    check_options,
+    circumstances,
+    differences,
+    optimizer_tensors,
+    random_tensors,
+    restore_optimizer,
+    restore_random,
+)
 from .signals import Interrupted, signals
 from .updates import compute_loss, learning_rate_factor, make_average, make_optimizer, training_step
 
@@ -363,15 +370,8 @@ class Trainer:
         """All that :meth:`restore` needs, besides the weights."""
         generator_state, position = self._batches.state()
         tensors = {"rng.batches": generator_state}
-        for rank, rng_state in enumerate(self._processes.gather(torch.get_rng_state())):
-            tensors[_rng_name("torch", rank)] = rng_state
-        if self._device.type == "cuda":
-            own = torch.cuda.get_rng_state(self._device)
-            for rank, rng_state in enumerate(self._processes.gather(own)):
-                tensors[_rng_name("cuda", rank)] = rng_state
-        for name, values in self._optimizer_state().items():
-            for key, value in values.items():
-                tensors[f"optimizer.{key}.{name}"] = value
+        tensors |= random_tensors(self._processes, self._device)
+        tensors |= optimizer_tensors(self.model, self._optimizer)
         if self._average is not None:
             tensors.update(self._average.state())
         record = {
@@ -385,9 +385,7 @@ class Trainer:
             "tokens": self._tokens,
             "best": self._best if math.isfinite(self._best) else None,
             "reports": [report._asdict() for report in self.reports],
-            "threads": torch.get_num_threads(),
-            "tier": _C.cpu_tier(),
-            "processes": self._processes.count,
+            **circumstances(self._processes),
         }
         return checkpoint.TrainingState(tensors, record)
 
@@ -414,7 +412,7 @@ class Trainer:
                 f"the validation pairs must be those of the run to be resumed{before}, got {now}: "
                 "give --valid as it was given then"
             )
-        self._check_options(begun_options(state))
+        check_options(self.options, begun_options(state))
         begun = record.get("embeddings", {})  # older files do not say
         for side, fingerprint in self._embeddings.items():
             if begun.get(side) != fingerprint:
@@ -426,70 +424,23 @@ class Trainer:
                 )
         self._embeddings = dict(begun)
         self._step = record["step"]
-        own = tensors.get(_rng_name("torch", self._processes.rank))
-        if own is None:  # begun with fewer processes
+        if not restore_random(tensors, self._processes, self._device):  # begun with fewer processes
             self._seed_dropout(self._step)
-        else:
-            torch.set_rng_state(own)
-            on_device = tensors.get(_rng_name("cuda", self._processes.rank))
-            if on_device is not None and self._device.type == "cuda":
-                torch.cuda.set_rng_state(on_device, self._device)
         self._batches.restore(tensors["rng.batches"], record["position"])
-        self._restore_optimizer(tensors)
+        restore_optimizer(tensors, self.model, self._optimizer)
         if self._average is not None:
             self._average.restore(tensors)
         self._loss_sum, self._tokens = record["loss_sum"], record["tokens"]
         self._best = math.inf if record["best"] is None else record["best"]
         self.reports = [EpochReport(**report) for report in record["reports"]]
-        if self._log is not None and record["threads"] != torch.get_num_threads():
-            self._log(
-                f"the run was begun with {record['threads']} threads and goes on with "
-                f"{torch.get_num_threads()}: the last bits of its numbers may differ"
-            )
-        tier = record.get("tier", _C.cpu_tier())  # older versions did not say
-        if self._log is not None and tier != _C.cpu_tier():
-            self._log(
-                f"the run was begun with instructions of the tier {tier} and goes on with "
-                f"{_C.cpu_tier()}: the last bits of its numbers may differ"
-            )
-        count = record.get("processes", 1)  # older versions knew one
-        if self._log is not None and count != self._processes.count:
-            self._log(
-                f"the run was begun with {count} processes and goes on with "
-                f"{self._processes.count}: its dropout and the last bits of its numbers differ"
-            )
+        if self._log is not None:
+            for line in differences(record, self._processes):
+                self._log(line)
 
     def _seed_dropout(self, step: int) -> None:
         """Have each process but the first, which has the seed itself, draw masks of its own."""
         if not self._processes.is_first:
             torch.manual_seed((self.options.seed + self._processes.rank + (step << 20)) % 2**63)
-
-    def _check_options(self, saved: TrainingOptions) -> None:
-        before = asdict(saved)
-        for name, value in asdict(self.options).items():
-            if name not in FREE_ON_RESUME and before[name] != value:
-                raise CheckpointError(
-                    f"{name} must be {before[name]!r} as in the run to be resumed, got {value!r}"
-                )
-
-    def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """The optimiser's tensors by parameter name, Adam's ``step``, ``exp_avg`` and
-        ``exp_avg_sq``; SGD has none."""
-        state = self._optimizer.state
-        return {name: state[p] for name, p in self.model.named_parameters() if p in state}
-
-    def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        saved: dict[int, dict[str, Tensor]] = {}
-        for index, (name, _) in enumerate(self.model.named_parameters()):
-            values = {
-                key: tensors[f"optimizer.{key}.{name}"]
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimizer.{key}.{name}" in tensors
-            }
-            if values:
-                saved[index] = values
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": saved, "param_groups": groups})
 
     # What is said to the user.
 
@@ -549,23 +500,3 @@ class Trainer:
         place = f"epoch {len(self.reports)}" if between else self._place_text()
         where = f"stopped by {name} after {place}"
         return where if self.out is None else f"{where}; the checkpoint is in {self.out / LAST}"
-
-
-def _rng_name(kind: str, rank: int) -> str:
-    """Of a global generator's state among the tensors of a training state."""
-    return f"rng.{kind}" if rank == 0 else f"rng.{kind}.{rank}"
-
-
-def begun_options(state: checkpoint.TrainingState) -> TrainingOptions:
-    """How the run of this state is trained; what its version did not know is at its default.
-
-    Raises:
-        CheckpointError: the state has options that this version does not know.
-    """
-    try:
-        options = dict(state.record["options"])
-        if options.get("scheduled_sampling") is not None:
-            options["scheduled_sampling"] = from_record(options["scheduled_sampling"])
-        return TrainingOptions(**options)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the training state has no valid options: {error}") from error
