@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# make cuda-check compiles the CUDA sources and needs nvcc only.
+# make cuda-check compiles the CUDA sources and needs nvcc only; make bench-cuda builds for, tests on
+# and measures a CUDA device.
 # make demo, test, bench, quality, lint: each makes .venv, installs torch and what it needs, builds
 # pyseq, and runs. A second call does again only what a change of the sources asks for.
 # Set on the command line: PYTHON (makes .venv), TORCH (what pip installs as torch), MAX_JOBS,
@@ -18,7 +19,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 # One file for each wish of torch, so that another wish installs anew.
 TORCH_STAMP := $(VENV)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1).stamp
 
-.PHONY: demo test bench quality lint cuda-check clean
+.PHONY: demo test bench quality lint bench-cuda cuda-check clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -33,6 +34,10 @@ bench: $(VENV)/bench.stamp
 
 quality: $(VENV)/demo.stamp
 	$(PY) -m benchmarks.quality $(QUALITY)
+
+bench-cuda: $(VENV)/bench.stamp
+	$(PY) -m pytest -q -x tests/test_cuda.py
+	$(PY) -m benchmarks.cuda
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

@@ -2,12 +2,13 @@
 """Builds the extension ``pyseq._C``: finds torch, then runs CMake and Ninja.
 
 Metadata is in pyproject.toml, sources and flags are in CMakeLists.txt. This file passes on
-what only the running Python knows. Read: MAX_JOBS, PYSEQ_CUDA, CXX, CXXFLAGS, LDFLAGS.
+what only the running Python knows. Read: MAX_JOBS, PYSEQ_CUDA, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ class Torch(NamedTuple):
     includes: list[str]
     libraries: list[str]
     cxx11_abi: int
+    cuda: str | None
 
 
 def find_torch() -> Torch:
@@ -61,6 +63,7 @@ def find_torch() -> Torch:
         includes=cpp_extension.include_paths(),
         libraries=cpp_extension.library_paths(),
         cxx11_abi=int(torch._C._GLIBCXX_USE_CXX11_ABI),
+        cuda=torch.version.cuda,
     )
 
 
@@ -74,16 +77,56 @@ def pybind11_includes(torch: Torch) -> list[str]:
     return [pybind11.get_include()]
 
 
-def check_cuda_option() -> None:
-    """Refuse a PYSEQ_CUDA that this version cannot honour; ``auto`` and ``0`` mean CPU."""
+def cuda_option() -> str:
+    """PYSEQ_CUDA: ``auto`` builds CUDA kernels where that can be, ``0`` never, ``1`` or fails."""
     value = os.environ.get("PYSEQ_CUDA", "auto")
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"PYSEQ_CUDA must be auto, 0 or 1, got {value!r}.")
-    if value == "1":
-        raise SystemExit(
-            "PYSEQ_CUDA=1 asks for CUDA kernels, which this version of pyseq does not have: "
-            "set PYSEQ_CUDA to auto or 0 to build for the CPU."
-        )
+    return value
+
+
+def find_nvcc() -> str | None:
+    """CUDA's compiler: of CUDA_HOME, from PATH, or where CUDA installs it."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home, "bin")))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def nvcc_version(nvcc: str) -> str:
+    """Its version, such as ``13.0``."""
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"release ([\d.]+)", answer.stdout)
+    if found is None:
+        raise SystemExit(f"pyseq cannot read the version of {nvcc}: {answer.stdout.strip()!r}.")
+    return found.group(1)
+
+
+def why_no_cuda(torch: Torch, nvcc: str | None) -> str | None:
+    """Why CUDA kernels cannot be built for this torch with this compiler; None if they can."""
+    if torch.cuda is None:
+        return f"torch {torch.version} is built without CUDA"
+    if nvcc is None:
+        return f"torch {torch.version} is built for CUDA {torch.cuda}, but there is no nvcc"
+    version = nvcc_version(nvcc)
+    if version.split(".")[0] != torch.cuda.split(".")[0]:
+        return f"torch {torch.version} is built for CUDA {torch.cuda}, but {nvcc} is {version}"
+    return None
+
+
+def find_cuda(torch: Torch) -> str | None:
+    """The compiler for CUDA kernels, or None and a sentence that says why there are none."""
+    option = cuda_option()
+    if option == "0":
+        return None
+    nvcc = find_nvcc()
+    reason = why_no_cuda(torch, nvcc)
+    if reason is None:
+        return nvcc
+    if option == "1":
+        raise SystemExit(f"PYSEQ_CUDA=1 asks for CUDA kernels, but {reason}.")
+    print(f"pyseq is built for the CPU alone: {reason}.", flush=True)
+    return None
 
 
 def ninja_jobs() -> list[str]:
@@ -147,6 +190,7 @@ def compile_extension(torch: Torch, jobs: list[str]) -> Path:
         "PYSEQ_TORCH_INCLUDES": ";".join(torch.includes + pybind11_includes(torch)),
         "PYSEQ_TORCH_LIBRARIES": ";".join(torch.libraries),
         "PYSEQ_CXX11_ABI": str(torch.cxx11_abi),
+        "PYSEQ_CUDA_COMPILER": find_cuda(torch) or "",
     }
     run(
         [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
@@ -160,7 +204,7 @@ class BuildExtension(build_ext):
     """Compiles by CMake and puts ``_C`` and ``_build.py`` where setuptools wants them."""
 
     def run(self) -> None:
-        check_cuda_option()
+        cuda_option()
         jobs = ninja_jobs()
         torch = find_torch()
         compiled = compile_extension(torch, jobs)
@@ -180,8 +224,8 @@ class DistInfo(dist_info):
     """Fails before pip downloads and resolves anything, if the build cannot succeed."""
 
     def run(self) -> None:
-        check_cuda_option()
-        find_torch()
+        cuda_option()
+        find_cuda(find_torch())
         super().run()
 
 

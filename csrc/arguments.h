@@ -8,6 +8,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <cstring>
 #include <limits>
@@ -17,9 +18,10 @@ namespace pyseq {
 
 inline int thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// A tensor on the CPU, not yet written; in deterministic mode filled with NaN, as torch fills its
-// own, so that tests see what is read before.
+// A tensor on the device of `like`, not yet written; in deterministic mode filled with NaN, as
+// torch fills its own, so that tests see what is read before.
 inline at::Tensor fresh(at::IntArrayRef sizes, const at::Tensor& like) {
+  if (!like.is_cpu()) return at::empty(sizes, like.options());
   at::Tensor tensor(at::detail::empty_cpu(sizes, like.scalar_type()));
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory() &&
@@ -40,6 +42,11 @@ inline void fill_slot(const at::Tensor& slots, int64_t slot,
                       const std::optional<at::Tensor>& from) {
   const size_t bytes = static_cast<size_t>(slots.stride(0) * slots.element_size());
   if (slots.numel() == 0) return;
+  if (!slots.is_cpu()) {
+    at::Tensor to = slots.select(0, slot);
+    from.has_value() ? to.copy_(*from) : to.zero_();
+    return;
+  }
   if (!from.has_value()) {
     std::memset(slot_data(slots, slot), 0, bytes);
   } else if (from->is_contiguous()) {
@@ -50,6 +57,7 @@ inline void fill_slot(const at::Tensor& slots, int64_t slot,
 }
 
 inline at::Tensor copy_slot(const at::Tensor& slots, int64_t slot) {
+  if (!slots.is_cpu()) return slots.select(0, slot).clone();
   const at::Tensor copy = fresh(slots.sizes().slice(1), slots);
   if (copy.numel() > 0) std::memcpy(copy.data_ptr(), slot_data(slots, slot), copy.nbytes());
   return copy;

@@ -2,6 +2,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/zeros.h>
 
+#include "devices.h"
 #include "layers.h"
 
 namespace pyseq {
@@ -78,7 +79,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query_in, const Tensor& keys_in,
   const Tensor attn = fresh(attn_sizes(shape.steps, shape.batch, heads, shape.source), query);
   const Tensor context = fresh({shape.steps, shape.batch, shape.memory_size}, query);
   AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "attend", [&] {
-    cpu::kernels<scalar_t>().attend_forward(
+    kernels_of<scalar_t>(query).attend_forward(
         attend_arguments<scalar_t>(shape, additive, query, keys, memory, v, lengths, positions,
                                    step, attn, context.data_ptr<scalar_t>()));
   });
@@ -118,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
   const Tensor d_centers = positions.has_value() ? fresh({T_, B, N}, query) : nothing(query);
 
   AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "attend_backward", [&] {
-    cpu::kernels<scalar_t>().attend_backward({
+    kernels_of<scalar_t>(query).attend_backward({
         .forward = attend_arguments<scalar_t>(shape, additive, query, keys, memory, v, lengths,
                                               positions, step, attn, nullptr),
         .d_context = d_context.const_data_ptr<scalar_t>(),

@@ -56,7 +56,8 @@ inline at::Tensor check_saved(const at::Tensor& tensor, const char* name, c10::I
   return tensor.contiguous();
 }
 
-// Lengths as contiguous int64, every one in [0, limit].
+// Lengths as contiguous int64, every one in [0, limit]. On another device nobody looks: that would
+// wait for it; its kernels stay within their memory whatever lengths hold.
 inline std::optional<at::Tensor> check_lengths(const std::optional<at::Tensor>& lengths,
                                                int64_t batch, int64_t limit,
                                                const char* limit_letter) {
@@ -66,6 +67,7 @@ inline std::optional<at::Tensor> check_lengths(const std::optional<at::Tensor>& 
   TORCH_CHECK(lengths->sizes() == c10::IntArrayRef{batch}, "lengths must be (B,) = (", batch,
               ",), got ", shape_text(lengths->sizes()));
   const at::Tensor checked = lengths->to(at::kLong).contiguous();
+  if (!checked.is_cpu()) return checked;
   const int64_t* values = checked.const_data_ptr<int64_t>();
   for (int64_t row = 0; row < batch; ++row) {
     TORCH_CHECK(values[row] >= 0 && values[row] <= limit, "lengths must be between 0 and ",

@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "devices.h"
 #include "layers.h"
 #include "products.h"
 
@@ -291,7 +292,7 @@ DecodeSaved run_decode(const Tensor& x, at::TensorList layers_in, const Tensor& 
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "decode", [&] {
     const auto layers = decoder_layers<scalar_t>(shape, all, input_feeding);
-    cpu::kernels<scalar_t>().decode_forward(
+    kernels_of<scalar_t>(x).decode_forward(
         decode_arguments<scalar_t>(shape, all, layers, input_feeding, save, how));
   });
   const int64_t last = save ? T_ : T_ % 2;
@@ -437,7 +438,7 @@ DecodeGradients decode_backward(
       layers[l].d_h = d_h.select(0, l).data_ptr<scalar_t>();
       if (cell.has_cell) layers[l].d_c = d_c.select(0, l).data_ptr<scalar_t>();
     }
-    cpu::kernels<scalar_t>().decode_backward({
+    kernels_of<scalar_t>(x).decode_backward({
         .forward =
             decode_arguments<scalar_t>(shape, all, layers, input_feeding, /*save=*/true, how),
         .d_output = d_output.const_data_ptr<scalar_t>(),

@@ -149,6 +149,13 @@ inline Bias fold_bias(const OptionalTensor& b_ih, const OptionalTensor& b_hh, co
                input = b_ih.has_value() ? b_ih->contiguous() : Tensor();
   if (!cell.has_apart && !input.defined()) return {recurrent, std::nullopt};
   const int64_t rows = cell.gates * hidden, shared = cell.has_apart ? rows - hidden : rows;
+  if (!recurrent.is_cpu()) {
+    Tensor sum = recurrent.clone();
+    if (cell.has_apart) sum.narrow(0, shared, hidden).zero_();
+    if (input.defined()) sum.add_(input);
+    return {sum, cell.has_apart ? OptionalTensor(recurrent.narrow(0, shared, hidden).clone())
+                                : std::nullopt};
+  }
   const Tensor sum = fresh({rows}, recurrent);
   const Tensor apart = cell.has_apart ? fresh({hidden}, recurrent) : Tensor();
   AT_DISPATCH_FLOATING_TYPES(recurrent.scalar_type(), "bias", [&] {

@@ -2,14 +2,37 @@
 #include "products.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
 
 #include "layers.h"
 
 namespace pyseq {
 
+namespace {
+
+// The same by torch's library, on any device.
+void multiply_by_torch(Tensor c, const Tensor& a, const Tensor& b, const OptionalTensor& bias,
+                       bool accumulate, const OptionalTensor& a_sums) {
+  if (accumulate) {
+    c.addmm_(a, b);
+  } else if (bias.has_value()) {
+    at::addmm_out(c, *bias, a, b);
+  } else {
+    at::mm_out(c, a, b);
+  }
+  if (!a_sums.has_value()) return;
+  Tensor sums = *a_sums;
+  accumulate ? sums.add_(a.sum(1)) : at::sum_out(sums, a, 1);
+}
+
+}  // namespace
+
 void multiply_into(const Tensor& c, const Tensor& a, const Tensor& b, const OptionalTensor& bias,
                    bool accumulate, const OptionalTensor& a_sums) {
+  if (!c.is_cpu()) return multiply_by_torch(c, a, b, bias, accumulate, a_sums);
   AT_DISPATCH_FLOATING_TYPES(c.scalar_type(), "gemm", [&] {
     cpu::kernels<scalar_t>().gemm({
         .m = c.size(0),

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of matrices by the CPU's kernels, for what the operators multiply outside their loops.
+// Products of matrices for what the operators multiply outside their loops: by the CPU's kernels,
+// on other devices by torch's library.
 #pragma once
 
 #include <utility>

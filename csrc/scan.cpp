@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "devices.h"
 #include "products.h"
 
 namespace pyseq {
@@ -231,9 +232,11 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const Bias bias = fold_bias(b_ih, b_hh, cell, H);
 
   if (save) check_differentiable(w_hh);
-  // Where the loop does not multiply all gates at once, the input is multiplied ahead.
+  // Where the loop does not multiply all gates at once, the input is multiplied ahead; so it is on
+  // other devices.
   const bool normalises = extras.normalises();
-  const bool at_once = !is_quantized(w_hh) && !cell.gates_state && !cell.has_heads && !normalises;
+  const bool at_once =
+      x.is_cpu() && !is_quantized(w_hh) && !cell.gates_state && !cell.has_heads && !normalises;
   const int64_t weight_bytes = static_cast<int64_t>(w_ih.nbytes() + w_hh.nbytes());
   const bool reads_input = cpu::reads_input(T_, B, weight_bytes) && I > 0 && at_once;
   const Tensor x_rows = x.contiguous(), w_ih_rows = w_ih.contiguous();
@@ -273,7 +276,7 @@ ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
   const Tensor c_steps = keeps_c ? fresh({T_, B, cell.states * H}, x) : nothing(x);
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan", [&] {
-    cpu::kernels<scalar_t>().scan_forward({
+    kernels_of<scalar_t>(x).scan_forward({
         .cell = cell.kind,
         .steps = T_,
         .batch = B,
@@ -342,7 +345,7 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
   // With few rows the input is multiplied ahead. Of a long sequence a stretch at a time, so that
   // what is written is read again from the cache.
   constexpr int64_t kAhead = 1 << 19, kLeast = 64;  // numbers; steps
-  if (x.dim() == 3 && w_hh.dim() > 0 &&
+  if (x.is_cpu() && x.dim() == 3 && w_hh.dim() > 0 &&
       !cpu::reads_input(x.size(0), x.size(1),
                         static_cast<int64_t>(w_ih.nbytes() + w_hh.nbytes()))) {
     const int64_t stretch =
@@ -438,7 +441,7 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
                d_gain_c = like(extras.gain_c), d_bias_c = like(extras.bias_c);
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan_backward", [&] {
-    cpu::kernels<scalar_t>().scan_backward({
+    kernels_of<scalar_t>(x).scan_backward({
         .cell = cell.kind,
         .steps = T_,
         .batch = B,

@@ -56,7 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
                               /*keep_every=*/1, /*return_states=*/false, weight(5));
   };
   const OptionalTensor w_hh = weights.get(1);
-  if (one_thread_each(x.size(1), w_hh.has_value() ? w_hh->numel() : 0, thread_count())) {
+  if (x.is_cpu() &&
+      one_thread_each(x.size(1), w_hh.has_value() ? w_hh->numel() : 0, thread_count())) {
     const at::ThreadLocalState caller;
     at::parallel_for(0, int64_t{kDirections}, 1, [&](int64_t begin, int64_t end) {
       const at::ThreadLocalStateGuard as_the_caller(caller);

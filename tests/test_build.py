@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,6 @@ def test_cuda_option_for_the_cpu_is_accepted(no_torch: Path, value: str) -> None
     [
         ("PYSEQ_CUDA", "yes", "PYSEQ_CUDA must be auto, 0 or 1, got 'yes'."),
         ("PYSEQ_CUDA", "", "PYSEQ_CUDA must be auto, 0 or 1, got ''."),
-        ("PYSEQ_CUDA", "1", "PYSEQ_CUDA=1 asks for CUDA kernels"),
         ("MAX_JOBS", "0", "MAX_JOBS must be a positive integer, got '0'."),
         ("MAX_JOBS", "two", "MAX_JOBS must be a positive integer, got 'two'."),
     ],
@@ -80,6 +80,49 @@ def test_bad_build_option_is_one_sentence(
     assert result.returncode == 1
     assert last_line(result.stderr).startswith(sentence)
     assert "Traceback" not in result.stderr
+
+
+def test_cuda_kernels_that_cannot_be_built_are_one_sentence() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("torch has CUDA")
+    for command in ("build_ext", "dist_info"):
+        result = run_python("setup.py", command, PYSEQ_CUDA="1")
+        assert result.returncode == 1
+        assert last_line(result.stderr) == (
+            "PYSEQ_CUDA=1 asks for CUDA kernels, but "
+            f"torch {torch.__version__} is built without CUDA."
+        )
+
+
+def setup_functions() -> dict[str, Any]:
+    """What setup.py defines, without running it."""
+    source = (ROOT / "setup.py").read_text().split("\nsetup(")[0]
+    names: dict[str, Any] = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
+    exec(compile(source, "setup.py", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("cuda", "release", "reason"),
+    [
+        (None, "13.0", "torch 2.13 is built without CUDA"),
+        ("13.0", None, "torch 2.13 is built for CUDA 13.0, but there is no nvcc"),
+        ("12.6", "13.0", "torch 2.13 is built for CUDA 12.6, but {nvcc} is 13.0"),
+        ("13.0", "13.2", None),
+    ],
+)
+def test_cuda_kernels_need_a_compiler_of_torchs_version(
+    tmp_path: Path, cuda: str | None, release: str | None, reason: str | None
+) -> None:
+    functions = setup_functions()
+    torch_found = functions["Torch"]("2.13", [], [], 1, cuda)
+    nvcc = None
+    if release is not None:
+        nvcc = tmp_path / "nvcc"
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V'\n")
+        nvcc.chmod(0o755)
+    found = functions["why_no_cuda"](torch_found, None if nvcc is None else str(nvcc))
+    assert found == (reason and reason.format(nvcc=nvcc))
 
 
 def test_import_with_another_torch_names_versions_and_command() -> None:
@@ -132,7 +175,8 @@ def test_info_names_versions_tier_and_threads() -> None:
     assert facts["pyseq"] == pyseq.__version__
     assert facts["torch"].startswith(str(torch.__version__))
     assert facts["threads"] == str(torch.get_num_threads())
-    assert facts["cuda"].startswith("pyseq none")
+    if torch.version.cuda is None:
+        assert facts["cuda"] == "pyseq none, torch none"
     assert facts["cpu tier"] in facts["compiled in"].split(", ")
 
 

@@ -4,6 +4,7 @@
 // bits every time.
 #include "attend.h"
 #include "attention.h"
+#include "launch.h"
 
 namespace pyseq::cuda {
 
@@ -40,7 +41,8 @@ PYSEQ_DEVICE AttentionRow<S> row_of_query(const cpu::Attend<S>& args, int64_t qu
   const int64_t N = args.heads, row = query % args.batch, t = query / args.batch;
   const int64_t valid = valid_positions(args.lengths, row / N, args.source);
   const bool gaussian = args.centers != nullptr;
-  const A center = gaussian ? widen(args.centers[query / N]) : A(t);
+  const int64_t before = args.step == nullptr ? 0 : args.step[row / N];
+  const A center = gaussian ? widen(args.centers[query / N]) : A(t + before);
   A* const scratch = static_cast<A*>(shared_memory());
   return {
       args.source,

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of all queries at once on a CUDA device: what attend.cu launches. Arguments are those
-// of the CPU kernels; every pointer is to the device's memory.
+// of the CPU kernels; every pointer is to the device's memory. Host code includes this without the
+// compiler for devices.
 #pragma once
 
 #include "../cpu/kernels.h"
-#include "launch.h"
+#include "types.h"
 
 namespace pyseq::cuda {
 

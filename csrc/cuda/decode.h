@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../cpu/kernels.h"
-#include "launch.h"
+#include "types.h"
 
 namespace pyseq::cuda {
 

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "barrier.h"
 #include "decode.h"
+#include "launch.h"
 
 namespace pyseq::cuda {
 

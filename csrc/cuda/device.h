@@ -12,15 +12,11 @@
 #include <type_traits>
 
 #ifdef PYSEQ_CUDA_SHIM
-#include "shim.h"
 #define PYSEQ_DEVICE inline
 #define PYSEQ_KERNEL(threads) void
 #define PYSEQ_UNROLL
 #define PYSEQ_UNROLL_BY_2
 #else
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
 #define PYSEQ_DEVICE __device__ __forceinline__
 // One block of a persistent kernel has a multiprocessor to itself.
 #define PYSEQ_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
@@ -29,32 +25,13 @@
 #endif
 
 #include "../cells.h"
+#include "types.h"
 
 namespace pyseq::cuda {
 
 constexpr int kWarp = 32;
 
 // ---- Numbers ---------------------------------------------------------------------------
-
-#ifdef PYSEQ_CUDA_SHIM
-using Half = shim::Half;
-using Bfloat16 = shim::Bfloat16;
-#else
-using Half = __half;
-using Bfloat16 = __nv_bfloat16;
-#endif
-
-// What numbers of a storage type are computed and added up in.
-template <class S>
-struct AccumulateOf {
-  using type = float;
-};
-template <>
-struct AccumulateOf<double> {
-  using type = double;
-};
-template <class S>
-using Accumulate = typename AccumulateOf<S>::type;
 
 template <class S>
 constexpr bool kIsHalf = sizeof(S) == 2;

@@ -5,12 +5,6 @@
 
 #include "device.h"
 
-#ifdef PYSEQ_CUDA_SHIM
-using cudaStream_t = void*;
-using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
-#endif
-
 namespace pyseq::cuda {
 
 struct Grid {

@@ -271,9 +271,9 @@ StepShape scan_step(const ScanLoop& sizes, Storage storage) {
   shape.steps = sizes.steps;
   shape.batch = sizes.batch;
   shape.directions = sizes.directions;
-  shape.units = H;
+  shape.units = sizes.backward ? P : H;
   shape.unit_rows = sizes.backward ? 1 : G;
-  shape.unit_weights = sizes.recurrent ? G * P / sizes.heads : 0;
+  shape.unit_weights = sizes.recurrent ? G * (sizes.backward ? H : P) / sizes.heads : 0;
   shape.row_exchanged = sizes.recurrent ? (sizes.backward ? G * H : P) : 0;
   // Forward reads the input's part of the gates and writes what backward needs; backward reads
   // that and the gradient of the output.

@@ -11,8 +11,7 @@
 #include <cstdint>
 
 #include "../cpu/kernels.h"
-#include "launch.h"
-#include "tile.h"
+#include "types.h"
 
 namespace pyseq::cuda {
 

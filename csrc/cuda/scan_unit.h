@@ -4,7 +4,9 @@
 // one another for the same unit are made by the same thread, or by launches in the same order.
 #pragma once
 
+#include "launch.h"
 #include "scan.h"
+#include "tile.h"
 
 namespace pyseq::cuda {
 

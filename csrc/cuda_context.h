@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// What launches on the current CUDA device and stream need of torch: the stream, memory, tensors
+// around a kernel's memory. For the files that are compiled only against a torch that has CUDA.
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/facts.h"
+
+namespace pyseq::on_cuda {
+
+inline cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
+
+inline at::TensorOptions options(at::ScalarType type) {
+  return at::TensorOptions().dtype(type).device(at::kCUDA, c10::cuda::current_device());
+}
+
+// Memory for one launch. Freed on return: the allocator hands it out again to what comes later on
+// the same stream only.
+inline at::Tensor scratch(int64_t bytes) { return at::empty({bytes}, options(at::kByte)); }
+
+// Counters of barriers, zero, for one launch.
+inline at::Tensor counters(int64_t bytes) {
+  return at::zeros({bytes / static_cast<int64_t>(sizeof(int32_t))}, options(at::kInt));
+}
+inline unsigned* as_counters(const at::Tensor& tensor) {
+  return static_cast<unsigned*>(tensor.data_ptr());
+}
+
+// The memory at `data` as a tensor, which must not outlive it; nothing for null, which is also
+// where no numbers lie.
+template <class T>
+at::Tensor view(const T* data, at::IntArrayRef sizes) {
+  if (c10::multiply_integers(sizes) == 0) {
+    return at::empty(sizes, options(c10::CppTypeToScalarType<T>::value));
+  }
+  if (data == nullptr) return {};
+  return at::from_blob(const_cast<T*>(data), sizes, options(c10::CppTypeToScalarType<T>::value));
+}
+
+// What the plan asks of the current device.
+inline cuda::DeviceFacts facts() {
+  cuda::DeviceFacts facts{};
+  C10_CUDA_CHECK(cuda::device_facts(&facts));
+  constexpr int64_t kOldest = 80;
+  TORCH_CHECK(facts.capability >= kOldest,
+              "pyseq's CUDA kernels need compute capability 8.0 or newer, got ",
+              facts.capability / 10, ".", facts.capability % 10);
+  return facts;
+}
+
+template <class T>
+constexpr cuda::Storage kStorage =
+    sizeof(T) == 8 ? cuda::Storage::kFloat64 : cuda::Storage::kFloat32;
+
+}  // namespace pyseq::on_cuda

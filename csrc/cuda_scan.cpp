@@ -1,0 +1,417 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda_scan.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "cuda/scan.h"
+#include "cuda_context.h"
+
+namespace pyseq {
+
+namespace {
+
+using at::Tensor;
+using cpu::CellKind;
+
+struct CellTraits {
+  int64_t gates, states = 0, unit_weights = 0;
+  bool apart = false;  // the recurrent part of the last gate stays apart
+  bool gated = false;  // the last gate's weights multiply what the first gate leaves of h
+  bool recurrent = true;
+};
+
+CellTraits traits_of(CellKind cell) {
+  switch (cell) {
+    case CellKind::kLstm:
+      return {.gates = 4, .states = 1};
+    case CellKind::kLstmPeephole:
+      return {.gates = 4, .states = 1, .unit_weights = 3};
+    case CellKind::kGru:
+      return {.gates = 3, .apart = true};
+    case CellKind::kGruResetBefore:
+      return {.gates = 3, .gated = true};
+    case CellKind::kSlstmSigmoid:
+    case CellKind::kSlstmExp:
+      return {.gates = 4, .states = 3};
+    case CellKind::kIndRnnTanh:
+    case CellKind::kIndRnnRelu:
+      return {.gates = 1, .unit_weights = 1, .recurrent = false};
+    default:
+      return {.gates = 1};
+  }
+}
+
+template <class T>
+cuda::Strided<T> strided(const cpu::Strided<T>& from) {
+  return {from.data, from.step, from.row};
+}
+
+template <class T>
+cuda::ScanNorm<T> norm_of(const cpu::ScanNorm<T>& norm, const T* bias) {
+  return {norm.gain_ih, norm.gain_hh, norm.gain_c, norm.bias_c, bias,
+          norm.x_sums,  norm.r_sums,  norm.c_sums, norm.moments};
+}
+
+// How a persistent launch shares the work out, or nothing where steps alternate with products.
+template <class T, class Call>
+std::optional<cuda::ScanTiles> scan_tiles(const Call& call, bool backward) {
+  const CellTraits cell = traits_of(call.cell);
+  const cuda::Choice choice = cuda::choice_from_environment();
+  if (call.norm) {
+    TORCH_CHECK(choice != cuda::Choice::kPersistent,
+                "PYSEQ_CUDA_PATH must be auto or alternating for layer normalisation, got "
+                "persistent");
+    return std::nullopt;
+  }
+  const int64_t heads = std::max<int64_t>(1, call.heads);
+  const cuda::ScanSizes sizes{call.cell,       call.batch, call.hidden,
+                              call.state_size, heads,      call.w_hr != nullptr};
+  const auto tiles_of = [&](int64_t units, int64_t rows) {
+    return cuda::ScanTiles{static_cast<int>(std::min(units, call.hidden / heads)),
+                           static_cast<int>(rows), cuda::kScanThreads};
+  };
+  const auto needs_of = [&](const cuda::ScanTiles& tiles) {
+    return backward ? cuda::scan_backward_needs<T>(sizes, tiles)
+                    : cuda::scan_forward_needs<T>(sizes, tiles);
+  };
+  const auto bytes = [&](int64_t units, int64_t rows) -> std::optional<int64_t> {
+    const cuda::ScanNeeds needs = needs_of(tiles_of(units, rows));
+    return needs.possible ? std::optional<int64_t>(needs.shared) : std::nullopt;
+  };
+  const cuda::StepShape shape = cuda::scan_step({.steps = call.steps,
+                                                 .batch = call.batch,
+                                                 .hidden = call.hidden,
+                                                 .state_size = call.state_size,
+                                                 .gates = cell.gates,
+                                                 .sums = cell.gates + (cell.apart ? 1 : 0),
+                                                 .states = cell.states,
+                                                 .heads = heads,
+                                                 .directions = 1,
+                                                 .recurrent = cell.recurrent,
+                                                 .gates_state = cell.gated,
+                                                 .backward = backward},
+                                                on_cuda::kStorage<T>);
+  const cuda::StepPlan plan = cuda::plan_step(on_cuda::facts(), shape, choice, bytes);
+  if (plan.path == cuda::Path::kAlternating) return std::nullopt;
+  const cuda::ScanTiles tiles = tiles_of(plan.tile_units, plan.group_rows);
+  int blocks = 0;
+  C10_CUDA_CHECK(backward ? cuda::scan_backward_resident<T>(sizes, tiles, &blocks)
+                          : cuda::scan_forward_resident<T>(sizes, tiles, &blocks));
+  const cuda::ScanNeeds needs = needs_of(tiles);
+  if (!cell.recurrent || needs.blocks <= blocks) return tiles;
+  TORCH_CHECK(choice != cuda::Choice::kPersistent,
+              "PYSEQ_CUDA_PATH asks for the persistent kernel, whose blocks must run at once, ",
+              blocks, " of them on this device, got ", needs.blocks);
+  return std::nullopt;
+}
+
+// The products inside the loop.
+struct StepProducts {
+  Tensor w_hh;  // (heads, G*D, D), or (1, G*H, P)
+  Tensor w_hr;  // (P, H) or nothing
+  int64_t gates, heads;
+
+  // (B, P) to (B, G*H), whose rows are (gate, head, unit).
+  Tensor of_state(const Tensor& h) const {
+    if (heads == 1) return at::mm(h, w_hh.select(0, 0).t());
+    const int64_t batch = h.size(0), size = w_hh.size(2);
+    const Tensor sums = at::bmm(h.view({batch, heads, size}).transpose(0, 1), w_hh.transpose(1, 2));
+    return sums.view({heads, batch, gates, size}).permute({1, 2, 0, 3}).reshape({batch, -1});
+  }
+
+  // The inverse way, (B, G*H) to (B, P).
+  Tensor of_gates(const Tensor& rows) const {
+    if (heads == 1) return at::mm(rows, w_hh.select(0, 0));
+    const int64_t batch = rows.size(0), size = w_hh.size(2);
+    const Tensor by_head =
+        rows.view({batch, gates, heads, size}).permute({2, 0, 1, 3}).reshape({heads, batch, -1});
+    return at::bmm(by_head, w_hh).transpose(0, 1).reshape({batch, -1});
+  }
+
+  // Of the last gate alone, of a cell that gates its state.
+  Tensor last_rows() const {
+    const Tensor rows = w_hh.select(0, 0);
+    const int64_t hidden = rows.size(1);
+    return rows.narrow(0, (gates - 1) * hidden, hidden);
+  }
+};
+
+template <class T, class Call>
+StepProducts products_of(const Call& call, const CellTraits& cell) {
+  const int64_t heads = std::max<int64_t>(1, call.heads);
+  return {
+      on_cuda::view(call.w_hh, {heads, cell.gates * call.hidden / heads, call.state_size / heads}),
+      on_cuda::view(call.w_hr, {call.state_size, call.hidden}), cell.gates, heads};
+}
+
+template <class T>
+const T* numbers(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
+
+template <class T>
+void alternate_forward(const cpu::ScanForward<T>& call, const cuda::ScanForward<T>& args,
+                       const CellTraits& cell) {
+  const int64_t T_ = call.steps, B = call.batch, H = call.hidden, P = call.state_size;
+  const StepProducts products = products_of<T>(call, cell);
+  const Tensor states = on_cuda::view(call.states, {call.save ? T_ + 1 : 2, B, P});
+  const Tensor masked = on_cuda::view(call.masked, {2, B, P});
+  const Tensor inner = on_cuda::view(call.inner, {call.save ? T_ : 1, B, H});
+  const Tensor r_sums = on_cuda::view(call.norm.r_sums, {call.save ? T_ : 1, B, cell.gates * H});
+  const cudaStream_t stream = on_cuda::stream();
+  for (int64_t n = 0; n < T_; ++n) {
+    const int64_t t = call.reverse ? T_ - 1 - n : n, kept = call.save ? t : 0;
+    const int64_t before = call.save ? (call.reverse ? T_ - n : n) : n & 1;
+    Tensor sums;
+    if (cell.recurrent) {
+      sums =
+          products.of_state(masked.defined() ? masked.select(0, n & 1) : states.select(0, before));
+    }
+    if (cell.gated) {
+      C10_CUDA_CHECK(cuda::scan_gate_forward(args, n, numbers<T>(sums), stream));
+      Tensor last = sums.narrow(1, (cell.gates - 1) * H, H);
+      last.copy_(at::mm(inner.select(0, kept), products.last_rows().t()));
+    }
+    if (call.norm) r_sums.select(0, kept).copy_(sums);
+    C10_CUDA_CHECK(cuda::scan_step_forward(args, n, numbers<T>(sums), stream));
+    if (call.w_hr != nullptr) {
+      const Tensor projected = at::mm(inner.select(0, kept), products.w_hr.t());
+      C10_CUDA_CHECK(cuda::scan_project_forward(args, n, numbers<T>(projected), stream));
+    }
+  }
+}
+
+// What the loop left of each step, for the products afterwards.
+struct GateGradients {
+  Tensor x, r;       // (T, B, G*H)
+  Tensor projected;  // (T, B, P) or nothing
+};
+
+template <class T>
+void alternate_backward(const cpu::ScanBackward<T>& call, const cuda::ScanBackward<T>& args,
+                        const CellTraits& cell, const GateGradients& d) {
+  const int64_t T_ = call.steps, H = call.hidden;
+  const StepProducts products = products_of<T>(call, cell);
+  const cudaStream_t stream = on_cuda::stream();
+  for (int64_t n = T_ - 1; n >= -1; --n) {
+    const int64_t t = call.reverse ? T_ - 1 - n : n;
+    Tensor sums;
+    if (cell.recurrent && n + 1 < T_) {
+      const Tensor after = d.r.select(0, call.reverse ? t - 1 : t + 1);
+      const int64_t first_rows = (cell.gates - 1) * H;
+      sums = cell.gated ? at::mm(after.narrow(1, 0, first_rows),
+                                 products.w_hh.select(0, 0).narrow(0, 0, first_rows))
+                        : products.of_gates(after);
+    }
+    C10_CUDA_CHECK(cuda::scan_state_backward(args, n, numbers<T>(sums), stream));
+    if (call.w_hr != nullptr) {
+      const Tensor back = n >= 0 ? at::mm(d.projected.select(0, t), products.w_hr) : Tensor();
+      C10_CUDA_CHECK(cuda::scan_project_backward(args, n, numbers<T>(back), stream));
+    }
+    if (cell.gated && n >= 0) {
+      const Tensor last =
+          at::mm(d.r.select(0, t).narrow(1, (cell.gates - 1) * H, H), products.last_rows());
+      C10_CUDA_CHECK(cuda::scan_gate_backward(args, n, numbers<T>(last), stream));
+    }
+  }
+}
+
+// (T, B, N) as (T * B, N).
+Tensor flat(const Tensor& tensor) { return tensor.reshape({-1, tensor.size(2)}); }
+
+// The gradient of W_hh, in the layout in which the loop reads it.
+template <class T>
+void recurrent_gradient(const cpu::ScanBackward<T>& call, const CellTraits& cell, const Tensor& d_r,
+                        const Tensor& inner) {
+  const int64_t T_ = call.steps, B = call.batch, P = call.state_size, G = cell.gates;
+  const int64_t heads = std::max<int64_t>(1, call.heads), rows = G * call.hidden;
+  const Tensor states = on_cuda::view(call.states, {T_ + 1, B, P});
+  Tensor before = states.narrow(0, call.reverse ? 1 : 0, T_);
+  if (call.h_mask != nullptr) before = before * on_cuda::view(call.h_mask, {B, P});
+  before = flat(before.contiguous());
+  Tensor d_w = on_cuda::view(call.d_w_hh, {rows, P / heads});
+  if (heads > 1) {
+    const int64_t size = P / heads;
+    const Tensor by_head =
+        d_r.view({T_ * B, G, heads, size}).permute({2, 1, 3, 0}).reshape({heads, G * size, T_ * B});
+    Tensor to = d_w.view({heads, G * size, size});
+    to.copy_(at::bmm(by_head, before.view({T_ * B, heads, size}).transpose(0, 1)));
+  } else if (cell.gated) {
+    const int64_t first = rows - call.hidden;
+    d_w.narrow(0, 0, first).copy_(at::mm(flat(d_r).narrow(1, 0, first).t(), before));
+    d_w.narrow(0, first, call.hidden)
+        .copy_(at::mm(flat(d_r).narrow(1, first, call.hidden).t(), flat(inner)));
+  } else {
+    at::mm_out(d_w, flat(d_r).t(), before);
+  }
+}
+
+// Of a normalised layer: what each row adds to its weights' gradients.
+struct NormRows {
+  Tensor gain_ih, gain_hh, bias, apart, gain_c, bias_c;
+};
+
+}  // namespace
+
+template <class T>
+void cuda_scan_forward(const cpu::ScanForward<T>& call) {
+  if (call.batch == 0) return;
+  const CellTraits cell = traits_of(call.cell);
+  const cuda::ScanForward<T> args{
+      .cell = call.cell,
+      .steps = call.steps,
+      .batch = call.batch,
+      .hidden = call.hidden,
+      .state_size = call.state_size,
+      .heads = std::max<int64_t>(1, call.heads),
+      .reverse = call.reverse,
+      .save = call.save,
+      .w_hh = call.w_hh,
+      .w_hr = call.w_hr,
+      .apart_bias = call.apart_bias,
+      .unit_weights = call.unit_weights,
+      .unit_weights_stride = call.unit_weights_stride,
+      .lengths = call.lengths,
+      .resets = call.resets,
+      .gates = call.gates,
+      .apart = call.apart,
+      .states = call.states,
+      .cells = call.cells,
+      .inner = call.inner,
+      .y = call.y,
+      .c_steps = call.c_steps,
+      .h_mask = call.h_mask,
+      .masked = call.masked,
+      .zoneout_h = strided(call.zoneout_h),
+      .zoneout_c = strided(call.zoneout_c),
+      .reset_h = strided(call.reset_h),
+      .reset_c = strided(call.reset_c),
+      .norm = norm_of(call.norm, call.bias),
+  };
+  const std::optional<cuda::ScanTiles> tiles = scan_tiles<T>(call, /*backward=*/false);
+  if (!tiles.has_value()) return alternate_forward(call, args, cell);
+  const cuda::ScanSizes sizes{args.cell,       args.batch, args.hidden,
+                              args.state_size, args.heads, args.w_hr != nullptr};
+  const Tensor counters = on_cuda::counters(cuda::scan_forward_needs<T>(sizes, *tiles).barrier);
+  C10_CUDA_CHECK(
+      cuda::scan_forward(args, *tiles, on_cuda::as_counters(counters), on_cuda::stream()));
+}
+
+template <class T>
+void cuda_scan_backward(const cpu::ScanBackward<T>& call) {
+  const CellTraits cell = traits_of(call.cell);
+  const int64_t T_ = call.steps, B = call.batch, H = call.hidden, P = call.state_size,
+                rows = cell.gates * H;
+  const at::TensorOptions options = on_cuda::options(c10::CppTypeToScalarType<T>::value);
+  GateGradients d;
+  d.x = at::empty({T_, B, rows}, options);
+  d.r = cell.apart || call.norm ? at::empty({T_, B, rows}, options) : d.x;
+  if (call.w_hr != nullptr) d.projected = at::empty({T_, B, P}, options);
+  const auto each_row = [&](int64_t size) {
+    return call.norm ? at::zeros({B, size}, options) : Tensor();
+  };
+  const NormRows norm{each_row(rows), each_row(rows), each_row(rows),
+                      each_row(H),    each_row(H),    each_row(H)};
+  const Tensor work = call.norm ? at::empty({B, (2 * cell.gates + 2) * H}, options) : Tensor();
+  const auto to = [](const Tensor& tensor) {
+    return tensor.defined() ? tensor.data_ptr<T>() : nullptr;
+  };
+  const cuda::ScanBackward<T> args{
+      .cell = call.cell,
+      .steps = T_,
+      .batch = B,
+      .hidden = H,
+      .state_size = P,
+      .heads = std::max<int64_t>(1, call.heads),
+      .reverse = call.reverse,
+      .w_hh = call.w_hh,
+      .w_hr = call.w_hr,
+      .unit_weights = call.unit_weights,
+      .unit_weights_stride = call.unit_weights_stride,
+      .lengths = call.lengths,
+      .resets = call.resets,
+      .gates = call.gates,
+      .apart = call.apart,
+      .states = call.states,
+      .cells = call.cells,
+      .d_y = call.d_y,
+      .d_c_steps = call.d_c_steps,
+      .d_h = call.d_h,
+      .d_c = call.d_c,
+      .d_x_gates = to(d.x),
+      .d_r_gates = to(d.r),
+      .d_projected = to(d.projected),
+      .d_unit_weights = call.d_unit_weights,
+      .h_mask = call.h_mask,
+      .zoneout_h = strided(call.zoneout_h),
+      .zoneout_c = strided(call.zoneout_c),
+      .d_reset_h = call.d_reset_h,
+      .d_reset_c = call.d_reset_c,
+      .norm = norm_of(call.norm, static_cast<const T*>(nullptr)),
+      .row_gain_ih = to(norm.gain_ih),
+      .row_gain_hh = to(norm.gain_hh),
+      .row_bias = to(norm.bias),
+      .row_apart = to(norm.apart),
+      .row_gain_c = to(norm.gain_c),
+      .row_bias_c = to(norm.bias_c),
+      .scratch = to(work),
+  };
+  if (B > 0) {
+    const std::optional<cuda::ScanTiles> tiles = scan_tiles<T>(call, /*backward=*/true);
+    if (tiles.has_value()) {
+      const cuda::ScanSizes sizes{args.cell,       args.batch, args.hidden,
+                                  args.state_size, args.heads, args.w_hr != nullptr};
+      const Tensor counters =
+          on_cuda::counters(cuda::scan_backward_needs<T>(sizes, *tiles).barrier);
+      C10_CUDA_CHECK(
+          cuda::scan_backward(args, *tiles, on_cuda::as_counters(counters), on_cuda::stream()));
+    } else {
+      alternate_backward(call, args, cell, d);
+    }
+  }
+
+  const Tensor inner = on_cuda::view(call.inner, {T_, B, H});
+  const int64_t I = call.input;
+  const Tensor x = on_cuda::view(call.x, {T_ * B, I});
+  const auto out = [](T* data, at::IntArrayRef sizes) { return on_cuda::view(data, sizes); };
+  if (call.d_x != nullptr) {
+    Tensor d_x = out(call.d_x, {T_ * B, I});
+    at::mm_out(d_x, flat(d.x), on_cuda::view(call.w_ih, {rows, I}));
+  }
+  Tensor d_w_ih = out(call.d_w_ih, {rows, I});
+  at::mm_out(d_w_ih, flat(d.x).t(), x);
+  Tensor d_b_ih = out(call.d_b_ih, {rows}), d_b_hh = out(call.d_b_hh, {rows});
+  if (call.norm) {
+    d_b_ih.copy_(norm.bias.sum(0));
+    d_b_hh.copy_(d_b_ih);
+    if (cell.apart) d_b_hh.narrow(0, rows - H, H).copy_(norm.apart.sum(0));
+    out(call.d_gain_ih, {rows}).copy_(norm.gain_ih.sum(0));
+    out(call.d_gain_hh, {rows}).copy_(norm.gain_hh.sum(0));
+    if (call.d_gain_c != nullptr) {
+      out(call.d_gain_c, {H}).copy_(norm.gain_c.sum(0));
+      out(call.d_bias_c, {H}).copy_(norm.bias_c.sum(0));
+    }
+  } else {
+    d_b_ih.copy_(flat(d.x).sum(0));
+    d_b_hh.copy_(flat(d.r).sum(0));
+  }
+  if (call.d_w_hh != nullptr) recurrent_gradient(call, cell, d.r, inner);
+  if (call.d_w_hr != nullptr) {
+    Tensor d_w_hr = out(call.d_w_hr, {P, H});
+    at::mm_out(d_w_hr, flat(d.projected).t(), flat(inner));
+  }
+}
+
+template void cuda_scan_forward<float>(const cpu::ScanForward<float>&);
+template void cuda_scan_forward<double>(const cpu::ScanForward<double>&);
+template void cuda_scan_backward<float>(const cpu::ScanBackward<float>&);
+template void cuda_scan_backward<double>(const cpu::ScanBackward<double>&);
+
+}  // namespace pyseq
