@@ -13,6 +13,7 @@ from operator_cases import (
     Call,
     Case,
     DecodeCase,
+    ScanCase,
     attend_cases,
     attentive_cases,
     changed,
@@ -21,6 +22,7 @@ from operator_cases import (
     op_of,
     outputs_of,
     run,
+    scan_cases,
 )
 from tolerances import assert_close, assert_same_bits
 from torch import Tensor
@@ -41,6 +43,8 @@ def by_id(cases: list[Any]) -> list[Any]:
 
 #: One call of each operator with everything in it, large enough for several blocks and groups.
 FULL: tuple[Case, ...] = (
+    ScanCase(projection=4, lengths="holes", resets="random"),
+    ScanCase(cell="gru", lengths="ragged", reverse=True),
     AttendCase(score="concat", sizes=(9, 33, 7, 40, 48, 24), lengths="ragged"),
     AttendCase(score="general", sizes=(9, 33, 7, 40, 48, 24), window=3, lengths="ragged"),
     DecodeCase(score="concat", lengths="ragged"),
@@ -56,7 +60,9 @@ def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("case", by_id([*attend_cases(), *decode_cases(), *attentive_cases()]))
+@pytest.mark.parametrize(
+    "case", by_id([*scan_cases(), *attend_cases(), *decode_cases(), *attentive_cases()])
+)
 def test_values_and_gradients(case: Case) -> None:
     call = case.call()
     expected = expected_of(call)
@@ -112,7 +118,7 @@ def test_a_captured_graph_gives_the_same(case: Case) -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    call = on_device(FULL[2].call())
+    call = on_device(DecodeCase(score="concat").call())
     run(functional, call)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -123,13 +129,24 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 def test_tensors_of_another_device_are_refused() -> None:
-    call = on_device(FULL[0].call())
+    call = on_device(AttendCase().call())
     mixed = changed(call, lambda name, tensor: tensor.cpu() if name == "memory" else tensor)
     with pytest.raises(RuntimeError, match="must be on the device of the other tensors, cuda:0"):
         outputs_of(functional, mixed)
 
 
+@pytest.mark.parametrize("path", ["persistent", "alternating"])
+@pytest.mark.parametrize("case", by_id(list(FULL[:2])))
+def test_both_paths_of_a_scan(case: Case, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYSEQ_CUDA_PATH", path)
+    call = case.call()
+    expected = expected_of(call)
+    actual = run(functional, on_device(call))
+    assert_close(on_cpu(actual.outputs), expected.outputs)
+    assert_close(on_cpu(actual.gradients), expected.gradients)
+
+
 def test_a_decoder_has_one_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYSEQ_CUDA_PATH", "alternating")
     with pytest.raises(RuntimeError, match="PYSEQ_CUDA_PATH must be auto or persistent"):
-        outputs_of(functional, on_device(FULL[2].call()))
+        outputs_of(functional, on_device(DecodeCase(score="concat").call()))
