@@ -26,6 +26,7 @@ class Case(NamedTuple):
     heads: int = 1
     window: int = 0
     predicted: bool = False
+    continued: bool = False  # after some steps of earlier calls
     ragged: bool = False
     dtype: torch.dtype = torch.float64
 
@@ -33,6 +34,7 @@ class Case(NamedTuple):
         extras = [
             "additive" * self.additive,
             "ragged" * self.ragged,
+            "continued" * self.continued,
             f"window{self.window}{'p' * self.predicted}" if self.window else "",
             f"heads{self.heads}" if self.heads > 1 else "",
         ]
@@ -54,6 +56,7 @@ CASES = [
     Case(window=1, steps=6, ragged=True, batch=3),
     Case(window=2, predicted=True, source=9, ragged=True, batch=3),
     Case(window=1, steps=4, additive=True),
+    Case(window=1, continued=True, batch=3, source=9),
     Case(window=2, predicted=True, heads=2, size=8, additive=True),
     Case(window=2, predicted=True, dtype=torch.float32, ragged=True, batch=3),
     Case(dtype=torch.float32, ragged=True, batch=3),
@@ -92,6 +95,7 @@ class Inputs(NamedTuple):
     weight_v: Tensor | None
     lengths: Tensor | None
     positions: Tensor | None
+    step: Tensor | None
 
 
 def inputs_of(case: Case) -> Inputs:
@@ -110,12 +114,13 @@ def inputs_of(case: Case) -> Inputs:
         positions = torch.rand(case.steps, case.batch, dtype=torch.float64) * case.source
         positions = positions.to(case.dtype)
     weight_v = random(case.size, case=case) if case.additive else None
-    return Inputs(query, keys, memory, weight_v, lengths, positions)
+    step = torch.arange(case.batch) if case.continued else None
+    return Inputs(query, keys, memory, weight_v, lengths, positions, step)
 
 
 def expected(case: Case, inputs: Inputs, d_context: Tensor, d_attn: Tensor) -> list[Tensor]:
     """context, attn and all gradients by the reference, in float64."""
-    query, keys, memory, weight_v, lengths, positions = inputs
+    query, keys, memory, weight_v, lengths, positions, step = inputs
     wide = [
         None if x is None else x.double().clone()
         for x in (query, keys, memory, weight_v, positions)
@@ -136,6 +141,7 @@ def expected(case: Case, inputs: Inputs, d_context: Tensor, d_attn: Tensor) -> l
         heads=case.heads,
         window=case.window or None,
         positions=leaves[4],
+        step=step,
         need_weights=True,
     )
     attn = result.weights
@@ -176,6 +182,7 @@ def actual(
     positions = inputs.positions
     sizes = [case.additive, T, B, N, S, A, M, case.window]
     data = [inputs.query, keys, memory, inputs.weight_v, inputs.lengths, positions, attn, context]
+    data.append(inputs.step)
     run(kernels, case, [*sizes, 0], data)
     data += [d_context, d_attn, d_scores, d_query, d_keys, d_v, d_memory]
     data.append(None if positions is None else d_centers)

@@ -29,11 +29,12 @@ int attend(const int64_t* sizes, void* const* data) {
   args.centers = at(5);
   args.attn = at(6);
   args.context = at(7);
+  args.step = static_cast<const int64_t*>(data[8]);
   std::vector<unsigned char> workspace(static_cast<size_t>(cuda::attend_workspace(args)), 0xff);
   void* const work = workspace.empty() ? nullptr : workspace.data();
   if (sizes[8] == 0) return cuda::attend_forward(args, work, nullptr);
   return cuda::attend_backward<S>(
-      {args, at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)}, work, nullptr);
+      {args, at(9), at(10), at(11), at(12), at(13), at(14), at(15), at(16)}, work, nullptr);
 }
 
 }  // namespace
