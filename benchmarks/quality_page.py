@@ -19,7 +19,7 @@ from pyseq import g2p
 from .document import table
 from .machine import environment
 from .quality_chart import Curve, draw
-from .quality_parts import FULL, LEAST_TRUTH, Part, Table
+from .quality_parts import LEAST_TRUTH, Part, Table
 from .tasks import DESCRIPTIONS
 from .trials import Archive, Result, write_text
 
@@ -369,6 +369,46 @@ def _goal_text(name: str, values: Sequence[float], goal: float) -> str:
     )
 
 
+def _alone_and_together(
+    part: Part, made: Table, found: Found, archive: Archive
+) -> tuple[str, list[float], list[float]]:
+    """Each model and the ensemble of all, and the WER of both by the widest search."""
+    beams = made.beams
+    header = [
+        f"{kind}, {'greedy' if beam == 1 else f'beam {beam}'}"
+        for beam in beams
+        for kind in ("PER", "WER")
+    ]
+    rows: list[tuple[str, ...]] = []
+    alone: list[float] = []
+    together: list[float] = []
+
+    def rates(errors: Result) -> tuple[str, ...]:
+        return tuple(f"{errors[str(b)][kind]:.2%}" for b in beams for kind in ("token", "line"))
+
+    for name, results in found.results.items():
+        for seed, result in results.items():
+            minutes = f"{result['train_seconds'] / 60:.1f}"
+            rows.append((f"seed {seed}", *rates(result["errors"]), minutes))
+            alone.append(result["errors"][str(beams[-1])]["line"])
+        team = part.teams(archive).get(name, [])
+        measured = {str(beam): archive.find_together(team, beam) for beam in beams}
+        errors = {beam: one["errors"] for beam, one in measured.items() if one is not None}
+        if len(errors) == len(beams):
+            rows.append((f"ensemble of {len(team)}", *rates(errors), ""))
+            together.append(errors[str(beams[-1])]["line"])
+    return table(("model", *header, "minutes"), rows), alone, together
+
+
+def _ensemble_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
+    (made,) = part.tables
+    found = Found.of(made, archive)
+    text = f"## Ensembles and beams\n\n{_setting(made)}\n\n"
+    if not found.results:
+        return f"{text}Not done.\n", []
+    return f"{text}{_alone_and_together(part, made, found, archive)[0]}\n", []
+
+
 def _full_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
     (made,) = part.tables
     found = Found.of(made, archive)
@@ -378,66 +418,36 @@ def _full_text(part: Part, archive: Archive) -> tuple[str, list[Curve]]:
     )
     if not found.results:
         return f"{text}Not done.\n", []
-    beams = made.beams
-    rows: list[tuple[str, ...]] = []
-    best: dict[str, list[float]] = {"single": [], "ensemble": []}
-
-    def rates(errors: Result) -> tuple[str, ...]:
-        return tuple(f"{errors[str(b)][kind]:.2%}" for b in beams for kind in ("token", "line"))
-
-    for name, results in found.results.items():
-        for seed, result in results.items():
-            rows.append(
-                (
-                    f"seed {seed}",
-                    *rates(result["errors"]),
-                    f"{result['train_seconds'] / 60:.0f}",
-                )
-            )
-            best["single"].append(result["errors"][str(beams[-1])]["line"])
-        team = part.teams(archive).get(name, [])
-        together = {str(beam): archive.find_together(team, beam) for beam in beams}
-        errors = {beam: one["errors"] for beam, one in together.items() if one is not None}
-        if len(errors) == len(beams):
-            rows.append((f"ensemble of {len(team)}", *rates(errors), ""))
-            best["ensemble"].append(errors[str(beams[-1])]["line"])
+    shown, alone, together = _alone_and_together(part, made, found, archive)
     some = next(iter(next(iter(found.results.values())).values()))
-    header = tuple(
-        f"{kind}, {'greedy' if beam == 1 else f'beam {beam}'}"
-        for beam in beams
-        for kind in ("PER", "WER")
-    )
-    tested = some["errors"][str(beams[0])]["lines"]
+    goals = [
+        _goal_text(f"{name}, beam {made.beams[-1]}", values, goal)
+        for name, values, goal in zip(
+            ("single", "ensemble"), (alone, together), _GOALS, strict=True
+        )
+    ]
     text += (
         f"{some['parameters']:,} parameters, {some['pairs']:,} pairs to learn from, "
-        f"{tested:,} words to be tested on.\n\n{table(('model', *header, 'minutes'), rows)}\n"
+        f"{some['errors'][str(made.beams[0])]['lines']:,} words to be tested on.\n\n{shown}\n\n"
+        f"{_listed(goals)}\n\n"
     )
-    if made is FULL:
-        if list(made.variants.values()) != [(g2p.MODEL, g2p.TRAINING)]:
-            note = (
-                "These are not the settings of `pyseq train --task g2p`, which trains for "
-                f"{g2p.TRAINING['epochs']} epochs; the README has its figures."
-            )
-            text += f"\n{wrapped(note)}\n"
-        goals = [
-            _goal_text(f"{name}, beam {beams[-1]}", values, goal)
-            for (name, values), goal in zip(best.items(), _GOALS, strict=True)
-        ]
-        text += (
-            f"\n{_listed(goals)}\n\n"
-            + wrapped(
-                "Published figures for attention models on this dictionary, on other splits: WER "
-                "21.7% single, 20.2% as an ensemble (Toshniwal and Livescu 2016, arXiv 1610.06540)."
-            )
-            + "\n"
+    notes = [
+        "Published figures for attention models on this dictionary, on other splits: WER 21.7% "
+        "single, 20.2% as an ensemble (Toshniwal and Livescu 2016, arXiv 1610.06540)."
+    ]
+    if list(made.variants.values()) != [(g2p.MODEL, g2p.TRAINING)]:
+        notes.append(
+            "These are not the settings of `pyseq train --task g2p`, which trains for "
+            f"{g2p.TRAINING['epochs']} epochs; the README has its figures."
         )
-    return text, []
+    return f"{text}{wrapped(*notes)}\n", []
 
 
 _SECTIONS: dict[str, Callable[[Part, Archive], tuple[str, list[Curve]]]] = {
     "attention": _attention_text,
     "kinds": _kinds_text,
     "sampling": _sampling_text,
+    "ensemble": _ensemble_text,
     "g2p": _full_text,
 }
 

@@ -7,7 +7,7 @@ A part is a table of variants, each tried from some seeds; quality_page.py words
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pyseq import g2p
@@ -15,7 +15,7 @@ from pyseq import g2p
 from .trials import Archive, Trial
 
 #: In the order of the page.
-PARTS = ("attention", "kinds", "sampling", "g2p")
+PARTS = ("attention", "kinds", "sampling", "ensemble", "g2p")
 
 Options = Mapping[str, Any]
 
@@ -87,7 +87,8 @@ def parts(*, quick: bool = False) -> dict[str, Part]:
                 _sampling(sizes.dictionary, sizes, {}),
             )
         ),
-        "g2p": _full(sizes) if quick else Part((FULL,), ensemble_beams=(1, g2p.BEAM_SIZE)),
+        "ensemble": Part((_ensemble(sizes),), ensemble_beams=_BEAMS),
+        "g2p": Part((_full(sizes) if quick else _FULL,), ensemble_beams=_BEAMS),
     }
 
 
@@ -206,6 +207,15 @@ def _kinds(sizes: _Sizes) -> Table:
     return _table(sizes.dictionary, sizes, variants, seeds=sizes.seeds)
 
 
+#: Hypotheses where searches are compared.
+_BEAMS = (1, g2p.BEAM_SIZE)
+
+
+def _ensemble(sizes: _Sizes) -> Table:
+    made = _table(sizes.dictionary, sizes, {"one": ({}, {})}, seeds=(1, 2, 3))
+    return replace(made, beams=_BEAMS)
+
+
 #: How often the truth is read at the end of a training; 1 at its beginning.
 LEAST_TRUTH = 0.25
 
@@ -244,19 +254,15 @@ _FULL_TRAINING: Options = {
     "select": "accuracy",
 }
 
-FULL = Table(
+_FULL = Table(
     "g2p",
     (1, 2, 3),
     {"LSTM, general score, input feeding": (_FULL_MODEL, _FULL_TRAINING)},
-    beams=(1, g2p.BEAM_SIZE),
+    beams=_BEAMS,
 )
 
 
-def _full(sizes: _Sizes) -> Part:
+def _full(sizes: _Sizes) -> Table:
     """The last part at other sizes."""
-    beams = (1, g2p.BEAM_SIZE)
-    variants: dict[str, tuple[Options, Options]] = {
-        "tiny": (sizes.model, {**sizes.training, "epochs": 1})
-    }
-    table = Table(sizes.dictionary, (1, 2), variants, beams)
-    return Part((table,), ensemble_beams=beams)
+    training: Options = {**sizes.training, "epochs": 1}
+    return Table(sizes.dictionary, (1, 2), {"tiny": (sizes.model, training)}, _BEAMS)

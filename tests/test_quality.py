@@ -57,7 +57,7 @@ def test_quick_run_writes_every_part_and_does_nothing_twice(
 def test_parts_not_done_are_said_to_be_missing(tmp_path: Path) -> None:
     archive = Archive(tmp_path, log=silent)
     page = quality_page.compose(quality_parts.parts(), archive, "command", threads=1)
-    assert page.text.count("Not done.") == 6  # one for each table
+    assert page.text.count("Not done.") == 7  # one for each table
     assert page.numbers["results"] == []
     assert page.curves == []
 
@@ -209,4 +209,4 @@ def test_interruption_is_told_and_a_part_goes_nowhere(
 def test_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         quality.main(["--only", "kinds,speed"])
-    assert "attention, kinds, sampling, g2p, got 'speed'" in capsys.readouterr().err
+    assert "attention, kinds, sampling, ensemble, g2p, got 'speed'" in capsys.readouterr().err
