@@ -71,7 +71,7 @@ S narrow(A value) {
 
 constexpr int kWarp = 32;
 constexpr int kResidentBlocks = 64;
-constexpr size_t kStack = 16 << 10;
+constexpr size_t kStack = 32 << 10;
 constexpr size_t kGuard = 64;  // bytes behind the shared memory
 constexpr unsigned char kGuardByte = 0xa5;
 
