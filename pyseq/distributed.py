@@ -147,9 +147,8 @@ class DataParallel:
 
     def _wrap(self) -> None:
         self._trainable = self._trainable_now()
-        self._parallel = DistributedDataParallel(
-            _Loss(self._model, self._compute), broadcast_buffers=False
-        )
+        # The models have no buffers, so that there is nothing to say about exchanging them.
+        self._parallel = DistributedDataParallel(_Loss(self._model, self._compute))
 
     def _trainable_now(self) -> list[bool]:
         return [parameter.requires_grad for parameter in self._model.parameters()]
