@@ -111,11 +111,30 @@ def test_values_without_gradients(case: Case) -> None:
 def test_mixed_dtypes_are_refused(case: Case) -> None:
     call = case.call()
     for target in differentiable(call):
-        for dtype in {*SHORT, torch.float32, torch.float64} - {case.dtype}:
+        allowed = {case.dtype, torch.float32} if target == "positions" else {case.dtype}
+        for dtype in {*SHORT, torch.float32, torch.float64} - allowed:
             mixed = changed(
                 call, lambda n, t, name=target, dtype=dtype: t.to(dtype) if n == name else t
             )
             # Projections of keys and queries are made by torch, which has words of its own.
+            with pytest.raises(RuntimeError, match=r"must have the dtype of|same dtype"):
+                outputs_of(functional, mixed)
+
+
+@pytest.mark.parametrize("case", [param for param in CASES if "positions" in param.id])
+def test_mixed_dtypes_are_refused_beside_exact_positions(case: Case) -> None:
+    def exact(name: str, tensor: Tensor) -> Tensor:
+        return tensor.float() if name == "positions" else tensor
+
+    call = changed(case.call(), exact)
+    assert outputs_of(functional, call)["context"].dtype == case.dtype
+    for target in differentiable(call):
+        if target == "positions":
+            continue
+        for dtype in {*SHORT, torch.float32, torch.float64} - {case.dtype}:
+            mixed = changed(
+                call, lambda n, t, name=target, dtype=dtype: t.to(dtype) if n == name else t
+            )
             with pytest.raises(RuntimeError, match=r"must have the dtype of|same dtype"):
                 outputs_of(functional, mixed)
 

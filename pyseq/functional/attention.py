@@ -108,8 +108,9 @@ def attend(
     dtype = query.dtype
     if positions is not None and is_short(query) and positions.dtype == torch.float32:
         # The operator takes one type, and rounded positions would be others.
-        for name, tensor in (("keys", keys), ("memory", memory)):
-            check_like(name, tensor, "query", query)
+        for name, tensor in (("keys", keys), ("memory", memory), ("weight_v", weight_v)):
+            if tensor is not None:
+                check_like(name, tensor, "query", query)
         query, keys, memory = (tensor.float() for tensor in (query, keys, memory))
         weight_v = None if weight_v is None else weight_v.float()
     context, weights = torch.ops.pyseq.attend(
