@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .nn._common import Device
+from .search.rules import widened
 from .types import PAD, UNK, Copies
 
 CopyName = Literal["pointer", "joint"]
@@ -85,8 +86,9 @@ class Copying(torch.nn.Module):
 
         Returns:
             (B, T, V + X), in nats; minus infinity for ids beyond V that a row's source does
-            not have.
+            not have. In float32 where the logits are of a shorter dtype.
         """
+        logits = widened(logits)
         generates, copied = self._choices(logits, hidden, memory, embedded, copies)
         generated = torch.log_softmax(logits, 2) + generates
         return _add_copies(F.pad(generated, (0, copies.extra), value=-math.inf), copied, copies.ids)
@@ -122,6 +124,7 @@ class Copying(torch.nn.Module):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
         vocab = logits.shape[2]
+        dtype, logits = logits.dtype, widened(logits)
         _check_target(target, copies, vocab)
         if label_smoothing > 0:
             log_probs = self(logits, hidden, memory, embedded, copies)
@@ -137,7 +140,7 @@ class Copying(torch.nn.Module):
             same = same & (copies.ids >= UNK).unsqueeze(1)
             losses = -_log_sum(generated.squeeze(2), known, copied, same)
         valid = target != PAD
-        return losses.masked_fill(~valid, 0.0).sum() / valid.sum()
+        return (losses.masked_fill(~valid, 0.0).sum() / valid.sum()).to(dtype)
 
     def _choices(
         self, logits: Tensor, hidden: Tensor, memory: Tensor, embedded: Tensor, copies: Copies
@@ -145,13 +148,14 @@ class Copying(torch.nn.Module):
         """Log-probabilities (B, T, 1) of generating, and (B, T, S) of copying each position."""
         fixed = (copies.ids < UNK).unsqueeze(1)  # (B, 1, S), what is not copied
         nothing = fixed.all(2, keepdim=True)
-        scores = (self.query(hidden) @ memory.transpose(1, 2)).masked_fill(fixed, -math.inf)
+        scores = widened(self.query(hidden) @ memory.transpose(1, 2))
+        scores = scores.masked_fill(fixed, -math.inf)
         # Finite where there is nothing to choose from, which is masked again below.
         scores = scores.masked_fill(nothing, 0.0)
         attn = torch.log_softmax(scores, 2)
         if self.gate is not None:
-            context = attn.exp().masked_fill(fixed, 0.0) @ memory
-            gate = self.gate(torch.cat([context, hidden, embedded], 2))
+            context = attn.exp().masked_fill(fixed, 0.0).to(memory.dtype) @ memory
+            gate = widened(self.gate(torch.cat([context, hidden, embedded], 2)))
         else:
             # One softmax over both is one over each, and this gate between them.
             gate = torch.logsumexp(logits, 2, keepdim=True)

@@ -124,6 +124,28 @@ def test_a_draw_is_a_token_whatever_the_logits(draw: float) -> None:
             assert token == UNK or (math.isnan(logits[2]) and STOP <= token < 5)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "steps"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_draws_of_short_dtypes_reach_every_token(
+    dtype: torch.dtype, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 has 128 numbers between one half and one."""
+    monkeypatch.setattr("pyseq.seq2seq.Decoder.is_fused", lambda self: fused)
+    vocab = 2000
+    model = Seq2Seq(9, vocab, embedding_size=4, hidden_size=4, num_layers=1).to(dtype).eval()
+    torch.nn.init.zeros_(model.decoder.output.weight)
+    torch.nn.init.zeros_(model.decoder.output.bias)
+    target_in = torch.full((400, 101), START)
+    source = torch.full((400, 1), UNK)
+    torch.manual_seed(0)
+    fed = model.scheduled_inputs(source, source[:, 0] * 0 + 1, target_in, Sampling(0.0, "sample"))
+    counts = torch.bincount(fed[:, 1:].flatten(), minlength=vocab)
+    assert counts[:STOP].sum() == 0
+    # 20 each on average: none is missing, none is read for others.
+    assert counts[STOP:].min() > 0
+    assert counts.max() < 60
+
+
 # The operator
 
 OPERATOR_CASES = [

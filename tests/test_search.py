@@ -360,3 +360,48 @@ def test_float32() -> None:
     found = model.float().generate(source, lengths, max_length=MAX_LENGTH, beam_size=3)
     assert [h.tokens for h in found] == [h.tokens for h in expected]
     assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("how", ["greedy", "beam", "coverage", "sample", "ensemble", "copy"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scores_of_short_dtypes_grow_to_the_end(dtype: torch.dtype, how: str) -> None:
+    torch.manual_seed(0)
+    copied: dict[str, Any] = {"copy": "pointer"} if how == "copy" else {}
+    model = Seq2Seq(9, 40, embedding_size=6, hidden_size=8, **copied).to(dtype)
+    source, lengths = torch.randint(4, 9, (2, 4)), torch.tensor([4, 2])
+    length = 400  # of 3.7 nats, or 0.8 where copying is likely: bfloat16 stops before
+    options = {
+        "beam": {"beam_size": 2, "length_penalty": 1.0},
+        "coverage": {"beam_size": 2, "coverage_penalty": 0.1},
+        "sample": {"sample": True},
+    }
+    rules = search.SearchOptions(max_length=length, min_length=length, **options.get(how, {}))
+    copies = source if copied else None
+    searched: Any = model.given(copies=copies)
+    if how == "ensemble":
+        searched = search.Ensemble([model, model])
+    found = search.search(searched, source, lengths, rules)
+    tokens = torch.tensor([best.tokens for best, *_ in found])
+    read = torch.cat([torch.full((2, 1), START), tokens[:, :-1]], 1)
+    with torch.no_grad():
+        logits = model.eval()(source, lengths, read, copies=copies)
+    log_probs = torch.log_softmax(logits.float(), 2).gather(2, tokens.unsqueeze(2))
+    for (best, *_), expected in zip(found, log_probs.sum((1, 2)).tolist(), strict=True):
+        assert expected < -300
+        assert best.score == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_a_coverage_penalty_under_autocast(beam_size: int) -> None:
+    torch.manual_seed(0)
+    model = Seq2Seq(9, 9, embedding_size=6, hidden_size=8)
+    source, lengths = torch.randint(4, 9, (3, 4)), torch.tensor([4, 2, 1])
+    options = search.SearchOptions(max_length=6, beam_size=beam_size, coverage_penalty=0.5)
+    expected = model.search(source, lengths, options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.search(source, lengths, options)
+        encoded, state = model.encode_source(source, lengths)
+        step = model.step(torch.full((3,), START), encoded, state)
+    assert step.log_probs.dtype == torch.float32
+    for (best, *_), (exact, *_) in zip(found, expected, strict=True):
+        assert best.score == pytest.approx(exact.score, rel=0.02)

@@ -13,7 +13,7 @@ from ..types import START, STOP
 from .evaluation import search_mode
 from .options import Hypothesis, SearchOptions, length_normalizer
 from .protocols import SearchModel
-from .rules import Rules
+from .rules import Rules, widened
 from .trace import Finished, Record, trace_back
 
 
@@ -40,7 +40,7 @@ def beam_search(
                 need_weights=options.need_weights or coverage is not None,
             )
             if emitted == 1:
-                scores = step.log_probs.new_zeros(batch, 1)
+                scores = widened(step.log_probs).new_zeros(batch, 1)
                 finished = Finished.none(scores.squeeze(1), options.n_best)
             log_probs = rules.apply(
                 step.log_probs,
@@ -118,6 +118,7 @@ class _Coverage(NamedTuple):
             raise ValueError(
                 "coverage_penalty needs a model with attention, got one that gives no weights"
             )
+        weights = widened(weights)
         if self.sums is None:
             return self._replace(sums=weights.unsqueeze(1))
         return self._replace(sums=self.sums + weights.view_as(self.sums))

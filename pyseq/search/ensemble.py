@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .evaluation import in_eval_mode
 from .protocols import SearchModel, Selectable, Step
+from .rules import widened
 
 
 class _Parts(NamedTuple):
@@ -87,7 +88,7 @@ class Ensemble:
                 f"the models of an ensemble must have the same target tokens, got {sizes} of them"
             )
         terms = [
-            step.log_probs + math.log(share)
+            widened(step.log_probs) + math.log(share)
             for step, share in zip(steps, self.weights, strict=True)
         ]
         found = [step.weights for step in steps if step.weights is not None]

@@ -47,7 +47,8 @@ class EncodedSource(NamedTuple):
 class Step(NamedTuple):
     """One step of all hypotheses."""
 
-    log_probs: Tensor  # (N, V), of the next token, in nats
+    #: (N, V), of the next token, in nats; float32 or float64, since searches add them up.
+    log_probs: Tensor
     weights: Tensor | None  # (N, S), attention
     state: Any  # Selectable: of the kind that the step was given
 

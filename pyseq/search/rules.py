@@ -14,6 +14,11 @@ from ..types import PAD, START, STOP
 from .options import SearchOptions
 
 
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32 if its dtype is shorter: sums of hundreds of terms need the digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def choose(logits: Tensor, draws: Tensor | None = None) -> Tensor:
     """A token (N,) for each row of logits (N, V): the likeliest, or by a draw.
 
@@ -22,12 +27,14 @@ def choose(logits: Tensor, draws: Tensor | None = None) -> Tensor:
     ``<start>`` may not. Whatever the logits hold, the result is a token id.
 
     Args:
-        logits: (N, V); log-probabilities will do.
-        draws: (N,), uniform in [0, 1). Default: the likeliest, of equal ones the first.
+        logits: (N, V); log-probabilities will do. Those of a dtype shorter than float32 are
+            added up in float32.
+        draws: (N,), uniform in [0, 1), of float32 at least, lest whole tokens lie between two
+            of them. Default: the likeliest, of equal ones the first.
     """
     if draws is None:
         return logits[:, STOP:].argmax(1) + STOP
-    sums = torch.softmax(logits[:, STOP:], 1).cumsum(1)
+    sums = torch.softmax(widened(logits[:, STOP:]), 1).cumsum(1)
     tokens = (sums <= draws.unsqueeze(1) * sums[:, -1:]).sum(1)
     # Should rounding have made it all of them, the last one with a share of the sum.
     last = (sums < sums[:, -1:]).sum(1)
@@ -54,7 +61,7 @@ class Rules(NamedTuple):
         """``log_probs``, minus infinity for what must not be emitted.
 
         ``<pad>`` and ``<start>`` never are. The others keep their probabilities, so that
-        scores stay those of the model.
+        scores stay those of the model; in float32 at least, whatever the model computes in.
 
         Args:
             log_probs: (N, V), the model's.
@@ -68,6 +75,7 @@ class Rules(NamedTuple):
         """
         if log_probs.isnan().any():
             raise SearchError("the model's logits must be finite, got NaN or infinity")
+        log_probs = widened(log_probs)
         allowed = log_probs.clone()
         allowed[:, [PAD, START]] = -math.inf
         if emitted < self.min_length:

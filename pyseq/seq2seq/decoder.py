@@ -391,8 +391,8 @@ class Decoder(torch.nn.Module):
             coins = coins | unread.t()
         draws = None
         if sampling.choice == "sample":
-            like = self.embedding.weight
-            draws = torch.rand((steps, batch), generator=generator, dtype=like.dtype, device=device)
+            dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
+            draws = torch.rand((steps, batch), generator=generator, dtype=dtype, device=device)
         if self.is_fused() and state is not None and state[0] is not None:
             return fused.scheduled_inputs(
                 self,
@@ -469,30 +469,31 @@ class Decoder(torch.nn.Module):
         rnn, output = self.rnn, self.output
         assert isinstance(rnn, AttentionDecoder)  # or it is not fused
         score, combine = rnn.score, rnn.combine
-        return functional.generate(
-            self.embedding.weight,
-            rnn.layer_weights(),
-            state,
-            output.weight,
-            output.bias,
-            encoded.keys,
-            encoded.memory,
-            None if combine is None else combine.weight,
-            max_length=max_length,
-            beam_size=beam_size,
-            length_penalty=length_penalty,
-            cell=rnn.cell,
-            score=None if score is None else score.fused,
-            weight_query=None if score is None else score.weight_query,
-            weight_v=None if score is None else score.weight_v,
-            lengths=encoded.lengths,
-            input_feeding=rnn.input_feeding,
-            need_weights=need_weights,
-            min_length=min_length,
-            n_best=n_best,
-            block_ngrams=block_ngrams,
-            prefix=prefix,
-        )
+        with fused.exact_results(self.embedding.weight):
+            return functional.generate(
+                self.embedding.weight,
+                rnn.layer_weights(),
+                state,
+                output.weight,
+                output.bias,
+                encoded.keys,
+                encoded.memory,
+                None if combine is None else combine.weight,
+                max_length=max_length,
+                beam_size=beam_size,
+                length_penalty=length_penalty,
+                cell=rnn.cell,
+                score=None if score is None else score.fused,
+                weight_query=None if score is None else score.weight_query,
+                weight_v=None if score is None else score.weight_v,
+                lengths=encoded.lengths,
+                input_feeding=rnn.input_feeding,
+                need_weights=need_weights,
+                min_length=min_length,
+                n_best=n_best,
+                block_ngrams=block_ngrams,
+                prefix=prefix,
+            )
 
     def is_fused(self) -> bool:
         """Whether a step of ``forward`` in eval mode is what :meth:`generate` computes.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +44,18 @@ def all_are_hooked() -> bool:
     return any(hooks)
 
 
+def exact_results(weight: Tensor) -> AbstractContextManager[object]:
+    """Where the operators read weights like that, and give or take float32 beside them.
+
+    They compute in float32 whatever the weights are, but round to their dtype what comes out,
+    and want draws of it: too few digits for a score, or for a draw among many tokens. Under
+    autocast they neither round nor mind.
+    """
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        return nullcontext()
+    return torch.autocast(weight.device.type, torch.bfloat16)
+
+
 def scheduled_inputs(
     decoder: Decoder,
     tokens: Tensor,
@@ -61,25 +74,26 @@ def scheduled_inputs(
     limit = None
     if memory is not None and score is not None:
         limit = score.limit(memory, lengths)
-    return functional.scheduled_inputs(
-        tokens,
-        coins,
-        decoder.embedding.weight,
-        decoder.rnn.layer_weights(),
-        state,
-        decoder.output.weight,
-        decoder.output.bias,
-        decoder.rnn.project(memory, lengths) if attends and memory is not None else None,
-        memory if attends else None,
-        None if combine is None else combine.weight,
-        draws=draws,
-        cell=decoder.rnn.cell,
-        score=None if score is None else score.fused,
-        weight_query=None if score is None else score.weight_query,
-        weight_v=None if score is None else score.weight_v,
-        lengths=limit,
-        input_feeding=decoder.rnn.input_feeding,
-        embedding_masks=masks.embedding,
-        dropout_masks=masks.layers,
-        output_masks=masks.output,
-    )
+    with exact_results(decoder.embedding.weight):
+        return functional.scheduled_inputs(
+            tokens,
+            coins,
+            decoder.embedding.weight,
+            decoder.rnn.layer_weights(),
+            state,
+            decoder.output.weight,
+            decoder.output.bias,
+            decoder.rnn.project(memory, lengths) if attends and memory is not None else None,
+            memory if attends else None,
+            None if combine is None else combine.weight,
+            draws=draws,
+            cell=decoder.rnn.cell,
+            score=None if score is None else score.fused,
+            weight_query=None if score is None else score.weight_query,
+            weight_v=None if score is None else score.weight_v,
+            lengths=limit,
+            input_feeding=decoder.rnn.input_feeding,
+            embedding_masks=masks.embedding,
+            dropout_masks=masks.layers,
+            output_masks=masks.output,
+        )

@@ -23,6 +23,7 @@ from ..search import (
     Step,
     StreamedToken,
 )
+from ..search.rules import widened
 from ..types import PAD, Copies, DecoderState, State, kind, state_parts
 from .decoder import Decoder
 from .encoder import Encoder
@@ -541,7 +542,7 @@ class Seq2Seq(torch.nn.Module):
         )
         log_probs = logits[:, 0]
         if encoded.copies is None:
-            log_probs = torch.log_softmax(log_probs, -1)
+            log_probs = torch.log_softmax(widened(log_probs), -1)
         weights = None if decoded.weights is None else decoded.weights[0]
         if weights is not None and weights.dim() == 3:
             weights = weights.mean(1)  # over the heads
