@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyseq import search
 from pyseq.search import Hypothesis
+from pyseq.search.evaluation import in_eval_mode
 from pyseq.seq2seq import Seq2Seq
 from pyseq.types import PAD, START, STOP, UNK
 
@@ -311,6 +312,49 @@ def test_a_search_changes_no_module_even_for_a_while(how: str) -> None:
         tokens = found
     assert modes
     assert all(modes)
+
+
+class Pair(NamedTuple):
+    module: torch.nn.Module
+    number: int
+
+
+@pytest.mark.parametrize("kind", ["tuple", "named", "list", "dict", "nested", "method", "cycle"])
+def test_references_lead_to_what_stands_in(kind: str) -> None:
+    model, source, lengths = model_and_sources("gru-concat-L2")
+    decoder, outside = model.decoder, torch.nn.Dropout()
+    holder: Any = {
+        "tuple": (decoder,),
+        "named": Pair(decoder, 1),
+        "list": [1, decoder],
+        "dict": {"its": decoder},
+        "nested": {"its": [(decoder,)]},
+        "method": decoder.forward,
+        "cycle": (model, decoder),
+    }[kind]
+    model.holder = holder
+    numbers: list[Any] = [1, 2]
+    numbers.append(numbers)
+    model.others = numbers  # type: ignore[assignment]
+    model.teacher = (outside,)  # type: ignore[assignment]
+    found = in_eval_mode(model)
+    refers = {
+        "tuple": lambda held: held[0],
+        "named": lambda held: held.module,
+        "list": lambda held: held[1],
+        "dict": lambda held: held["its"],
+        "nested": lambda held: held["its"][0][0],
+        "method": lambda held: held.__self__,
+        "cycle": lambda held: held[0].holder[1],
+    }[kind]
+    assert refers(found.holder) is found.decoder
+    assert type(found.holder) is type(holder)
+    assert not found.decoder.training
+    assert refers(model.holder) is decoder
+    assert decoder.training
+    assert found.others is numbers
+    assert found.teacher[0] is outside  # no part of the model: its mode is its own affair
+    assert model.search(source, lengths, search.SearchOptions(max_length=2))
 
 
 def test_what_cannot_be_stood_in_for_is_put_into_eval_mode() -> None:
