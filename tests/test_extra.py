@@ -326,6 +326,15 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
         r"target_extra must be given, \(B, Z\) or \(T, B, Z\) with Z = 4, got None",
     ),
     "missing-source": (lambda: call(BOTH), RuntimeError, "source_extra must be given"),
+    "given-steps": (
+        lambda: search.search(
+            model(target_extra_size=4).given(target_extra=double(2, 3, 4)),
+            *batch()[:2],
+            search.SearchOptions(max_length=3, min_length=3),
+        ),
+        RuntimeError,
+        "target_extra must have at least as many steps as the search, 3, got 2",
+    ),
     "unwanted": (
         lambda: call({}, target_extra=double(3, 4)),
         RuntimeError,

@@ -205,6 +205,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "prefix_flat": ({"prefix": [4, 5]}, "prefix must be sequences of token ids, got int"),
     "prefix_long": ({"prefix": [[4] * 6]}, "prefix must have at most max_length = 5 tokens, got 6"),
     "beam_of_draws": ({"sample": True, "beam_size": 2}, "beam_size must be 1 for sampling, got 2"),
+    "prefix_half": ({"prefix": [[4.5]]}, "each token id of prefix must be an integer, got 4.5"),
+    "prefix_text": ({"prefix": ["ab"]}, "each token id of prefix must be an integer, got 'a'"),
+    "prefix_number": ({"prefix": 4}, "prefix must be sequences of token ids, got int"),
+    "prefix_tensor": ({"prefix": torch.tensor([4])}, "prefix must be sequences of token ids, got"),
+    "prefix_floats": ({"prefix": torch.tensor([[4.0]])}, "each token id .* must be an integer"),
+    "half_length": ({"max_length": 2.5}, "max_length must be an integer, got 2.5"),
+    "no_length": ({"max_length": None}, "max_length must be an integer, got None"),
+    "half_beam": ({"beam_size": 1.5}, "beam_size must be an integer, got 1.5"),
+    "text_beam": ({"beam_size": "3"}, "beam_size must be an integer, got '3'"),
+    "true_beam": ({"beam_size": True}, "beam_size must be an integer, got True"),
+    "half_draws": ({"sample": True, "top_k": 2.5}, "top_k must be an integer, got 2.5"),
+    "text_penalty": ({"length_penalty": "1"}, "length_penalty must be a number, got '1'"),
+    "true_share": ({"sample": True, "top_p": True}, "top_p must be a number, got True"),
     "draws": ({"top_k": 3}, "top_k must be None without sample=True, got 3"),
     "temperature": ({"temperature": 0.5}, "temperature must be 1.0 without sample=True, got 0.5"),
 }
@@ -215,6 +228,19 @@ def test_options_that_make_no_sense_are_refused(case: str) -> None:
     options, match = BAD[case]
     with pytest.raises(ValueError, match=match):
         SearchOptions(**{"max_length": 5, **options})
+
+
+def test_integers_of_any_type_will_do() -> None:
+    exact = SearchOptions(max_length=5, beam_size=2, prefix=[[4, 5]], length_penalty=0.5)
+    tensors: dict[str, Any] = {
+        "max_length": torch.tensor(5),
+        "beam_size": torch.tensor([2])[0],
+        "prefix": torch.tensor([[4, 5]]),
+        "length_penalty": torch.tensor(0.5),
+    }
+    assert SearchOptions(**tensors) == exact
+    found = search.search(chain(), SOURCE, LENGTHS, SearchOptions(**tensors))
+    assert all(best.tokens[:2] == [4, 5] for best, *_ in found)
 
 
 def test_options_that_do_not_fit_the_sources_are_refused() -> None:
@@ -408,10 +434,17 @@ def bad_ensembles() -> Iterator[tuple[Callable[[], object], str]]:
     yield lambda: Ensemble([]), "models must hold at least one model, got none"
     yield lambda: Ensemble([model], weights=[1, 2]), "weights must be 1 positive numbers"
     yield lambda: Ensemble([model], weights=[0]), "weights must be 1 positive numbers"
+    yield lambda: Ensemble([model, model], weights=[1e300, 1e-300]), "weights must be so near"
     yield (
         lambda: search.greedy(Ensemble([model, other]), source, lengths, max_length=2),
         r"must have the same target tokens, got \[9, 10\]",
     )
+
+
+def test_weights_of_an_ensemble_may_be_of_any_size() -> None:
+    model, _, _ = model_and_sources()
+    for scale in (1e308, 5e-324, 1.0):
+        assert Ensemble([model, model], weights=[scale, scale]).weights == (0.5, 0.5)
 
 
 def test_ensembles_that_make_no_sense_are_refused() -> None:

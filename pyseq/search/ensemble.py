@@ -53,7 +53,12 @@ class Ensemble:
                 f"weights must be {len(self.models)} positive numbers, one for each model, "
                 f"got {weights!r}"
             )
-        self.weights = tuple(share / sum(shares) for share in shares)
+        total = math.fsum(share / max(shares) for share in shares)  # no sum of them overflows
+        self.weights = tuple(share / max(shares) / total for share in shares)
+        if not all(self.weights):
+            raise ValueError(
+                f"weights must be so near one another that none is 0 of their sum, got {weights!r}"
+            )
 
     def modules(self) -> Iterator[torch.nn.Module]:
         """All modules of all models."""

@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from operator import index
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -31,8 +32,8 @@ class SearchOptions:
         block_ngrams: no sequence of so many tokens is emitted twice by a hypothesis.
             Default: none is blocked.
         prefix: token ids that each row begins with, one sequence for each row or a single one
-            for all rows. They count as emitted tokens, also in the score, and neither
-            ``min_length`` nor ``block_ngrams`` keeps one of them out.
+            for all rows; a (B, P) int64 tensor will do. They count as emitted tokens, also in
+            the score, and neither ``min_length`` nor ``block_ngrams`` keeps one of them out.
         sample: draw each token from the model's distribution instead of searching for the
             likeliest sequence.
         temperature: what log-probabilities are divided by, above 0; less than 1 sharpens.
@@ -65,6 +66,13 @@ class SearchOptions:
     need_weights: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("max_length", "min_length", "beam_size", "n_best", "block_ngrams", "top_k"):
+            value = getattr(self, name)
+            if value is not None or name not in ("block_ngrams", "top_k"):
+                object.__setattr__(self, name, _integer(name, value))
+        for name in ("length_penalty", "coverage_penalty", "temperature", "top_p"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        object.__setattr__(self, "prefix", _sequences(self.prefix))
         if self.max_length < 1:
             raise ValueError(f"max_length must be at least 1 token, got {self.max_length!r}")
         if not 0 <= self.min_length <= self.max_length:
@@ -96,10 +104,6 @@ class SearchOptions:
 
     def _check_prefix(self) -> None:
         for sequence in self.prefix:
-            if isinstance(sequence, int):
-                raise ValueError(
-                    f"prefix must be sequences of token ids, got {kind(sequence)} in it"
-                )
             if len(sequence) > self.max_length:
                 raise ValueError(
                     f"prefix must have at most max_length = {self.max_length} tokens, "
@@ -148,6 +152,46 @@ class StreamedToken(NamedTuple):
     token: int  # never <stop>: a row that emits it ends
     score: float  # its log-probability, in nats
     weights: Tensor | None  # (S of the row,), attention; None if there is none
+
+
+def _integer(name: str, value: Any) -> int:
+    """``value``, of any integer type but bool, as an int."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _number(name: str, value: Any) -> float:
+    """``value``, of any type of numbers but bool, as an int or a float."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
+
+
+def _sequences(prefix: Any) -> tuple[tuple[int, ...], ...]:
+    """``prefix``, of any kind of sequences, as tuples."""
+    try:
+        rows = list(prefix)
+    except TypeError:
+        raise ValueError(f"prefix must be sequences of token ids, got {kind(prefix)}") from None
+    found = []
+    for row in rows:
+        try:
+            tokens = list(row)
+        except TypeError:
+            raise ValueError(
+                f"prefix must be sequences of token ids, got {kind(row)} in it"
+            ) from None
+        found.append(tuple(_integer("each token id of prefix", token) for token in tokens))
+    return tuple(found)
 
 
 def length_normalizer(length: int, exponent: float) -> float:

@@ -89,9 +89,18 @@ class Given:
         return _GivenSource(encoded, extra), _GivenState(state, 0)
 
     def step(self, tokens: Tensor, encoded: Any, state: Any, *, need_weights: bool) -> Step:
-        """One step of N hypotheses; see :class:`pyseq.search.SearchModel`."""
+        """One step of N hypotheses; see :class:`pyseq.search.SearchModel`.
+
+        Raises:
+            RuntimeError: the extra information has fewer steps than the search.
+        """
         if not isinstance(encoded, _GivenSource):
             return self.model.step(tokens, encoded, state, need_weights=need_weights)
+        if encoded.extra.dim() == 3 and state.steps >= len(encoded.extra):
+            raise RuntimeError(
+                f"target_extra must have at least as many steps as the search, {state.steps + 1}, "
+                f"got {len(encoded.extra)}"
+            )
         extra = Conditions(extra=encoded.extra).step(state.steps).extra
         step = self.model.step(
             tokens, encoded.source, state.decoder, need_weights=need_weights, target_extra=extra
