@@ -18,14 +18,18 @@ namespace pyseq {
 
 inline int thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// A tensor on the device of `like`, not yet written; in deterministic mode filled with NaN, as
-// torch fills its own, so that tests see what is read before.
+// Whether memory that is not yet written is filled with NaN, as torch fills its own in
+// deterministic mode, so that tests see what is read before.
+inline bool poisons_memory() {
+  const at::Context& context = at::globalContext();
+  return context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+}
+
+// A tensor on the device of `like`, not yet written.
 inline at::Tensor fresh(at::IntArrayRef sizes, const at::Tensor& like) {
   if (!like.is_cpu()) return at::empty(sizes, like.options());
   at::Tensor tensor(at::detail::empty_cpu(sizes, like.scalar_type()));
-  const at::Context& context = at::globalContext();
-  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory() &&
-      tensor.is_floating_point()) {
+  if (poisons_memory() && tensor.is_floating_point()) {
     tensor.fill_(std::numeric_limits<double>::quiet_NaN());
   }
   return tensor;
@@ -43,17 +47,29 @@ inline void fill_slot(const at::Tensor& slots, int64_t slot,
   const size_t bytes = static_cast<size_t>(slots.stride(0) * slots.element_size());
   if (slots.numel() == 0) return;
   if (!slots.is_cpu()) {
-    at::Tensor to = slots.select(0, slot);
+    const at::Tensor to = slots.select(0, slot);
     from.has_value() ? to.copy_(*from) : to.zero_();
-    return;
-  }
-  if (!from.has_value()) {
+  } else if (!from.has_value()) {
     std::memset(slot_data(slots, slot), 0, bytes);
   } else if (from->is_contiguous()) {
     std::memcpy(slot_data(slots, slot), from->const_data_ptr(), bytes);
   } else {
     slots.select(0, slot).copy_(*from);
   }
+}
+
+// A gradient that a kernel adds to: what came in, or zero.
+inline at::Tensor copy_or_zero(const std::optional<at::Tensor>& from, at::IntArrayRef sizes,
+                               const at::Tensor& like) {
+  const at::Tensor to = fresh(sizes, like);
+  from.has_value() ? to.copy_(*from) : to.zero_();
+  return to;
+}
+
+// One that it only reads.
+inline at::Tensor or_zero(const std::optional<at::Tensor>& from, at::IntArrayRef sizes,
+                          const at::Tensor& like) {
+  return from.has_value() ? from->contiguous() : copy_or_zero(std::nullopt, sizes, like);
 }
 
 inline at::Tensor copy_slot(const at::Tensor& slots, int64_t slot) {

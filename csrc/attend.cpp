@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ATen/Dispatch.h>
-#include <ATen/ops/zeros.h>
 
 #include "devices.h"
 #include "layers.h"
@@ -56,7 +55,7 @@ cpu::Attend<T> attend_arguments(const AttendShape& shape, bool additive, const T
       .window = shape.window,
       .centers = data<T>(positions),
       .step = data<int64_t>(step),
-      .attn = attn.data_ptr<T>(),
+      .attn = data_if<T>(attn),
       .context = context,
   };
 }
@@ -67,7 +66,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query_in, const Tensor& keys_in,
                                   const Tensor& memory_in, const OptionalTensor& weight_v,
                                   const OptionalTensor& lengths_in, std::string_view score,
                                   const OptionalTensor& positions_in, int64_t window, int64_t heads,
-                                  const OptionalTensor& step_in) {
+                                  const OptionalTensor& step_in, bool need_weights) {
   const bool additive = is_additive(score);
   const AttendShape shape = check_attend(query_in, keys_in, memory_in, weight_v, additive,
                                          positions_in, window, heads, step_in);
@@ -76,20 +75,22 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query_in, const Tensor& keys_in,
                        step = contiguous(step_in);
   const Tensor query = query_in.contiguous(), keys = rows_first(keys_in, heads),
                memory = rows_first(memory_in, heads);
-  const Tensor attn = fresh(attn_sizes(shape.steps, shape.batch, heads, shape.source), query);
+  const Tensor attn = need_weights
+                          ? fresh(attn_sizes(shape.steps, shape.batch, heads, shape.source), query)
+                          : Tensor();
   const Tensor context = fresh({shape.steps, shape.batch, shape.memory_size}, query);
   AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "attend", [&] {
     kernels_of<scalar_t>(query).attend_forward(
         attend_arguments<scalar_t>(shape, additive, query, keys, memory, v, lengths, positions,
                                    step, attn, context.data_ptr<scalar_t>()));
   });
-  return {context, attn};
+  return {context, need_weights ? attn : nothing(query)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
     const OptionalTensor& d_context_in, const OptionalTensor& d_attn_in, const Tensor& query_in,
     const Tensor& keys_in, const Tensor& memory_in, const OptionalTensor& weight_v,
-    const OptionalTensor& lengths_in, const Tensor& attn_in, std::string_view score,
+    const OptionalTensor& lengths_in, const OptionalTensor& attn_in, std::string_view score,
     const OptionalTensor& positions_in, int64_t window, int64_t heads,
     const OptionalTensor& step_in) {
   const bool additive = is_additive(score);
@@ -97,7 +98,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
                                          positions_in, window, heads, step_in);
   const auto [T_, B, S, A, M, N, D] = shape;
   const std::vector<int64_t> sizes = attn_sizes(T_, B, N, S);
-  const Tensor attn = check_saved(attn_in, "attn", sizes, query_in);
+  TORCH_CHECK(attn_in.has_value() || (window > 0 && query_in.is_cpu()),
+              "attn must be given, but for windows on the CPU, got none");
+  const Tensor attn =
+      attn_in.has_value() ? check_saved(*attn_in, "attn", sizes, query_in) : Tensor();
   check_tensor(d_context_in, "d_context", "(T, B, M)", {T_, B, M}, query_in, "query");
   check_tensor(d_attn_in, "d_attn", N == 1 ? "(T, B, S)" : "(T, B, N, S)", sizes, query_in,
                "query");
@@ -106,13 +110,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
                        positions = contiguous(positions_in), step = contiguous(step_in);
   const Tensor query = query_in.contiguous(), keys = rows_first(keys_in, N),
                memory = rows_first(memory_in, N);
-  const Tensor d_context = d_context_in.has_value() ? d_context_in->contiguous()
-                                                    : at::zeros({T_, B, M}, query.options());
-  const Tensor d_scores = fresh({T_, B * N, S}, query);
+  const Tensor d_context = or_zero(d_context_in, {T_, B, M}, query);
   const Tensor d_query = fresh({T_, B, A}, query);
   // With windows the loop makes what is otherwise one product for all steps: it would multiply
   // mostly zeros.
   const bool windows = D > 0, keys_inside = additive || windows;
+  const Tensor d_scores = windows && query.is_cpu() ? Tensor() : fresh({T_, B * N, S}, query);
   Tensor d_keys = keys_inside ? fresh({B * N, S, A / N}, query) : Tensor();
   Tensor d_memory = windows ? fresh({B * N, S, M / N}, query) : Tensor();
   const Tensor d_v = additive ? fresh({B, A}, query) : nothing(query);
@@ -124,11 +127,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
                                               positions, step, attn, nullptr),
         .d_context = d_context.const_data_ptr<scalar_t>(),
         .d_attn = data<scalar_t>(d_attn),
-        .d_scores = d_scores.data_ptr<scalar_t>(),
+        .d_scores = data_if<scalar_t>(d_scores),
         .d_query = d_query.data_ptr<scalar_t>(),
-        .d_keys = keys_inside ? d_keys.data_ptr<scalar_t>() : nullptr,
+        .d_keys = data_if<scalar_t>(d_keys),
         .d_v = data_or_null<scalar_t>(d_v, additive),
-        .d_memory = windows ? d_memory.data_ptr<scalar_t>() : nullptr,
+        .d_memory = data_if<scalar_t>(d_memory),
         .d_centers = data_or_null<scalar_t>(d_centers, positions.has_value()),
     });
   });

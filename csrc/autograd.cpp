@@ -8,6 +8,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <string>
 
 #include "dispatcher.h"
@@ -139,93 +140,9 @@ variable_list for_function(const variable_list& made, const c10::List<bool>& pre
 
 // Takes the arguments of the operator, in its order: `differentiable` finds the gradients by it.
 struct Scan : Function<Scan> {
-  static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& w_ih,
-                               const Tensor& w_hh, const OptionalTensor& b_ih,
-                               const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-                               const OptionalTensor& h_0, const OptionalTensor& c_0,
-                               const OptionalTensor& lengths, const OptionalTensor& resets,
-                               std::string cell, bool reverse, int64_t /*keep_every*/,
-                               bool return_states, const OptionalTensor& w_ch,
-                               at::TensorList extras, std::vector<bool> present) {
-    const bool needs_x = x.requires_grad();
-    const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = find_operator<&scan_forward>("pyseq::scan_forward");
-    const auto [y, h_n, c_n, gates, apart, states, cells, inner, c_steps, x_sums, r_sums, c_sums,
-                moments] = op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell,
-                                   reverse, return_states, w_ch, join_extras(extras, present));
-    // Biases and states only to say which gradients there are, and for a second differentiation.
-    variable_list saved{x,
-                        w_ih,
-                        w_hh,
-                        or_undefined(w_hr),
-                        or_undefined(lengths),
-                        or_undefined(resets),
-                        gates,
-                        apart,
-                        states,
-                        cells,
-                        inner,
-                        or_undefined(w_ch),
-                        or_undefined(b_ih),
-                        or_undefined(b_hh),
-                        or_undefined(h_0),
-                        or_undefined(c_0),
-                        x_sums,
-                        r_sums,
-                        c_sums,
-                        moments};
-    saved.insert(saved.end(), extras.begin(), extras.end());
-    context->save_for_backward(std::move(saved));
-    auto& options = context->saved_data;
-    options["cell"] = cell;
-    options["reverse"] = reverse;
-    options["needs_x"] = needs_x;
-    options["present"] = std::move(present);
-    context->set_materialize_grads(false);
-    mark_scan_results(context, cell, return_states, c_n, c_steps);
-    return {y, h_n, c_n, c_steps};
-  }
+  static constexpr size_t kResults = 4;  // of the operator
+  static constexpr size_t kInputs = 11;  // saved tensors before the extras
 
-  static variable_list backward(AutogradContext* context, variable_list d) {
-    constexpr size_t kFixed = 20;  // saved tensors before the extras
-    const variable_list saved = context->get_saved_variables();
-    auto& options = context->saved_data;
-    const OptionalTensor w_hr = given(saved[3]);
-    const c10::List<bool> present = options["present"].toBoolList();
-    const ScanExtraList extras = join_extras(at::TensorList(saved).slice(kFixed), present);
-    variable_list result(kBeforeExtras);
-    {
-      const at::NoGradGuard constant;
-      static const auto op = find_operator<&scan_backward>("pyseq::scan_backward");
-      const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch, d_extras] =
-          op.call(given(d[0]), given(d[1]), if_used(options["has_c"], d[2]), saved[0], saved[1],
-                  saved[2], w_hr, given(saved[4]), given(saved[5]), saved[6], saved[7], saved[8],
-                  saved[9], saved[10], options["cell"].toStringView(), options["reverse"].toBool(),
-                  options["needs_x"].toBool(), if_used(options["has_c_steps"], d[3]),
-                  given(saved[11]), extras, saved[16], saved[17], saved[18], saved[19]);
-      result[0] = if_given(options["needs_x"].toBool(), d_x);
-      result[1] = d_w_ih;
-      result[2] = d_w_hh;
-      result[3] = if_given(saved[12].defined(), d_b_ih);
-      result[4] = if_given(saved[13].defined(), d_b_hh);
-      result[5] = if_given(w_hr.has_value(), d_w_hr);
-      result[6] = if_given(saved[14].defined(), d_h_0);
-      result[7] = if_given(saved[15].defined(), d_c_0);
-      result[14] = if_given(saved[11].defined(), d_w_ch);
-      append_gradients(result, extras, d_extras);
-    }
-    result = differentiable("scan", std::move(result), d, [&] {
-      return with_extras(
-          {saved[0], saved[1], saved[2], given(saved[12]), given(saved[13]), w_hr, given(saved[14]),
-           given(saved[15]), given(saved[4]), given(saved[5]), options["cell"], options["reverse"],
-           int64_t{1}, options["has_c_steps"], given(saved[11])},
-          extras);
-    });
-    return for_function(result, present);
-  }
-};
-
-struct ScanKeeping : Function<ScanKeeping> {
   static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& w_ih,
                                const Tensor& w_hh, const OptionalTensor& b_ih,
                                const OptionalTensor& b_hh, const OptionalTensor& w_hr,
@@ -236,25 +153,24 @@ struct ScanKeeping : Function<ScanKeeping> {
                                at::TensorList extras, std::vector<bool> present) {
     const bool needs_x = x.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = find_operator<&scan_kept_forward>("pyseq::scan_kept_forward");
-    const auto [y, h_n, c_n, h_kept, c_kept, c_steps] =
+    static const auto op = find_operator<&scan_forward>("pyseq::scan_forward");
+    variable_list results =
         op.call(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse,
                 keep_every, return_states, w_ch, join_extras(extras, present));
-    // The states only to say which gradients there are, and for a second differentiation.
     variable_list saved{x,
                         w_ih,
                         w_hh,
                         or_undefined(b_ih),
                         or_undefined(b_hh),
                         or_undefined(w_hr),
+                        or_undefined(h_0),
+                        or_undefined(c_0),
                         or_undefined(lengths),
                         or_undefined(resets),
-                        h_kept,
-                        c_kept,
-                        or_undefined(w_ch),
-                        or_undefined(h_0),
-                        or_undefined(c_0)};
+                        or_undefined(w_ch)};
     saved.insert(saved.end(), extras.begin(), extras.end());
+    saved.insert(saved.end(), results.begin() + kResults, results.end());
+    results.resize(kResults);
     context->save_for_backward(std::move(saved));
     auto& options = context->saved_data;
     options["cell"] = cell;
@@ -263,43 +179,48 @@ struct ScanKeeping : Function<ScanKeeping> {
     options["needs_x"] = needs_x;
     options["present"] = std::move(present);
     context->set_materialize_grads(false);
-    mark_scan_results(context, cell, return_states, c_n, c_steps);
-    return {y, h_n, c_n, c_steps};
+    mark_scan_results(context, cell, return_states, results[2], results[3]);
+    return results;
   }
 
   static variable_list backward(AutogradContext* context, variable_list d) {
-    constexpr size_t kFixed = 13;  // saved tensors before the extras
-    const variable_list saved = context->get_saved_variables();
+    const variable_list all = context->get_saved_variables();
     auto& options = context->saved_data;
     const c10::List<bool> present = options["present"].toBoolList();
-    const ScanExtraList extras = join_extras(at::TensorList(saved).slice(kFixed), present);
+    const size_t extra_count = std::count(present.begin(), present.end(), true);
+    const at::TensorList tensors(all);
+    const ScanExtraList extras = join_extras(tensors.slice(kInputs), present);
+    const at::TensorList saved = tensors.slice(kInputs + extra_count);
+    const Tensor &x = all[0], &w_ih = all[1], &w_hh = all[2];
+    const OptionalTensor b_ih = given(all[3]), b_hh = given(all[4]), w_hr = given(all[5]),
+                         h_0 = given(all[6]), c_0 = given(all[7]), lengths = given(all[8]),
+                         resets = given(all[9]), w_ch = given(all[10]);
     variable_list result(kBeforeExtras);
     {
       const at::NoGradGuard constant;
-      static const auto op = find_operator<&scan_kept_backward>("pyseq::scan_kept_backward");
+      const bool needs_x = options["needs_x"].toBool();
+      static const auto op = find_operator<&scan_backward>("pyseq::scan_backward");
       const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch, d_extras] =
-          op.call(given(d[0]), given(d[1]), if_used(options["has_c"], d[2]), saved[0], saved[1],
-                  saved[2], given(saved[3]), given(saved[4]), given(saved[5]), given(saved[6]),
-                  given(saved[7]), saved[8], saved[9], options["cell"].toStringView(),
-                  options["reverse"].toBool(), options["keep_every"].toInt(),
-                  options["needs_x"].toBool(), if_used(options["has_c_steps"], d[3]),
-                  given(saved[10]), extras);
-      result[0] = if_given(options["needs_x"].toBool(), d_x);
+          op.call(given(d[0]), given(d[1]), if_used(options["has_c"], d[2]),
+                  if_used(options["has_c_steps"], d[3]), x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0,
+                  lengths, resets, saved, options["cell"].toStringView(),
+                  options["reverse"].toBool(), options["keep_every"].toInt(), needs_x, w_ch,
+                  extras);
+      result[0] = if_given(needs_x, d_x);
       result[1] = d_w_ih;
       result[2] = d_w_hh;
-      result[3] = if_given(saved[3].defined(), d_b_ih);
-      result[4] = if_given(saved[4].defined(), d_b_hh);
-      result[5] = if_given(saved[5].defined(), d_w_hr);
-      result[6] = if_given(saved[11].defined(), d_h_0);
-      result[7] = if_given(saved[12].defined(), d_c_0);
-      result[14] = if_given(saved[10].defined(), d_w_ch);
+      result[3] = if_given(b_ih.has_value(), d_b_ih);
+      result[4] = if_given(b_hh.has_value(), d_b_hh);
+      result[5] = if_given(w_hr.has_value(), d_w_hr);
+      result[6] = if_given(h_0.has_value(), d_h_0);
+      result[7] = if_given(c_0.has_value(), d_c_0);
+      result[14] = if_given(w_ch.has_value(), d_w_ch);
       append_gradients(result, extras, d_extras);
     }
     result = differentiable("scan", std::move(result), d, [&] {
       return with_extras(
-          {saved[0], saved[1], saved[2], given(saved[3]), given(saved[4]), given(saved[5]),
-           given(saved[11]), given(saved[12]), given(saved[6]), given(saved[7]), options["cell"],
-           options["reverse"], options["keep_every"], options["has_c_steps"], given(saved[10])},
+          {x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, options["cell"],
+           options["reverse"], options["keep_every"], options["has_c_steps"], w_ch},
           extras);
     });
     return for_function(result, present);
@@ -311,19 +232,26 @@ struct Attend : Function<Attend> {
                                const Tensor& memory, const OptionalTensor& weight_v,
                                const OptionalTensor& lengths, std::string score,
                                const OptionalTensor& positions, int64_t window, int64_t heads,
-                               const OptionalTensor& step) {
+                               const OptionalTensor& step, bool need_weights) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    // Backward takes them, wanted or not, but of windows on the CPU.
+    const bool keeps = need_weights || window == 0 || !query.is_cpu();
     static const auto op = find_operator<&pyseq::attend>("pyseq::attend");
-    const auto [attended, attn] =
-        op.call(query, keys, memory, weight_v, lengths, score, positions, window, heads, step);
+    const auto [attended, attn] = op.call(query, keys, memory, weight_v, lengths, score, positions,
+                                          window, heads, step, keeps);
     context->save_for_backward({query, keys, memory, or_undefined(weight_v), or_undefined(lengths),
-                                attn, or_undefined(positions), or_undefined(step)});
+                                keeps ? attn : Tensor(), or_undefined(positions),
+                                or_undefined(step)});
     auto& options = context->saved_data;
     options["score"] = score;
     options["window"] = window;
     options["heads"] = heads;
+    options["need_weights"] = need_weights;
     context->set_materialize_grads(false);
-    return {attended, attn};
+    if (need_weights) return {attended, attn};
+    const Tensor unwanted = keeps ? attn.new_empty({0}) : attn;
+    context->mark_non_differentiable({unwanted});
+    return {attended, unwanted};
   }
 
   static variable_list backward(AutogradContext* context, variable_list d) {
@@ -331,14 +259,14 @@ struct Attend : Function<Attend> {
     auto& options = context->saved_data;
     const OptionalTensor weight_v = given(saved[3]), positions = given(saved[6]),
                          step = given(saved[7]);
-    variable_list result(10);
+    variable_list result(11);
     {
       const at::NoGradGuard constant;
       static const auto op = find_operator<&attend_backward>("pyseq::attend_backward");
       const auto [d_query, d_keys, d_memory, d_weight_v, d_positions] =
-          op.call(given(d[0]), given(d[1]), saved[0], saved[1], saved[2], weight_v, given(saved[4]),
-                  saved[5], options["score"].toStringView(), positions, options["window"].toInt(),
-                  options["heads"].toInt(), step);
+          op.call(given(d[0]), if_used(options["need_weights"], d[1]), saved[0], saved[1], saved[2],
+                  weight_v, given(saved[4]), given(saved[5]), options["score"].toStringView(),
+                  positions, options["window"].toInt(), options["heads"].toInt(), step);
       result[0] = d_query;
       result[1] = d_keys;
       result[2] = d_memory;
@@ -346,14 +274,25 @@ struct Attend : Function<Attend> {
       result[6] = if_given(positions.has_value(), d_positions);
     }
     return differentiable("attend", std::move(result), d, [&] {
-      return torch::jit::Stack{
-          saved[0],         saved[1],  saved[2],          weight_v,         given(saved[4]),
-          options["score"], positions, options["window"], options["heads"], step};
+      return torch::jit::Stack{saved[0],
+                               saved[1],
+                               saved[2],
+                               weight_v,
+                               given(saved[4]),
+                               options["score"],
+                               positions,
+                               options["window"],
+                               options["heads"],
+                               step,
+                               options["need_weights"]};
     });
   }
 };
 
 struct Decode : Function<Decode> {
+  static constexpr size_t kResults = 6;  // of the operator
+  static constexpr size_t kInputs = 18;  // saved tensors before those of the layers
+
   // Takes what the operator takes, so that the gradients are in the schema's order, as
   // `differentiable` wants them.
   static variable_list forward(AutogradContext* context, const Tensor& x, at::TensorList layers,
@@ -371,8 +310,7 @@ struct Decode : Function<Decode> {
     const bool needs_x = x.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&decode_forward>("pyseq::decode_forward");
-    const auto [output, attn, h_n, c_n, feed_n, past_n, gates_first, gates_above, apart, states,
-                cells, query, attended, positions, centers, pasts] =
+    variable_list results =
         op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed, lengths,
                 dropout_masks, cell, score, input_feeding, weight_history, weight_position,
                 weight_position_v, step, past, heads, window, history, order, fed);
@@ -382,35 +320,28 @@ struct Decode : Function<Decode> {
                         combine,
                         or_undefined(weight_query),
                         or_undefined(weight_v),
+                        or_undefined(h_0),
+                        or_undefined(c_0),
                         or_undefined(feed),
                         or_undefined(lengths),
                         or_undefined(dropout_masks),
-                        output,
-                        attn,
-                        gates_first,
-                        gates_above,
-                        apart,
-                        states,
-                        cells,
-                        query,
-                        attended,
-                        or_undefined(h_0),
-                        or_undefined(c_0),
                         or_undefined(weight_history),
                         or_undefined(weight_position),
                         or_undefined(weight_position_v),
                         or_undefined(step),
                         or_undefined(past),
-                        positions,
-                        centers,
-                        pasts};
+                        results[0],
+                        results[1]};
     saved.insert(saved.end(), layers.begin(), layers.end());
+    saved.insert(saved.end(), results.begin() + kResults, results.end());
+    results.resize(kResults);
     context->save_for_backward(std::move(saved));
     auto& options = context->saved_data;
     options["cell"] = cell;
     options["score"] = score;
     options["input_feeding"] = input_feeding;
     options["needs_x"] = needs_x;
+    options["layers"] = static_cast<int64_t>(layers.size());
     options["heads"] = heads;
     options["window"] = window;
     options["history"] = history;
@@ -418,48 +349,53 @@ struct Decode : Function<Decode> {
     options["fed"] = fed;
     context->set_materialize_grads(false);
     variable_list constant;
-    if (cell != "lstm") constant.push_back(c_n);
-    if (fed != "context") constant.push_back(feed_n);
-    if (history == "none") constant.push_back(past_n);
+    if (cell != "lstm") constant.push_back(results[3]);
+    if (fed != "context") constant.push_back(results[4]);
+    if (history == "none") constant.push_back(results[5]);
     context->mark_non_differentiable(constant);
-    return {output, attn, h_n, c_n, feed_n, past_n};
+    return results;
   }
 
   static variable_list backward(AutogradContext* context, variable_list d) {
-    constexpr size_t kFixed = 28;  // saved tensors before those of the layers
-    const variable_list saved = context->get_saved_variables();
-    const variable_list layers(saved.begin() + kFixed, saved.end());
+    const variable_list all = context->get_saved_variables();
     auto& options = context->saved_data;
+    const at::TensorList tensors(all);
+    const size_t layer_count = options["layers"].toInt();
+    const at::TensorList layers = tensors.slice(kInputs, layer_count),
+                         saved = tensors.slice(kInputs + layer_count);
     const bool is_lstm = options["cell"].toStringView() == "lstm";
     const bool feeds_context = options["fed"].toStringView() == "context";
     const bool remembers = options["history"].toStringView() != "none";
-    const OptionalTensor weight_query = given(saved[4]), weight_v = given(saved[5]),
-                         feed = given(saved[6]), weight_history = given(saved[20]),
-                         weight_position = given(saved[21]), weight_position_v = given(saved[22]),
-                         step = given(saved[23]), past = given(saved[24]);
+    const Tensor &x = all[0], &keys = all[1], &memory = all[2], &combine = all[3],
+                 &output = all[16], &attn = all[17];
+    const OptionalTensor weight_query = given(all[4]), weight_v = given(all[5]),
+                         h_0 = given(all[6]), c_0 = given(all[7]), feed = given(all[8]),
+                         lengths = given(all[9]), dropout_masks = given(all[10]),
+                         weight_history = given(all[11]), weight_position = given(all[12]),
+                         weight_position_v = given(all[13]), step = given(all[14]),
+                         past = given(all[15]);
     variable_list result;
     {
       const at::NoGradGuard constant;
+      const bool needs_x = options["needs_x"].toBool();
       static const auto op = find_operator<&decode_backward>("pyseq::decode_backward");
       const auto [d_x, d_layers, d_keys, d_memory, d_combine, d_weight_query, d_weight_v, d_h_0,
                   d_c_0, d_feed, d_weight_history, d_weight_position, d_weight_position_v, d_past] =
           op.call(given(d[0]), given(d[1]), given(d[2]), is_lstm ? given(d[3]) : std::nullopt,
-                  saved[0], layers, saved[1], saved[2], saved[3], weight_query, weight_v, feed,
-                  given(saved[7]), given(saved[8]), saved[9], saved[10], saved[11], saved[12],
-                  saved[13], saved[14], saved[15], saved[16], saved[17],
-                  options["cell"].toStringView(), options["score"].toStringView(),
-                  options["input_feeding"].toBool(), options["needs_x"].toBool(), weight_history,
-                  weight_position, weight_position_v, step, past, options["heads"].toInt(),
-                  options["window"].toInt(), options["history"].toStringView(),
-                  options["order"].toStringView(), options["fed"].toStringView(),
                   feeds_context ? given(d[4]) : std::nullopt,
-                  remembers ? given(d[5]) : std::nullopt, saved[25], saved[26], saved[27]);
-      result.push_back(if_given(options["needs_x"].toBool(), d_x));
+                  remembers ? given(d[5]) : std::nullopt, x, layers, keys, memory, combine,
+                  weight_query, weight_v, h_0, c_0, feed, lengths, dropout_masks, output, attn,
+                  saved, options["cell"].toStringView(), options["score"].toStringView(),
+                  options["input_feeding"].toBool(), needs_x, weight_history, weight_position,
+                  weight_position_v, step, past, options["heads"].toInt(),
+                  options["window"].toInt(), options["history"].toStringView(),
+                  options["order"].toStringView(), options["fed"].toStringView());
+      result.push_back(if_given(needs_x, d_x));
       result.insert(result.end(), d_layers.begin(), d_layers.end());
       for (const Tensor& gradient :
            {d_keys, d_memory, d_combine, if_given(weight_query.has_value(), d_weight_query),
-            if_given(weight_v.has_value(), d_weight_v), if_given(saved[18].defined(), d_h_0),
-            if_given(saved[19].defined(), d_c_0), if_given(feed.has_value(), d_feed)}) {
+            if_given(weight_v.has_value(), d_weight_v), if_given(h_0.has_value(), d_h_0),
+            if_given(c_0.has_value(), d_c_0), if_given(feed.has_value(), d_feed)}) {
         result.push_back(gradient);
       }
       result.resize(result.size() + 6);  // lengths, dropout_masks and four options
@@ -471,18 +407,18 @@ struct Decode : Function<Decode> {
       result.resize(result.size() + 5);  // the other options
     }
     return differentiable("decode", std::move(result), d, [&] {
-      return torch::jit::Stack{saved[0],
+      return torch::jit::Stack{x,
                                layers,
-                               saved[1],
-                               saved[2],
-                               saved[3],
+                               keys,
+                               memory,
+                               combine,
                                weight_query,
                                weight_v,
-                               given(saved[18]),
-                               given(saved[19]),
+                               h_0,
+                               c_0,
                                feed,
-                               given(saved[7]),
-                               given(saved[8]),
+                               lengths,
+                               dropout_masks,
                                options["cell"],
                                options["score"],
                                options["input_feeding"],
@@ -613,34 +549,32 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
                           keep_every, return_states, w_ch, h_mask, zoneout_h, zoneout_c, reset_h,
                           reset_c, gain_ih, gain_hh, gain_c, bias_c);
   }
-  const std::string name(cell);
-  const variable_list result =
-      keep_every == 1 ? Scan::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets,
-                                    name, reverse, keep_every, return_states, w_ch,
-                                    at::TensorList(extra.tensors), extra.present)
-                      : ScanKeeping::apply(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths,
-                                           resets, name, reverse, keep_every, return_states, w_ch,
-                                           at::TensorList(extra.tensors), extra.present);
+  const variable_list result = Scan::apply(
+      x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, std::string(cell), reverse,
+      keep_every, return_states, w_ch, at::TensorList(extra.tensors), extra.present);
   return {result[0], result[1], result[2], result[3]};
 }
 
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
                                   const OptionalTensor& weight_v, const OptionalTensor& lengths,
                                   std::string_view score, const OptionalTensor& positions,
-                                  int64_t window, int64_t heads, const OptionalTensor& step) {
+                                  int64_t window, int64_t heads, const OptionalTensor& step,
+                                  bool need_weights) {
   const OptionalTensor query_(query), keys_(keys), memory_(memory);
   if (!needs_grad("attend", {&query_, &keys_, &memory_, &weight_v, &positions})) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<&pyseq::attend>("pyseq::attend");
-    return op.call(query, keys, memory, weight_v, lengths, score, positions, window, heads, step);
+    return op.call(query, keys, memory, weight_v, lengths, score, positions, window, heads, step,
+                   need_weights);
   }
   if (is_transformed()) {
     static const auto reference = find_operator<&pyseq::attend>("pyseq::attend_reference");
     return reference.call(query, keys, memory, weight_v, lengths, score, positions, window, heads,
-                          step);
+                          step, need_weights);
   }
-  const variable_list result = Attend::apply(query, keys, memory, weight_v, lengths,
-                                             std::string(score), positions, window, heads, step);
+  const variable_list result =
+      Attend::apply(query, keys, memory, weight_v, lengths, std::string(score), positions, window,
+                    heads, step, need_weights);
   return {result[0], result[1]};
 }
 

@@ -22,7 +22,8 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
                                   const OptionalTensor& weight_v, const OptionalTensor& lengths,
                                   std::string_view score, const OptionalTensor& positions,
-                                  int64_t window, int64_t heads, const OptionalTensor& step);
+                                  int64_t window, int64_t heads, const OptionalTensor& step,
+                                  bool need_weights);
 
 Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
                const Tensor& combine, const OptionalTensor& weight_query,

@@ -6,11 +6,13 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include "arguments.h"
 #include "autocast.h"
 #include "autograd.h"
 #include "build_info.h"
 #include "check.h"
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 #include "cuda_plan.h"
 #include "dispatcher.h"
 #include "loss.h"
@@ -30,42 +32,24 @@ TORCH_LIBRARY(pyseq, m) {
       "Tensor? gain_hh=None, Tensor? gain_c=None, Tensor? bias_c=None) -> (Tensor y, Tensor h_n, "
       "Tensor c_n, Tensor c_steps)");
   m.def(
-      "scan_kept_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-      "Tensor? w_hr, Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, "
-      "bool reverse, int keep_every, bool return_states=False, Tensor? w_ch=None, Tensor?[]? "
-      "extras=None) -> "
-      "(Tensor y, Tensor h_n, Tensor c_n, Tensor h_kept, Tensor c_kept, Tensor c_steps)");
-  m.def(
-      "scan_kept_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor w_ih, "
-      "Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? lengths, Tensor? resets, "
-      "Tensor h_kept, Tensor c_kept, str cell, bool reverse, int keep_every, bool needs_x, "
-      "Tensor? d_c_steps=None, Tensor? w_ch=None, Tensor?[]? extras=None) -> (Tensor d_x, Tensor "
-      "d_w_ih, "
-      "Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_w_hr, Tensor d_h_0, Tensor d_c_0, "
-      "Tensor d_w_ch, Tensor[] d_extras)");
-  m.def(
       "scan_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor? w_hr, Tensor? h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, str cell, "
-      "bool reverse, bool return_states=False, Tensor? w_ch=None, Tensor?[]? extras=None) -> "
-      "(Tensor y, Tensor h_n, "
-      "Tensor c_n, Tensor gates, Tensor apart, Tensor states, Tensor cells, Tensor inner, "
-      "Tensor c_steps, Tensor x_sums, Tensor r_sums, Tensor c_sums, Tensor moments)");
+      "bool reverse, int keep_every=1, bool return_states=False, Tensor? w_ch=None, "
+      "Tensor?[]? extras=None) -> Tensor[] results");
   m.def(
-      "scan_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor w_ih, "
-      "Tensor w_hh, Tensor? w_hr, Tensor? lengths, Tensor? resets, Tensor gates, Tensor apart, "
-      "Tensor states, Tensor cells, Tensor inner, str cell, bool reverse, bool needs_x, "
-      "Tensor? d_c_steps=None, Tensor? w_ch=None, Tensor?[]? extras=None, "
-      "Tensor? x_sums=None, Tensor? r_sums=None, Tensor? c_sums=None, Tensor? moments=None) -> "
-      "(Tensor d_x, Tensor d_w_ih, "
-      "Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_w_hr, Tensor d_h_0, Tensor d_c_0, "
-      "Tensor d_w_ch, Tensor[] d_extras)");
+      "scan_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_c_steps, Tensor x, "
+      "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? h_0, "
+      "Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor[] saved, str cell, bool reverse, "
+      "int keep_every, bool needs_x, Tensor? w_ch=None, Tensor?[]? extras=None) -> (Tensor d_x, "
+      "Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_w_hr, Tensor d_h_0, "
+      "Tensor d_c_0, Tensor d_w_ch, Tensor[] d_extras)");
   m.def(
       "attend(Tensor query, Tensor keys, Tensor memory, Tensor? weight_v, Tensor? lengths, "
-      "str score, Tensor? positions=None, int window=0, int heads=1, Tensor? step=None) -> "
-      "(Tensor context, Tensor attn)");
+      "str score, Tensor? positions=None, int window=0, int heads=1, Tensor? step=None, "
+      "bool need_weights=True) -> (Tensor context, Tensor attn)");
   m.def(
       "attend_backward(Tensor? d_context, Tensor? d_attn, Tensor query, Tensor keys, "
-      "Tensor memory, Tensor? weight_v, Tensor? lengths, Tensor attn, str score, "
+      "Tensor memory, Tensor? weight_v, Tensor? lengths, Tensor? attn, str score, "
       "Tensor? positions=None, int window=0, int heads=1, Tensor? step=None) -> "
       "(Tensor d_query, Tensor d_keys, Tensor d_memory, Tensor d_weight_v, Tensor d_positions)");
   m.def(
@@ -83,21 +67,16 @@ TORCH_LIBRARY(pyseq, m) {
       "Tensor? lengths, Tensor? dropout_masks, str cell, str score, bool input_feeding, "
       "Tensor? weight_history=None, Tensor? weight_position=None, Tensor? weight_position_v=None, "
       "Tensor? step=None, Tensor? past=None, int heads=1, int window=0, str history=\"none\", "
-      "str order=\"luong\", str fed=\"output\") -> (Tensor output, Tensor attn, Tensor h_n, "
-      "Tensor c_n, Tensor feed_n, Tensor past_n, Tensor gates_first, Tensor gates_above, "
-      "Tensor apart, Tensor states, Tensor cells, Tensor query, Tensor context, "
-      "Tensor positions, Tensor centers, Tensor pasts)");
+      "str order=\"luong\", str fed=\"output\") -> Tensor[] results");
   m.def(
       "decode_backward(Tensor? d_output, Tensor? d_attn, Tensor? d_h_n, Tensor? d_c_n, "
-      "Tensor x, Tensor[] layers, Tensor keys, Tensor memory, Tensor combine, "
-      "Tensor? weight_query, Tensor? weight_v, Tensor? feed, Tensor? lengths, "
-      "Tensor? dropout_masks, Tensor output, Tensor attn, Tensor gates_first, "
-      "Tensor gates_above, Tensor apart, Tensor states, Tensor cells, Tensor query, "
-      "Tensor context, str cell, str score, bool input_feeding, bool needs_x, "
+      "Tensor? d_feed_n, Tensor? d_past_n, Tensor x, Tensor[] layers, Tensor keys, "
+      "Tensor memory, Tensor combine, Tensor? weight_query, Tensor? weight_v, Tensor? h_0, "
+      "Tensor? c_0, Tensor? feed, Tensor? lengths, Tensor? dropout_masks, Tensor output, "
+      "Tensor attn, Tensor[] saved, str cell, str score, bool input_feeding, bool needs_x, "
       "Tensor? weight_history=None, Tensor? weight_position=None, Tensor? weight_position_v=None, "
       "Tensor? step=None, Tensor? past=None, int heads=1, int window=0, str history=\"none\", "
-      "str order=\"luong\", str fed=\"output\", Tensor? d_feed_n=None, Tensor? d_past_n=None, "
-      "Tensor? positions=None, Tensor? centers=None, Tensor? pasts=None) -> "
+      "str order=\"luong\", str fed=\"output\") -> "
       "(Tensor d_x, Tensor[] d_layers, Tensor d_keys, Tensor d_memory, Tensor d_combine, "
       "Tensor d_weight_query, Tensor d_weight_v, Tensor d_h_0, Tensor d_c_0, Tensor d_feed, "
       "Tensor d_weight_history, Tensor d_weight_position, Tensor d_weight_position_v, "
@@ -140,8 +119,6 @@ TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
   m.impl("scan", pyseq::Widened<&pyseq::scan>::of("pyseq::scan"));
   m.impl("scan_forward", &pyseq::scan_forward);
   m.impl("scan_backward", &pyseq::scan_backward);
-  m.impl("scan_kept_forward", &pyseq::scan_kept_forward);
-  m.impl("scan_kept_backward", &pyseq::scan_kept_backward);
   m.impl("attend", pyseq::Widened<&pyseq::attend>::of("pyseq::attend"));
   m.impl("attend_backward", &pyseq::attend_backward);
   m.impl("decode", pyseq::Widened<&pyseq::decode>::of("pyseq::decode"));
@@ -219,6 +196,7 @@ struct Bound<Kernel> {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of pyseq; its operators are under torch.ops.pyseq.";
+  pyseq::cpu::poison_workspaces_if(&pyseq::poisons_memory);
   const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
   m.def("scan", Bound<&pyseq::scan>::to("pyseq::scan"), pybind11::arg("x"), pybind11::arg("w_ih"),
         pybind11::arg("w_hh"), pybind11::arg("b_ih"), pybind11::arg("b_hh"), pybind11::arg("w_hr"),
@@ -252,7 +230,8 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("keys"), pybind11::arg("memory"), pybind11::arg("weight_v"),
         pybind11::arg("lengths"), pybind11::arg("score"), pybind11::arg("positions") = std::nullopt,
         pybind11::arg("window") = 0, pybind11::arg("heads") = 1,
-        pybind11::arg("step") = std::nullopt, without_gil, "torch.ops.pyseq.attend");
+        pybind11::arg("step") = std::nullopt, pybind11::arg("need_weights") = true, without_gil,
+        "torch.ops.pyseq.attend");
   using pybind11::arg;
   m.def("decode", Bound<&pyseq::decode>::to("pyseq::decode"), arg("x"), arg("layers"), arg("keys"),
         arg("memory"), arg("combine"), arg("weight_query"), arg("weight_v"), arg("h_0"), arg("c_0"),

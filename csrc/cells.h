@@ -30,7 +30,9 @@ namespace pyseq {
 //                      h, c: in t-1, out t;
 //   backward           dh, dc: in the gradients of h_t, c_t, out the parts of those of
 //                      h_{t-1}, c_{t-1} that do not pass through the recurrent product; d_pre,
-//                      d_w: out, the gradients of the sums and of the unit's own weights.
+//                      d_w: out, the gradients of the sums and of the unit's own weights;
+//   replay             where what backward needs of the sums gives the states once more. h, c: in
+//                      t-1, out t.
 
 template <bool Relu>
 struct RnnCell {
@@ -54,6 +56,11 @@ struct RnnCell {
                                     V (&d_pre)[kPre], V*) {
     d_pre[0] = Relu ? M::where_positive(saved[0], dh) : dh * (1 - saved[0] * saved[0]);
     dh = M::zero();
+  }
+
+  template <class M, class V>
+  static PYSEQ_INLINE void replay(const V (&saved)[kPre], V& h, V*) {
+    h = saved[0];
   }
 };
 
@@ -111,7 +118,12 @@ struct Gru {
     pre[0] = r;
     pre[1] = z;
     pre[2] = n;
-    h = n + z * (h - n);
+    h = mixed(z, n, h);
+  }
+
+  template <class V>
+  static PYSEQ_INLINE V mixed(V z, V n, V h) {
+    return n + z * (h - n);
   }
 
   template <class M, class V>
@@ -124,6 +136,11 @@ struct Gru {
     d_pre[2] = d_candidate;
     d_pre[3] = d_candidate * r;
     dh = dh * z;
+  }
+
+  template <class M, class V>
+  static PYSEQ_INLINE void replay(const V (&saved)[kPre], V& h, V*) {
+    h = mixed(saved[1], saved[2], h);
   }
 };
 
@@ -194,12 +211,17 @@ struct LstmCell {
     pre[0] = M::sigmoid(pre[0]);
     pre[1] = M::sigmoid(pre[1]);
     pre[2] = M::tanh(pre[2]);
-    c[0] = pre[1] * c[0] + pre[0] * pre[2];
+    c[0] = next_c(pre, c[0]);
     if constexpr (Peepholes) pre[3] += w[2] * c[0];
     pre[3] = M::sigmoid(pre[3]);
     h = output<M>(pre[3], c[0]);
   }
 
+  // c from the gates and c before.
+  template <class V>
+  static PYSEQ_INLINE V next_c(const V (&gates)[kPre], V c_prev) {
+    return gates[1] * c_prev + gates[0] * gates[2];
+  }
   // h from the output gate and c, or from what stands in for c.
   template <class M, class V>
   static PYSEQ_INLINE V output(V o, V c) {
@@ -219,7 +241,7 @@ struct LstmCell {
   static PYSEQ_INLINE void backward(const V (&saved)[kPre], const V* w, V, const V* c_prev, V& dh,
                                     V* dc, V (&d_pre)[kPre], V* d_w) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const V c = f * c_prev[0] + i * g;
+    const V c = next_c(saved, c_prev[0]);
     V d;
     output_backward<M>(o, c, dh, d_pre[3], d);
     d += dc[0];
@@ -235,6 +257,12 @@ struct LstmCell {
       d_w[2] = d_pre[3] * c;
     }
     dh = M::zero();
+  }
+
+  template <class M, class V>
+  static PYSEQ_INLINE void replay(const V (&saved)[kPre], V& h, V* c) {
+    c[0] = next_c(saved, c[0]);
+    h = output<M>(saved[3], c[0]);
   }
 };
 

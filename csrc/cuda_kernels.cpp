@@ -99,6 +99,7 @@ template <class T>
 const cpu::Kernels<T> kTable{
     .gemm = nullptr,
     .scan_forward = &cuda_scan_forward<T>,
+    .replay = nullptr,
     .scan_backward = &cuda_scan_backward<T>,
     .attend_forward = &attend_forward<T>,
     .attend_backward = &attend_backward<T>,

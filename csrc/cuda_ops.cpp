@@ -84,8 +84,6 @@ TORCH_LIBRARY_IMPL(pyseq, CUDA, m) {
   m.impl("scan", of_every_type<&scan>("pyseq::scan"));
   m.impl("scan_forward", OnDevice<&scan_forward>::of("pyseq::scan_forward"));
   m.impl("scan_backward", OnDevice<&scan_backward>::of("pyseq::scan_backward"));
-  m.impl("scan_kept_forward", OnDevice<&scan_kept_forward>::of("pyseq::scan_kept_forward"));
-  m.impl("scan_kept_backward", OnDevice<&scan_kept_backward>::of("pyseq::scan_kept_backward"));
   m.impl("scan_both", of_every_type<&scan_both>("pyseq::scan_both"));
   m.impl("attend", of_every_type<&attend>("pyseq::attend"));
   m.impl("attend_backward", OnDevice<&attend_backward>::of("pyseq::attend_backward"));

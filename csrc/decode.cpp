@@ -1,220 +1,65 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "decode.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
-#include <string>
-
 #include "devices.h"
-#include "layers.h"
 #include "products.h"
 
 namespace pyseq {
 
 namespace {
 
-// How a decoder attends, beside its score; see functional.py.
-struct Attending {
-  const OptionalTensor &weight_history, &weight_position, &weight_position_v, &step, &past;
-  int64_t heads, window;
-  std::string_view history, order, fed;
-
-  bool remembers() const { return history != "none"; }
-  bool feeds_context() const { return fed == "context"; }
-  bool attends_first() const { return order == "bahdanau"; }
-  bool predicts() const { return weight_position.has_value(); }
-};
-
-struct DecodeShape {
-  CellShape cell;
-  bool additive;
-  int64_t steps, batch, input, hidden, layers, source, key_size, memory_size;
-  int64_t heads, fed_size, taps, position_size;
-};
-
-void check_choice(const char* name, std::string_view value,
-                  std::initializer_list<std::string_view> allowed) {
-  std::string text;
-  for (const std::string_view choice : allowed) {
-    if (choice == value) return;
-    text += (text.empty() ? "" : ", ") + std::string(choice);
-  }
-  TORCH_CHECK_VALUE(false, name, " must be one of ", text, ", got ", value);
-}
-
-// What goes with one another, and the tensors of what was chosen.
-void check_attending(const Attending& how, DecodeShape& shape, bool input_feeding,
-                     const Tensor& keys, const Tensor& memory, const Tensor& x) {
-  check_choice("history", how.history, {"none", "previous", "cumulative"});
-  check_choice("order", how.order, {"luong", "bahdanau"});
-  check_choice("fed", how.fed, {"output", "context"});
-  check_heads(how.heads, keys, memory);
-  check_window(how.window);
-  TORCH_CHECK_VALUE(!how.attends_first() || (input_feeding && how.feeds_context()),
-                    "order bahdanau needs the context as what is fed, got ",
-                    input_feeding ? how.fed : "no feeding");
-  TORCH_CHECK_VALUE(
-      how.predicts() == how.weight_position_v.has_value() && (!how.predicts() || how.window > 0),
-      "weight_position and weight_position_v must come together and with a window");
-  TORCH_CHECK_VALUE(
-      how.remembers() == how.weight_history.has_value() && (!how.remembers() || shape.additive),
-      "weight_history must come with a history and score concat, got history ", how.history);
-  TORCH_CHECK_VALUE(how.remembers() || !how.past.has_value(),
-                    "past weights go with a history, got none");
-  shape.heads = how.heads;
-  if (how.predicts()) {
-    check_dim(*how.weight_position, "weight_position", 2, "(P, H)");
-    shape.position_size = how.weight_position->size(0);
-    check_tensor(*how.weight_position, "weight_position", "(P, H)",
-                 {shape.position_size, shape.hidden}, x, "x");
-    check_tensor(*how.weight_position_v, "weight_position_v", "(P,)", {shape.position_size}, x,
-                 "x");
-  }
-  if (how.remembers()) {
-    check_dim(*how.weight_history, "weight_history", 2, "(A, K)");
-    shape.taps = how.weight_history->size(1);
-    TORCH_CHECK(shape.taps % 2 == 1, "weight_history must be (A, K) with an odd K, got ",
-                shape_text(how.weight_history->sizes()));
-    check_tensor(*how.weight_history, "weight_history", "(A, K)", {shape.key_size, shape.taps}, x,
-                 "x");
-    check_tensor(how.past, "past", "(B, N, S)", {shape.batch, shape.heads, shape.source}, x, "x");
-  }
-  check_step(how.step, shape.batch, x, "x");
-}
-
-DecodeShape check_decode(const Tensor& x, at::TensorList layers, const Tensor& keys,
-                         const Tensor& memory, const Tensor& combine,
-                         const OptionalTensor& weight_query, const OptionalTensor& weight_v,
-                         const OptionalTensor& h_0, const OptionalTensor& c_0,
-                         const OptionalTensor& feed, const OptionalTensor& dropout_masks,
-                         std::string_view cell_name, std::string_view score, bool input_feeding,
-                         const Attending& how) {
-  const CellShape cell = cell_shape(cell_name);
-  const bool additive = is_additive(score);
-  check_floating(x, "x");
-  check_dim(x, "x", 3, "(T, B, I)");
-  check_dim(combine, "combine", 2, "(H, M + H)");
-  const int64_t steps = x.size(0), batch = x.size(1), input = x.size(2);
-  TORCH_CHECK(steps > 0, "x must be (T, B, I) with T at least 1, got ", shape_text(x.sizes()));
-  check_memory(keys, memory, weight_v, batch, additive, x, "x");
-  const int64_t hidden = combine.size(0), source = memory.size(0), key_size = keys.size(2),
-                memory_size = memory.size(2);
-  TORCH_CHECK(hidden > 0, "combine must be (H, M + H) with H at least 1, got ",
-              shape_text(combine.sizes()));
-  check_weight(combine, "combine", "(H, M + H)", hidden, 1, {memory_size, hidden}, x, "x");
-
-  const int64_t fed_size = how.feeds_context() ? memory_size : hidden;
-  const int64_t count =
-      check_layers(layers, cell, input, input_feeding ? fed_size : 0, hidden, x, "x");
-  check_same_kind(combine, "combine", layers[1], "w_hh");
-  TORCH_CHECK_VALUE(!weight_query.has_value() || additive,
-                    "weight_query goes with score concat, got ", score);
-  if (weight_query.has_value()) {
-    check_weight(*weight_query, "weight_query", "(A, H)", key_size, 1, {hidden}, x, "x");
-    check_same_kind(*weight_query, "weight_query", layers[1], "w_hh");
-  } else {
-    check_tensor(keys, "keys", "(S, B, H)", {source, batch, hidden}, x, "x");
-  }
-  check_tensor(h_0, "h_0", "(L, B, H)", {count, batch, hidden}, x, "x");
-  check_tensor(c_0, "c_0", "(L, B, H)", {count, batch, hidden}, x, "x");
-  check_tensor(feed, "feed", how.feeds_context() ? "(B, M)" : "(B, H)", {batch, fed_size}, x, "x");
-  check_tensor(dropout_masks, "dropout_masks", "(L - 1, T, B, H)",
-               {count - 1, steps, batch, hidden}, x, "x");
-  DecodeShape shape{cell,   additive, steps,       batch, input,    hidden, count,
-                    source, key_size, memory_size, 1,     fed_size, 0,      0};
-  check_attending(how, shape, input_feeding, keys, memory, x);
-  return shape;
-}
-
-// Every tensor that one call of the decoder's kernels reads or writes, kept alive for it.
+// What a pass writes, and backward reads; see kernels.h. Undefined where there is no such thing.
 struct DecodeTensors {
-  std::vector<Tensor> w_ih, w_hh;
-  std::vector<Bias> bias;
-  Tensor keys, memory, combine;
-  OptionalTensor weight_query, weight_v, lengths, masks;
-  OptionalTensor weight_history, weight_position, weight_position_v, step;
-  Tensor feed;
-  Tensor gates_first, gates_above, apart, states, cells, query, context, attn, output;
-  Tensor positions, centers, pasts;
+  Tensor gates_first;  // (T, B, G*H)
+  Tensor gates_above;  // (L - 1, T or 1, B, G*H)
+  Tensor apart, states, cells, query, context, attn, output, positions, centers, pasts;
 };
-
-DecodeTensors decode_inputs(const DecodeShape& shape, const Tensor& x, at::TensorList layers,
-                            const Tensor& keys, const Tensor& memory, const Tensor& combine,
-                            const OptionalTensor& weight_query, const OptionalTensor& weight_v,
-                            const OptionalTensor& feed, const OptionalTensor& lengths,
-                            const OptionalTensor& dropout_masks, const Attending& how) {
-  DecodeTensors all;
-  for (int64_t l = 0; l < shape.layers; ++l) {
-    const Tensor* weights = &layers[l * kPerLayer];
-    all.w_ih.push_back(weights[0].contiguous());
-    all.w_hh.push_back(weights[1].contiguous());
-    all.bias.push_back(fold_bias(weights[2], weights[3], shape.cell, shape.hidden));
-  }
-  all.keys = rows_first(keys, shape.heads);
-  all.memory = rows_first(memory, shape.heads);
-  all.combine = combine.contiguous();
-  all.weight_query = contiguous(weight_query);
-  all.weight_v = contiguous(weight_v);
-  all.lengths = check_lengths(lengths, shape.batch, shape.source, "S");
-  all.masks = contiguous(dropout_masks);
-  all.feed =
-      feed.has_value() ? feed->contiguous() : at::zeros({shape.batch, shape.fed_size}, x.options());
-  if (how.remembers()) {
-    // Tap by tap, (N, K, A/N): the kernels add up what the taps of a position say.
-    all.weight_history =
-        how.weight_history->reshape({shape.heads, -1, shape.taps}).transpose(1, 2).contiguous();
-  }
-  all.weight_position = contiguous(how.weight_position);
-  all.weight_position_v = contiguous(how.weight_position_v);
-  all.step = contiguous(how.step);
-  return all;
-}
 
 template <class T>
-std::vector<cpu::DecoderLayer<T>> decoder_layers(const DecodeShape& shape, const DecodeTensors& all,
-                                                 bool input_feeding) {
-  std::vector<cpu::DecoderLayer<T>> layers(shape.layers);
+std::vector<cpu::DecoderLayer<T>> decoder_layers(const DecodeArguments& args,
+                                                 const DecodeTensors& all) {
+  const DecodeShape& shape = args.shape;
+  std::vector<cpu::DecoderLayer<T>> layers;
   for (int64_t l = 0; l < shape.layers; ++l) {
-    cpu::DecoderLayer<T>& layer = layers[l];
-    const int64_t columns = all.w_ih[l].size(1);
-    if (l > 0 || input_feeding) {
-      // Of the first layer's columns [x; fed] the loop needs only the second part.
-      if (is_quantized(all.w_ih[l])) {
-        layer.quantized_in = quantized_run(all.w_ih[l], l > 0 ? 0 : 1);
-      } else {
-        layer.w_in =
-            all.w_ih[l].const_data_ptr<T>() + (columns - (l > 0 ? shape.hidden : shape.fed_size));
-        layer.w_in_stride = columns;
-      }
-    }
-    layer.w_hh = values<T>(all.w_hh[l]);
-    layer.quantized_hh = quantized_run(all.w_hh[l]);
-    layer.bias = data<T>(all.bias[l].sum);
-    layer.apart_bias = data<T>(all.bias[l].apart);
+    const int64_t below = l > 0 ? shape.hidden : args.feeding ? shape.fed_size : 0;
+    cpu::DecoderLayer<T> layer =
+        layer_weights<T>(args.w_ih[l], args.w_hh[l], args.bias[l], below, /*run=*/l > 0 ? 0 : 1);
     layer.gates =
         l == 0 ? all.gates_first.data_ptr<T>() : all.gates_above.select(0, l - 1).data_ptr<T>();
-    if (all.apart.numel() > 0) layer.apart = all.apart.select(0, l).data_ptr<T>();
+    if (all.apart.defined()) layer.apart = all.apart.select(0, l).data_ptr<T>();
     layer.states = all.states.select(0, l).data_ptr<T>();
-    if (shape.cell.has_cell) layer.cells = all.cells.select(0, l).data_ptr<T>();
-    if (all.masks.has_value() && l + 1 < shape.layers) {
-      layer.mask = all.masks->select(0, l).const_data_ptr<T>();
+    if (all.cells.defined()) layer.cells = all.cells.select(0, l).data_ptr<T>();
+    if (args.masks.has_value() && l + 1 < shape.layers) {
+      layer.mask = args.masks->select(0, l).const_data_ptr<T>();
     }
+    layers.push_back(layer);
   }
   return layers;
 }
 
+// From one step to the next of what has `steps` of them, or one for all.
+int64_t step_of(const Tensor& tensor) {
+  return tensor.defined() && tensor.size(0) > 1 ? tensor.stride(0) : 0;
+}
+
 template <class T>
-cpu::Decode<T> decode_arguments(const DecodeShape& shape, const DecodeTensors& all,
-                                const std::vector<cpu::DecoderLayer<T>>& layers, bool input_feeding,
-                                bool save, const Attending& how) {
+cpu::Decode<T> decode_arguments(const DecodeArguments& args, const DecodeTensors& all,
+                                const std::vector<cpu::DecoderLayer<T>>& layers, bool save) {
+  const DecodeShape& shape = args.shape;
   return {
       .cell = shape.cell.kind,
       .additive = shape.additive,
-      .feeding = input_feeding,
+      .feeding = args.feeding,
       .save = save,
-      .feeds_context = how.feeds_context(),
-      .attends_first = how.attends_first(),
+      .feeds_context = args.feeds_context,
+      .attends_first = args.attends_first,
       .steps = shape.steps,
       .batch = shape.batch,
       .hidden = shape.hidden,
@@ -224,94 +69,253 @@ cpu::Decode<T> decode_arguments(const DecodeShape& shape, const DecodeTensors& a
       .memory_size = shape.memory_size,
       .threads = thread_count(),
       .layers = layers.data(),
-      .feed = all.feed.const_data_ptr<T>(),
-      .keys = all.keys.const_data_ptr<T>(),
-      .memory = all.memory.const_data_ptr<T>(),
-      .combine = values<T>(all.combine),
-      .w_query = values<T>(all.weight_query),
-      .quantized_context = quantized(all.combine, 0),
-      .quantized_hidden = quantized(all.combine, 1),
-      .quantized_query = quantized(all.weight_query),
-      .v = data<T>(all.weight_v),
-      .lengths = data<int64_t>(all.lengths),
-      .attn_step = all.attn.size(0) == 1 ? 0 : shape.batch * shape.heads * shape.source,
+      .feed = args.feed.const_data_ptr<T>(),
+      .keys = args.keys.const_data_ptr<T>(),
+      .memory = args.memory.const_data_ptr<T>(),
+      .combine = values<T>(args.combine),
+      .w_query = values<T>(args.weight_query),
+      .quantized_context = quantized(args.combine, 0),
+      .quantized_hidden = quantized(args.combine, 1),
+      .quantized_query = quantized(args.weight_query),
+      .v = data<T>(args.weight_v),
+      .lengths = data<int64_t>(args.lengths),
+      .attn_step = step_of(all.attn),
       .attn = all.attn.data_ptr<T>(),
-      .query = data_or_null<T>(all.query, all.weight_query.has_value()),
-      .context = all.context.data_ptr<T>(),
+      .query = data_if<T>(all.query),
+      .context_step = step_of(all.context),
+      .context = data_if<T>(all.context),
       .output = all.output.data_ptr<T>(),
       .heads = shape.heads,
-      .window = how.window,
-      .first_step = data<int64_t>(all.step),
+      .window = args.window,
+      .first_step = data<int64_t>(args.step),
       .position_size = shape.position_size,
-      .w_position = data<T>(all.weight_position),
-      .position_v = data<T>(all.weight_position_v),
+      .w_position = data<T>(args.weight_position),
+      .position_v = data<T>(args.weight_position_v),
       .taps = shape.taps,
-      .w_history = data<T>(all.weight_history),
-      .cumulative = how.history == "cumulative",
-      .positions = data_or_null<T>(all.positions, how.predicts()),
-      .centers = data_or_null<T>(all.centers, how.predicts()),
-      .past = data_or_null<T>(all.pasts, how.remembers()),
+      .w_history = data<T>(args.weight_history),
+      .cumulative = args.cumulative,
+      .positions = data_if<T>(all.positions),
+      .centers = data_if<T>(all.centers),
+      .past = data_if<T>(all.pasts),
   };
 }
 
-DecodeSaved run_decode(const Tensor& x, at::TensorList layers_in, const Tensor& keys,
-                       const Tensor& memory, const Tensor& combine,
-                       const OptionalTensor& weight_query, const OptionalTensor& weight_v,
-                       const OptionalTensor& h_0, const OptionalTensor& c_0,
-                       const OptionalTensor& feed, const OptionalTensor& lengths,
-                       const OptionalTensor& dropout_masks, std::string_view cell_name,
-                       std::string_view score, bool input_feeding, const Attending& how, bool save,
-                       bool keep_attn) {
-  const DecodeShape shape =
-      check_decode(x, layers_in, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
-                   dropout_masks, cell_name, score, input_feeding, how);
-  const auto& [cell, additive, T_, B, I, H, L, S, A, M, N, F, K, P] = shape;
-  if (save) check_differentiable(combine);
-  DecodeTensors all = decode_inputs(shape, x, layers_in, keys, memory, combine, weight_query,
-                                    weight_v, feed, lengths, dropout_masks, how);
-  const int64_t rows = cell.gates * H, slots = save ? T_ + 1 : 2, kept = save ? T_ : 1;
-  all.gates_first = project_input(x, all.w_ih[0], all.bias[0].sum);
-  all.gates_above = fresh({L - 1, kept, B, rows}, x);
-  all.apart = save && cell.has_apart ? fresh({L, T_, B, H}, x) : nothing(x);
-  const auto stack = [&](const OptionalTensor& initial) {
-    Tensor states = fresh({L, slots, B, H}, x);
-    Tensor first = states.select(1, 0);
-    initial.has_value() ? first.copy_(*initial) : first.zero_();
-    return states;
-  };
-  all.states = stack(h_0);
-  all.cells = cell.has_cell ? stack(c_0) : nothing(x);
-  all.query = weight_query.has_value() ? fresh({kept, B, A}, x) : nothing(x);
-  all.context = fresh({kept, B, M}, x);
-  all.attn = fresh(attn_sizes(save || keep_attn ? T_ : 1, B, N, S), x);
-  all.output = fresh({T_, B, H}, x);
-  all.positions = how.predicts() ? fresh({kept, B, P}, x) : nothing(x);
-  all.centers = how.predicts() ? fresh({kept, B}, x) : nothing(x);
-  all.pasts = how.remembers() ? fresh({slots, B, N, S}, x) : nothing(x);
-  if (how.remembers()) fill_slot(all.pasts, 0, how.past);
+// States of all layers in `slots`, of which the first is filled.
+Tensor first_states(const OptionalTensor& initial, const DecodeArguments& args, int64_t slots) {
+  const DecodeShape& shape = args.shape;
+  const Tensor states = fresh({shape.layers, slots, shape.batch, shape.hidden}, args.x);
+  const Tensor first = states.select(1, 0);
+  initial.has_value() ? first.copy_(*initial) : first.zero_();
+  return states;
+}
 
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "decode", [&] {
-    const auto layers = decoder_layers<scalar_t>(shape, all, input_feeding);
-    kernels_of<scalar_t>(x).decode_forward(
-        decode_arguments<scalar_t>(shape, all, layers, input_feeding, save, how));
+// Calls the kernels of the device: everything was checked and allocated.
+void launch(const DecodeArguments& args, const DecodeTensors& all, bool save) {
+  AT_DISPATCH_FLOATING_TYPES(args.x.scalar_type(), "decode", [&] {
+    const auto layers = decoder_layers<scalar_t>(args, all);
+    kernels_of<scalar_t>(args.x).decode_forward(
+        decode_arguments<scalar_t>(args, all, layers, save));
   });
-  const int64_t last = save ? T_ : T_ % 2;
-  return {all.output,
-          save || keep_attn ? all.attn : nothing(x),
-          all.states.select(1, last).clone(),
-          cell.has_cell ? all.cells.select(1, last).clone() : nothing(x),
-          how.feeds_context() ? copy_slot(all.context, kept - 1) : nothing(x),
-          how.remembers() ? copy_slot(all.pasts, last) : nothing(x),
-          all.gates_first,
-          all.gates_above,
-          all.apart,
-          all.states,
-          all.cells,
-          all.query,
-          all.context,
-          all.positions,
-          all.centers,
-          all.pasts};
+}
+
+struct DecodeRun {
+  Decoded results;
+  DecodeTensors all;
+};
+
+DecodeRun run_decode(const DecodeArguments& args, bool save, bool keep_attn) {
+  const auto& [cell, additive, T_, B, I, H, L, S, A, M, N, F, K, P] = args.shape;
+  const Tensor& x = args.x;
+  const int64_t rows = args.shape.rows(), kept = save ? T_ : 1;
+  const bool all_states = save && args.keeps_states();
+  const int64_t slots = all_states ? T_ + 1 : 2, last = all_states ? T_ : T_ % 2;
+  DecodeTensors all{
+      .gates_first = project_input(x, args.w_ih[0], args.bias[0].sum),
+      .gates_above = fresh({L - 1, kept, B, rows}, x),
+      .apart = save && cell.has_apart ? fresh({L, T_, B, H}, x) : Tensor(),
+      .states = first_states(args.h_0, args, slots),
+      .cells = cell.has_cell ? first_states(args.c_0, args, slots) : Tensor(),
+      .query = args.weight_query.has_value() ? fresh({kept, B, A}, x) : Tensor(),
+      .context = fresh({save && args.keeps_context() ? T_ : 1, B, M}, x),
+      .attn = fresh(attn_sizes(save || keep_attn ? T_ : 1, B, N, S), x),
+      .output = fresh({T_, B, H}, x),
+      .positions = args.predicts ? fresh({kept, B, P}, x) : Tensor(),
+      .centers = args.predicts ? fresh({kept, B}, x) : Tensor(),
+      .pasts = args.remembers ? fresh({save ? T_ + 1 : 2, B, N, S}, x) : Tensor(),
+  };
+  if (args.remembers) fill_slot(all.pasts, 0, args.past);
+  launch(args, all, save);
+  return {
+      {all.output, save || keep_attn ? all.attn : nothing(x), all.states.select(1, last).clone(),
+       cell.has_cell ? all.cells.select(1, last).clone() : nothing(x),
+       args.feeds_context ? copy_slot(all.context, all.context.size(0) - 1) : nothing(x),
+       args.remembers ? copy_slot(all.pasts, save ? T_ : T_ % 2) : nothing(x)},
+      all};
+}
+
+// What is kept for backward beside output and attn, in the order in which it is handed over.
+std::vector<Tensor> packed(const DecodeArguments& args, const DecodeTensors& all) {
+  std::vector<Tensor> list{all.gates_first};
+  if (args.shape.layers > 1) list.push_back(all.gates_above);
+  if (args.keeps_context()) list.push_back(all.context);
+  if (args.keeps_states()) list.push_back(all.states);
+  if (args.keeps_states() && all.cells.defined()) list.push_back(all.cells);
+  for (const Tensor& tensor : {all.apart, all.query, all.positions, all.centers, all.pasts}) {
+    if (tensor.defined()) list.push_back(tensor);
+  }
+  return list;
+}
+
+// The inverse, checked.
+DecodeTensors unpacked(const DecodeArguments& args, const Tensor& output, const Tensor& attn,
+                       at::TensorList list) {
+  const auto& [cell, additive, T_, B, I, H, L, S, A, M, N, F, K, P] = args.shape;
+  const int64_t rows = args.shape.rows();
+  size_t next = 0;
+  const auto take = [&](bool is_kept, const char* name, at::IntArrayRef sizes) {
+    if (!is_kept) return Tensor();
+    TORCH_CHECK(next < list.size(), "saved must be as forward gave it, with ", name, ", got ",
+                list.size(), " tensors");
+    return check_saved(list[next++], name, sizes, args.x);
+  };
+  DecodeTensors all;
+  all.output = check_saved(output, "output", {T_, B, H}, args.x);
+  all.attn = check_saved(attn, "attn", attn_sizes(T_, B, N, S), args.x);
+  all.gates_first = take(true, "gates_first", {T_, B, rows});
+  all.gates_above = take(L > 1, "gates_above", {L - 1, T_, B, rows});
+  all.context = take(args.keeps_context(), "context", {T_, B, M});
+  all.states = take(args.keeps_states(), "states", {L, T_ + 1, B, H});
+  all.cells = take(args.keeps_states() && cell.has_cell, "cells", {L, T_ + 1, B, H});
+  all.apart = take(cell.has_apart, "apart", {L, T_, B, H});
+  all.query = take(args.weight_query.has_value(), "query", {T_, B, A});
+  all.positions = take(args.predicts, "positions", {T_, B, P});
+  all.centers = take(args.predicts, "centers", {T_, B});
+  all.pasts = take(args.remembers, "pasts", {T_ + 1, B, N, S});
+  TORCH_CHECK(next == list.size(), "saved must be as forward gave it, ", next, " tensors, got ",
+              list.size());
+  return all;
+}
+
+// Fills in what of them was not kept: states, and contexts where each is a sum over all positions.
+void complete(const DecodeArguments& args, DecodeTensors& all) {
+  const auto& [cell, additive, T_, B, I, H, L, S, A, M, N, F, K, P] = args.shape;
+  if (!args.keeps_states()) {
+    all.states = first_states(args.h_0, args, T_ + 1);
+    if (cell.has_cell) all.cells = first_states(args.c_0, args, T_ + 1);
+    AT_DISPATCH_FLOATING_TYPES(args.x.scalar_type(), "decode_replay", [&] {
+      for (const auto& layer : decoder_layers<scalar_t>(args, all)) {
+        kernels_of<scalar_t>(args.x).replay({
+            .cell = cell.kind,
+            .steps = T_,
+            .batch = B,
+            .hidden = H,
+            .reverse = false,
+            .threads = thread_count(),
+            .lengths = nullptr,
+            .gates = layer.gates,
+            .states = layer.states,
+            .cells = layer.cells,
+        });
+      }
+    });
+  }
+  if (!args.keeps_context()) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    all.context = fresh({T_, B, M}, args.x);
+    Tensor rows = all.context.view({T_, B * N, M / N}).transpose(0, 1);
+    Tensor memory = args.memory;
+    if (args.lengths.has_value()) {
+      // Zero times whatever padding holds may be NaN.
+      const Tensor positions = at::arange(S, args.lengths->options());
+      const Tensor padding = positions.ge(args.lengths->unsqueeze(1)).repeat_interleave(N, 0);
+      memory = memory.masked_fill(padding.unsqueeze(2), 0);
+    }
+    at::bmm_out(rows, all.attn.view({T_, B * N, S}).transpose(0, 1), memory);
+  }
+}
+
+// What the loop back writes beside the gradients of the results.
+struct DecodeBackwardBuffers {
+  Tensor d_output;
+  OptionalTensor d_attn, d_fed;
+  Tensor d_h, d_c, d_x_gates, d_r_gates, d_sum, d_context, d_scores, d_query, d_keys, d_memory, d_v,
+      d_feed, d_positions, d_shares, d_taps, d_past;
+};
+
+void launch_backward(const DecodeArguments& args, const DecodeTensors& saved,
+                     const DecodeBackwardBuffers& all) {
+  AT_DISPATCH_FLOATING_TYPES(args.x.scalar_type(), "decode_backward", [&] {
+    auto layers = decoder_layers<scalar_t>(args, saved);
+    for (int64_t l = 0; l < args.shape.layers; ++l) {
+      layers[l].d_x_gates = all.d_x_gates.select(0, l).data_ptr<scalar_t>();
+      layers[l].d_r_gates = all.d_r_gates.select(0, l).data_ptr<scalar_t>();
+      layers[l].d_h = all.d_h.select(0, l).data_ptr<scalar_t>();
+      if (all.d_c.defined()) layers[l].d_c = all.d_c.select(0, l).data_ptr<scalar_t>();
+    }
+    kernels_of<scalar_t>(args.x).decode_backward({
+        .forward = decode_arguments<scalar_t>(args, saved, layers, /*save=*/true),
+        .d_output = all.d_output.const_data_ptr<scalar_t>(),
+        .d_attn = data<scalar_t>(all.d_attn),
+        .d_sum = all.d_sum.data_ptr<scalar_t>(),
+        .d_context = all.d_context.data_ptr<scalar_t>(),
+        .d_scores = data_if<scalar_t>(all.d_scores),
+        .d_query = data_if<scalar_t>(all.d_query),
+        .d_keys = data_if<scalar_t>(all.d_keys),
+        .d_v = data_if<scalar_t>(all.d_v),
+        .d_feed = all.d_feed.data_ptr<scalar_t>(),
+        .d_fed = data<scalar_t>(all.d_fed),
+        .d_memory = data_if<scalar_t>(all.d_memory),
+        .d_positions = data_if<scalar_t>(all.d_positions),
+        .d_shares = data_if<scalar_t>(all.d_shares),
+        .d_past = data_if<scalar_t>(all.d_past),
+        .d_w_history = data_if<scalar_t>(all.d_taps),
+    });
+  });
+}
+
+// The gradients of w_ih and b_ih of the first layer, which reads x and what is fed.
+std::pair<Tensor, Tensor> first_layer_gradient(const DecodeArguments& args,
+                                               const DecodeTensors& saved, const Tensor& d_x_l) {
+  const auto& [cell, additive, T_, B, I, H, L, S, A, M, N, F, K, P] = args.shape;
+  const Tensor d_rows = flat(d_x_l);
+  if (!args.feeding) return weight_gradient(d_rows, flat(args.x));
+  const Tensor weight = fresh({args.shape.rows(), I + F}, args.x);
+  const Tensor bias = fresh({args.shape.rows()}, args.x);
+  const Tensor of_x = weight.slice(1, 0, I), of_fed = weight.slice(1, I);
+  multiply_into(of_x, d_rows.t(), flat(args.x), std::nullopt, /*accumulate=*/false, bias);
+  if (args.attends_first) {
+    multiply_into(of_fed, d_rows.t(), flat(saved.context));
+    return {weight, bias};
+  }
+  multiply_into(of_fed, d_x_l.select(0, 0).t(), args.feed);
+  if (T_ > 1) {
+    const Tensor& source = args.feeds_context ? saved.context : saved.output;
+    multiply_into(of_fed, flat(d_x_l.slice(0, 1)).t(), flat(source.slice(0, 0, T_ - 1)),
+                  std::nullopt, /*accumulate=*/true);
+  }
+  return {weight, bias};
+}
+
+// What the loop left per step becomes the weights' gradients in one product each.
+std::vector<Tensor> layer_gradients(const DecodeArguments& args, const DecodeTensors& saved,
+                                    const DecodeBackwardBuffers& all) {
+  const int64_t steps = args.shape.steps;
+  std::vector<Tensor> gradients;
+  for (int64_t l = 0; l < args.shape.layers; ++l) {
+    const Tensor d_x_l = all.d_x_gates.select(0, l), d_r_l = all.d_r_gates.select(0, l);
+    std::pair<Tensor, Tensor> of_input;
+    if (l == 0) {
+      of_input = first_layer_gradient(args, saved, d_x_l);
+    } else {
+      Tensor below = saved.states.select(0, l - 1).narrow(0, 1, steps);
+      if (args.masks.has_value()) below = below * args.masks->select(0, l - 1);
+      of_input = weight_gradient(flat(d_x_l), flat(below));
+    }
+    const auto [d_w_hh, d_b_hh] =
+        weight_gradient(flat(d_r_l), flat(saved.states.select(0, l).narrow(0, 0, steps)));
+    gradients.insert(gradients.end(), {of_input.first, d_w_hh, of_input.second, d_b_hh});
+  }
+  return gradients;
 }
 
 }  // namespace
@@ -326,16 +330,16 @@ Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const
                const OptionalTensor& step, const OptionalTensor& past, int64_t heads,
                int64_t window, std::string_view history, std::string_view order,
                std::string_view fed) {
-  const Attending how{weight_history, weight_position, weight_position_v, step,  past,
-                      heads,          window,          history,           order, fed};
-  const DecodeSaved all =
-      run_decode(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed, lengths,
-                 dropout_masks, cell, score, input_feeding, how, /*save=*/false, need_weights);
-  return {std::get<0>(all), std::get<1>(all), std::get<2>(all),
-          std::get<3>(all), std::get<4>(all), std::get<5>(all)};
+  const DecodeArguments args = check_decode(
+      {x,        layers, keys,          memory,         combine,         weight_query,
+       weight_v, h_0,    c_0,           feed,           lengths,         dropout_masks,
+       cell,     score,  input_feeding, weight_history, weight_position, weight_position_v,
+       step,     past,   heads,         window,         history,         order,
+       fed});
+  return run_decode(args, /*save=*/false, need_weights).results;
 }
 
-DecodeSaved decode_forward(
+std::vector<Tensor> decode_forward(
     const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
     const Tensor& combine, const OptionalTensor& weight_query, const OptionalTensor& weight_v,
     const OptionalTensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
@@ -344,185 +348,107 @@ DecodeSaved decode_forward(
     const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
     const OptionalTensor& step, const OptionalTensor& past, int64_t heads, int64_t window,
     std::string_view history, std::string_view order, std::string_view fed) {
-  const Attending how{weight_history, weight_position, weight_position_v, step,  past,
-                      heads,          window,          history,           order, fed};
-  return run_decode(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
-                    lengths, dropout_masks, cell, score, input_feeding, how, /*save=*/true,
-                    /*keep_attn=*/true);
+  const DecodeArguments args = check_decode(
+      {x,        layers, keys,          memory,         combine,         weight_query,
+       weight_v, h_0,    c_0,           feed,           lengths,         dropout_masks,
+       cell,     score,  input_feeding, weight_history, weight_position, weight_position_v,
+       step,     past,   heads,         window,         history,         order,
+       fed});
+  check_differentiable(combine);
+  const DecodeRun run = run_decode(args, /*save=*/true, /*keep_attn=*/true);
+  std::vector<Tensor> results =
+      std::apply([](const auto&... each) { return std::vector<Tensor>{each...}; }, run.results);
+  const std::vector<Tensor> saved = packed(args, run.all);
+  results.insert(results.end(), saved.begin(), saved.end());
+  return results;
 }
 
 DecodeGradients decode_backward(
-    const OptionalTensor& d_output_in, const OptionalTensor& d_attn_in, const OptionalTensor& d_h_n,
-    const OptionalTensor& d_c_n, const Tensor& x, at::TensorList layers_in, const Tensor& keys,
-    const Tensor& memory, const Tensor& combine, const OptionalTensor& weight_query,
-    const OptionalTensor& weight_v, const OptionalTensor& feed, const OptionalTensor& lengths,
-    const OptionalTensor& dropout_masks, const Tensor& output, const Tensor& attn,
-    const Tensor& gates_first, const Tensor& gates_above, const Tensor& apart, const Tensor& states,
-    const Tensor& cells, const Tensor& query, const Tensor& context, std::string_view cell_name,
-    std::string_view score, bool input_feeding, bool needs_x, const OptionalTensor& weight_history,
+    const OptionalTensor& d_output, const OptionalTensor& d_attn, const OptionalTensor& d_h_n,
+    const OptionalTensor& d_c_n, const OptionalTensor& d_feed_n, const OptionalTensor& d_past_n,
+    const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
+    const Tensor& combine, const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+    const OptionalTensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
+    const OptionalTensor& lengths, const OptionalTensor& dropout_masks, const Tensor& output,
+    const Tensor& attn, at::TensorList saved, std::string_view cell, std::string_view score,
+    bool input_feeding, bool needs_x, const OptionalTensor& weight_history,
     const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
     const OptionalTensor& step, const OptionalTensor& past, int64_t heads, int64_t window,
-    std::string_view history, std::string_view order, std::string_view fed,
-    const OptionalTensor& d_feed_n, const OptionalTensor& d_past_n, const OptionalTensor& positions,
-    const OptionalTensor& centers, const OptionalTensor& pasts) {
-  const Attending how{weight_history, weight_position, weight_position_v, step,  past,
-                      heads,          window,          history,           order, fed};
-  const DecodeShape shape =
-      check_decode(x, layers_in, keys, memory, combine, weight_query, weight_v, d_h_n, d_c_n, feed,
-                   dropout_masks, cell_name, score, input_feeding, how);
-  const auto& [cell, additive, T_, B, I, H, L, S, A, M, N, F, K, P] = shape;
-  const auto options = x.options();
-  DecodeTensors all = decode_inputs(shape, x, layers_in, keys, memory, combine, weight_query,
-                                    weight_v, feed, lengths, dropout_masks, how);
-  const int64_t rows = cell.gates * H;
-  const std::vector<int64_t> none{0}, slots{L, T_ + 1, B, H}, apart_size{L, T_, B, H},
-      query_size{T_, B, A};
-  all.gates_first = check_saved(gates_first, "gates_first", {T_, B, rows}, x);
-  all.gates_above = check_saved(gates_above, "gates_above", {L - 1, T_, B, rows}, x);
-  all.apart = check_saved(apart, "apart", cell.has_apart ? apart_size : none, x);
-  all.states = check_saved(states, "states", slots, x);
-  all.cells = check_saved(cells, "cells", cell.has_cell ? slots : none, x);
-  all.query = check_saved(query, "query", weight_query.has_value() ? query_size : none, x);
-  all.context = check_saved(context, "context", {T_, B, M}, x);
+    std::string_view history, std::string_view order, std::string_view fed) {
+  const DecodeArguments args = check_decode(
+      {x,        layers, keys,          memory,         combine,         weight_query,
+       weight_v, h_0,    c_0,           feed,           lengths,         dropout_masks,
+       cell,     score,  input_feeding, weight_history, weight_position, weight_position_v,
+       step,     past,   heads,         window,         history,         order,
+       fed});
+  const auto& [cell_shape, additive, T_, B, I, H, L, S, A, M, N, F, K, P] = args.shape;
   const std::vector<int64_t> weights_size = attn_sizes(T_, B, N, S);
-  all.attn = check_saved(attn, "attn", weights_size, x);
-  all.output = check_saved(output, "output", {T_, B, H}, x);
-  if (how.predicts()) {
-    TORCH_CHECK(positions.has_value() && centers.has_value(),
-                "positions and centers must be as forward gave them, got none");
-    all.positions = check_saved(*positions, "positions", {T_, B, P}, x);
-    all.centers = check_saved(*centers, "centers", {T_, B}, x);
-  }
-  if (how.remembers()) {
-    TORCH_CHECK(pasts.has_value(), "pasts must be as forward gave them, got none");
-    all.pasts = check_saved(*pasts, "pasts", {T_ + 1, B, N, S}, x);
-  }
-  check_tensor(d_output_in, "d_output", "(T, B, H)", {T_, B, H}, x, "x");
-  check_tensor(d_attn_in, "d_attn", N == 1 ? "(T, B, S)" : "(T, B, N, S)", weights_size, x, "x");
+  check_tensor(d_output, "d_output", "(T, B, H)", {T_, B, H}, x, "x");
+  check_tensor(d_attn, "d_attn", N == 1 ? "(T, B, S)" : "(T, B, N, S)", weights_size, x, "x");
+  check_tensor(d_h_n, "d_h_n", "(L, B, H)", {L, B, H}, x, "x");
+  check_tensor(d_c_n, "d_c_n", "(L, B, H)", {L, B, H}, x, "x");
   check_tensor(d_feed_n, "d_feed_n", "(B, M)", {B, M}, x, "x");
   check_tensor(d_past_n, "d_past_n", "(B, N, S)", {B, N, S}, x, "x");
-  const Tensor d_output =
-      d_output_in.has_value() ? d_output_in->contiguous() : at::zeros({T_, B, H}, options);
-  const OptionalTensor d_attn = contiguous(d_attn_in), d_fed = contiguous(d_feed_n);
-  const auto last_gradient = [&](const OptionalTensor& given) {
-    Tensor d = fresh({L, B, H}, x);
-    given.has_value() ? d.copy_(*given) : d.zero_();
-    return d;
+  DecodeTensors kept = unpacked(args, output, attn, saved);
+  complete(args, kept);
+
+  const auto options = x.options();
+  const bool inside = args.keys_inside();
+  const Tensor none, d_x_gates = fresh({L, T_, B, args.shape.rows()}, x);
+  const DecodeBackwardBuffers all{
+      .d_output = or_zero(d_output, {T_, B, H}, x),
+      .d_attn = contiguous(d_attn),
+      .d_fed = contiguous(d_feed_n),
+      .d_h = copy_or_zero(d_h_n, {L, B, H}, x),
+      .d_c = cell_shape.has_cell ? copy_or_zero(d_c_n, {L, B, H}, x) : none,
+      .d_x_gates = d_x_gates,
+      .d_r_gates = cell_shape.has_apart ? at::empty_like(d_x_gates) : d_x_gates,
+      .d_sum = fresh({T_, B, H}, x),
+      .d_context = fresh({T_, B, M}, x),
+      .d_scores = inside && x.is_cpu() ? none : fresh({T_, B * N, S}, x),
+      .d_query = additive ? fresh({T_, B, A}, x) : none,
+      .d_keys = inside ? at::zeros({B * N, S, A / N}, options) : none,
+      .d_memory = args.windows() ? at::zeros({B * N, S, M / N}, options) : none,
+      .d_v = additive ? at::zeros({B, A}, options) : none,
+      .d_feed = fresh({B, F}, x),
+      .d_positions = args.predicts ? fresh({T_, B, P}, x) : none,
+      .d_shares = args.predicts ? fresh({T_, B}, x) : none,
+      .d_taps = args.remembers ? at::zeros({B, N, K, A / N}, options) : none,
+      .d_past = args.remembers ? copy_or_zero(d_past_n, {B, N, S}, x) : none,
   };
-  const Tensor d_h = last_gradient(d_h_n);
-  const Tensor d_c = cell.has_cell ? last_gradient(d_c_n) : nothing(x);
-  const Tensor d_x_gates = fresh({L, T_, B, rows}, x);
-  const Tensor d_r_gates = cell.has_apart ? at::empty_like(d_x_gates) : d_x_gates;
-  const Tensor d_sum = fresh({T_, B, H}, x);
-  const Tensor d_context = fresh({T_, B, M}, x);
-  const Tensor d_scores = fresh({T_, B * N, S}, x);
-  const Tensor d_query = additive ? fresh({T_, B, A}, x) : nothing(x);
-  // With windows the loop makes what is otherwise one product for all steps: it would multiply
-  // mostly zeros.
-  const bool windows = how.window > 0, keys_inside = additive || windows;
-  Tensor d_keys = keys_inside ? at::zeros({B * N, S, A / N}, options) : Tensor();
-  Tensor d_memory = windows ? at::zeros({B * N, S, M / N}, options) : Tensor();
-  const Tensor d_v = additive ? at::zeros({B, A}, options) : nothing(x);
-  const Tensor d_feed = fresh({B, F}, x);
-  const Tensor d_positions = how.predicts() ? fresh({T_, B, P}, x) : nothing(x);
-  const Tensor d_shares = how.predicts() ? fresh({T_, B}, x) : nothing(x);
-  const Tensor d_taps = how.remembers() ? at::zeros({B, N, K, A / N}, options) : nothing(x);
-  const Tensor d_past = how.remembers() ? fresh({B, N, S}, x) : nothing(x);
-  if (how.remembers()) d_past_n.has_value() ? d_past.copy_(*d_past_n) : d_past.zero_();
+  launch_backward(args, kept, all);
 
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "decode_backward", [&] {
-    auto layers = decoder_layers<scalar_t>(shape, all, input_feeding);
-    for (int64_t l = 0; l < L; ++l) {
-      layers[l].d_x_gates = d_x_gates.select(0, l).data_ptr<scalar_t>();
-      layers[l].d_r_gates = d_r_gates.select(0, l).data_ptr<scalar_t>();
-      layers[l].d_h = d_h.select(0, l).data_ptr<scalar_t>();
-      if (cell.has_cell) layers[l].d_c = d_c.select(0, l).data_ptr<scalar_t>();
-    }
-    kernels_of<scalar_t>(x).decode_backward({
-        .forward =
-            decode_arguments<scalar_t>(shape, all, layers, input_feeding, /*save=*/true, how),
-        .d_output = d_output.const_data_ptr<scalar_t>(),
-        .d_attn = data<scalar_t>(d_attn),
-        .d_sum = d_sum.data_ptr<scalar_t>(),
-        .d_context = d_context.data_ptr<scalar_t>(),
-        .d_scores = d_scores.data_ptr<scalar_t>(),
-        .d_query = data_or_null<scalar_t>(d_query, additive),
-        .d_keys = keys_inside ? d_keys.data_ptr<scalar_t>() : nullptr,
-        .d_v = data_or_null<scalar_t>(d_v, additive),
-        .d_feed = d_feed.data_ptr<scalar_t>(),
-        .d_fed = data<scalar_t>(d_fed),
-        .d_memory = windows ? d_memory.data_ptr<scalar_t>() : nullptr,
-        .d_positions = data_or_null<scalar_t>(d_positions, how.predicts()),
-        .d_shares = data_or_null<scalar_t>(d_shares, how.predicts()),
-        .d_past = data_or_null<scalar_t>(d_past, how.remembers()),
-        .d_w_history = data_or_null<scalar_t>(d_taps, how.remembers()),
-    });
-  });
-
-  // What the loop left per step becomes the weights' gradients in one product each.
-  const Tensor h_after = all.states.narrow(1, 1, T_), h_top = h_after.select(0, L - 1);
-  std::vector<Tensor> d_layers;
-  for (int64_t l = 0; l < L; ++l) {
-    const Tensor d_x_l = d_x_gates.select(0, l), d_r_l = d_r_gates.select(0, l);
-    const Tensor d_rows = flat(d_x_l);
-    Tensor d_w_ih, d_b_ih;
-    if (l > 0) {
-      Tensor below = h_after.select(0, l - 1);
-      if (all.masks.has_value()) below = below * all.masks->select(0, l - 1);
-      std::tie(d_w_ih, d_b_ih) = weight_gradient(d_rows, flat(below));
-    } else if (input_feeding) {
-      d_w_ih = fresh({rows, I + F}, x);
-      d_b_ih = fresh({rows}, x);
-      Tensor d_w_x = d_w_ih.slice(1, 0, I), d_w_feed = d_w_ih.slice(1, I);
-      multiply_into(d_w_x, d_rows.t(), flat(x), std::nullopt, /*accumulate=*/false, d_b_ih);
-      if (how.attends_first()) {
-        multiply_into(d_w_feed, d_rows.t(), flat(all.context));
-      } else {
-        const Tensor d_first = d_x_l.select(0, 0).t();
-        multiply_into(d_w_feed, d_first, all.feed);
-        if (T_ > 1) {
-          const Tensor& source = how.feeds_context() ? all.context : all.output;
-          multiply_into(d_w_feed, flat(d_x_l.slice(0, 1)).t(), flat(source.slice(0, 0, T_ - 1)),
-                        std::nullopt, /*accumulate=*/true);
-        }
-      }
-    } else {
-      std::tie(d_w_ih, d_b_ih) = weight_gradient(d_rows, flat(x));
-    }
-    const auto [d_w_hh, d_b_hh] =
-        weight_gradient(flat(d_r_l), flat(all.states.select(0, l).narrow(0, 0, T_)));
-    d_layers.push_back(d_w_ih);
-    d_layers.push_back(d_w_hh);
-    d_layers.push_back(d_b_ih);
-    d_layers.push_back(d_b_hh);
-  }
-  const Tensor d_combine = fresh({H, M + H}, x);
-  const Tensor d_sum_rows = flat(d_sum).t();
-  Tensor d_combine_context = d_combine.slice(1, 0, M), d_combine_hidden = d_combine.slice(1, M);
-  multiply_into(d_combine_context, d_sum_rows, flat(all.context));
-  multiply_into(d_combine_hidden, d_sum_rows, flat(h_top));
+  const Tensor top = kept.states.select(0, L - 1), h_top = top.narrow(0, 1, T_);
   // The states that asked, whose attention is the step's.
-  const Tensor asking = how.attends_first() ? all.states.select(0, L - 1).narrow(0, 0, T_) : h_top;
-  if (!keys_inside) d_keys = summed_over_steps(d_scores, asking, N);
-  if (!windows) d_memory = summed_over_steps(all.attn.view({T_, B * N, S}), d_context, N);
-  return {needs_x ? matrix_product(flat(d_x_gates.select(0, 0)), all.w_ih[0].slice(1, 0, I))
+  const Tensor asking = args.attends_first ? top.narrow(0, 0, T_) : h_top;
+  const Tensor d_combine = fresh({H, M + H}, x), d_sum_rows = flat(all.d_sum).t();
+  multiply_into(d_combine.slice(1, 0, M), d_sum_rows, flat(kept.context));
+  multiply_into(d_combine.slice(1, M), d_sum_rows, flat(h_top));
+  const Tensor d_keys = inside ? all.d_keys : summed_over_steps(all.d_scores, asking, N);
+  const Tensor d_memory = args.windows()
+                              ? all.d_memory
+                              : summed_over_steps(kept.attn.view({T_, B * N, S}), all.d_context, N);
+  const auto times_asking = [&](const Tensor& rows) {
+    return matrix_product(flat(rows).t(), flat(asking));
+  };
+  return {needs_x ? matrix_product(flat(d_x_gates.select(0, 0)), args.w_ih[0].slice(1, 0, I))
                         .view({T_, B, I})
                   : nothing(x),
-          d_layers,
+          layer_gradients(args, kept, all),
           steps_first(d_keys, N),
           steps_first(d_memory, N),
           d_combine,
-          weight_query.has_value() ? matrix_product(flat(d_query).t(), flat(asking)) : nothing(x),
-          additive ? d_v.sum(0) : nothing(x),
-          d_h,
-          d_c,
-          d_feed,
-          how.remembers() ? d_taps.sum(0).transpose(1, 2).reshape({A, K}) : nothing(x),
-          how.predicts() ? matrix_product(flat(d_positions).t(), flat(asking)) : nothing(x),
-          how.predicts()
-              ? matrix_product(flat(all.positions).t(), d_shares.view({T_ * B, 1})).view({P})
+          weight_query.has_value() ? times_asking(all.d_query) : nothing(x),
+          additive ? all.d_v.sum(0) : nothing(x),
+          all.d_h,
+          or_nothing(all.d_c, x),
+          all.d_feed,
+          args.remembers ? all.d_taps.sum(0).transpose(1, 2).reshape({A, K}) : nothing(x),
+          args.predicts ? times_asking(all.d_positions) : nothing(x),
+          args.predicts
+              ? matrix_product(flat(kept.positions).t(), all.d_shares.view({T_ * B, 1})).view({P})
               : nothing(x),
-          d_past};
+          or_nothing(all.d_past, x)};
 }
 
 }  // namespace pyseq

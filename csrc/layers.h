@@ -30,6 +30,11 @@ struct CellShape {
   bool gates_state = false;  // the last gate's part of it, the state times the first gate
   bool has_heads = false;    // it is a matrix for each head
   bool has_cell = states > 0;
+
+  // Whether its gates alone give its states once more.
+  bool replays() const {
+    return kind == CellKind::kLstm || kind == CellKind::kLstmPeephole || kind == CellKind::kGru;
+  }
 };
 
 // The cells that decoders take.
@@ -183,6 +188,28 @@ inline void check_memory(const Tensor& keys, const Tensor& memory, const Optiona
   check_tensor(weight_v, "weight_v", "(A,)", {keys.size(2)}, like, like_name);
 }
 
+// What attends, of a decoder.
+struct AttentionTensors {
+  const Tensor &keys, &memory, &combine;
+  const OptionalTensor &weight_query, &weight_v;
+};
+
+inline void check_attention(const AttentionTensors& of, bool additive, int64_t batch,
+                            int64_t hidden, const Tensor& like, const char* like_name) {
+  check_memory(of.keys, of.memory, of.weight_v, batch, additive, like, like_name);
+  const int64_t source = of.memory.size(0), key_size = of.keys.size(2);
+  check_weight(of.combine, "combine", "(H, M + H)", hidden, 1, {of.memory.size(2), hidden}, like,
+               like_name);
+  TORCH_CHECK_VALUE(!of.weight_query.has_value() || additive,
+                    "weight_query goes with score concat, got dot");
+  if (of.weight_query.has_value()) {
+    check_weight(*of.weight_query, "weight_query", "(A, H)", key_size, 1, {hidden}, like,
+                 like_name);
+  } else {
+    check_tensor(of.keys, "keys", "(S, B, H)", {source, batch, hidden}, like, like_name);
+  }
+}
+
 // Quantized weights have no values of the type that is computed in.
 template <class T>
 const T* values(const Tensor& weight) {
@@ -208,6 +235,12 @@ inline void check_same_kind(const Tensor& weight, const char* name, const Tensor
   TORCH_CHECK(is_quantized(weight) == is_quantized(like), name, " must be ",
               is_quantized(like) ? "quantized like " : "floating-point like ", like_name, ", got ",
               weight.scalar_type());
+}
+
+inline void check_attention_kind(const Tensor& combine, const OptionalTensor& weight_query,
+                                 const Tensor& w_hh) {
+  check_same_kind(combine, "combine", w_hh, "w_hh");
+  if (weight_query.has_value()) check_same_kind(*weight_query, "weight_query", w_hh, "w_hh");
 }
 
 constexpr size_t kPerLayer = 4;  // w_ih, w_hh, b_ih, b_hh
@@ -245,6 +278,34 @@ inline int64_t check_layers(at::TensorList layers, const CellShape& cell, int64_
     check_tensor(weights[3], name("b_hh").c_str(), "(G*H,)", {rows}, like, like_name);
   }
   return count;
+}
+
+// The weights of a stacked cell as the loop reads them: of w_ih the last columns, for the `below`
+// numbers that the loop makes, which of quantized weights are the run `run`.
+template <class T>
+cpu::DecoderLayer<T> layer_weights(const Tensor& w_ih, const Tensor& w_hh, const Bias& bias,
+                                   int64_t below, size_t run) {
+  cpu::DecoderLayer<T> layer{};
+  if (below > 0 && is_quantized(w_ih)) {
+    layer.quantized_in = quantized_run(w_ih, run);
+  } else if (below > 0) {
+    layer.w_in = w_ih.const_data_ptr<T>() + (w_ih.size(1) - below);
+    layer.w_in_stride = w_ih.size(1);
+  }
+  layer.w_hh = values<T>(w_hh);
+  layer.quantized_hh = quantized_run(w_hh);
+  layer.bias = data<T>(bias.sum);
+  layer.apart_bias = data<T>(bias.apart);
+  return layer;
+}
+
+// A result that a call does not have.
+inline Tensor or_nothing(const Tensor& tensor, const Tensor& like) {
+  return tensor.defined() ? tensor : nothing(like);
+}
+template <class T>
+T* data_if(const Tensor& tensor) {
+  return tensor.defined() ? tensor.data_ptr<T>() : nullptr;
 }
 
 }  // namespace pyseq

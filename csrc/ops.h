@@ -48,66 +48,44 @@ ScanResult scan(
     const OptionalTensor& gain_ih = std::nullopt, const OptionalTensor& gain_hh = std::nullopt,
     const OptionalTensor& gain_c = std::nullopt, const OptionalTensor& bias_c = std::nullopt);
 
-// (y, h_n, c_n), for backward (gates, apart, states, cells, inner), see kernels.h, c_steps, and of
-// a layer normalisation for backward (x_sums, r_sums, c_sums, moments).
-using ScanSaved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                             Tensor, Tensor, Tensor, Tensor>;
-ScanSaved scan_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
-                       const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                       const OptionalTensor& w_hr, const OptionalTensor& h_0,
-                       const OptionalTensor& c_0, const OptionalTensor& lengths,
-                       const OptionalTensor& resets, std::string_view cell, bool reverse,
-                       bool return_states, const OptionalTensor& w_ch, const ScanExtraList& extras);
+// The results of `scan`, and then what backward needs of the steps; of all, or with `keep_every`
+// above 1 only the state before every so many, from which backward runs forward once more. A
+// list, because how many there are depends on the cell and on what acts on it.
+std::vector<Tensor> scan_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+                                 const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                                 const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                                 const OptionalTensor& c_0, const OptionalTensor& lengths,
+                                 const OptionalTensor& resets, std::string_view cell, bool reverse,
+                                 int64_t keep_every, bool return_states, const OptionalTensor& w_ch,
+                                 const ScanExtraList& extras);
 
 // (d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch, d_extras), of the last a
 // tensor for each element of the argument, without elements where there is no gradient.
 using ScanGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                  Tensor, std::vector<Tensor>>;
 ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
-                            const OptionalTensor& d_c_n, const Tensor& x, const Tensor& w_ih,
-                            const Tensor& w_hh, const OptionalTensor& w_hr,
-                            const OptionalTensor& lengths, const OptionalTensor& resets,
-                            const Tensor& gates, const Tensor& apart, const Tensor& states,
-                            const Tensor& cells, const Tensor& inner, std::string_view cell,
-                            bool reverse, bool needs_x, const OptionalTensor& d_c_steps,
-                            const OptionalTensor& w_ch, const ScanExtraList& extras,
-                            const OptionalTensor& x_sums, const OptionalTensor& r_sums,
-                            const OptionalTensor& c_sums, const OptionalTensor& moments);
+                            const OptionalTensor& d_c_n, const OptionalTensor& d_c_steps,
+                            const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+                            const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                            const OptionalTensor& w_hr, const OptionalTensor& h_0,
+                            const OptionalTensor& c_0, const OptionalTensor& lengths,
+                            const OptionalTensor& resets, at::TensorList saved,
+                            std::string_view cell, bool reverse, int64_t keep_every, bool needs_x,
+                            const OptionalTensor& w_ch, const ScanExtraList& extras);
 
-// The same for long sequences: of the steps only every `keep_every`-th state is kept, and
-// backward runs each stretch between two of them forward once more.
-// (y, h_n, c_n, h_kept, c_kept, c_steps): kept are the states before each stretch, in the order
-// of processing.
-using ScanKept = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-ScanKept scan_kept_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
-                           const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                           const OptionalTensor& w_hr, const OptionalTensor& h_0,
-                           const OptionalTensor& c_0, const OptionalTensor& lengths,
-                           const OptionalTensor& resets, std::string_view cell, bool reverse,
-                           int64_t keep_every, bool return_states, const OptionalTensor& w_ch,
-                           const ScanExtraList& extras);
-
-ScanGradients scan_kept_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n,
-                                 const OptionalTensor& d_c_n, const Tensor& x, const Tensor& w_ih,
-                                 const Tensor& w_hh, const OptionalTensor& b_ih,
-                                 const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-                                 const OptionalTensor& lengths, const OptionalTensor& resets,
-                                 const Tensor& h_kept, const Tensor& c_kept, std::string_view cell,
-                                 bool reverse, int64_t keep_every, bool needs_x,
-                                 const OptionalTensor& d_c_steps, const OptionalTensor& w_ch,
-                                 const ScanExtraList& extras);
-
-// (context, attn)
+// (context, attn), the last with `need_weights` only.
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
                                   const OptionalTensor& weight_v, const OptionalTensor& lengths,
                                   std::string_view score, const OptionalTensor& positions,
-                                  int64_t window, int64_t heads, const OptionalTensor& step);
+                                  int64_t window, int64_t heads, const OptionalTensor& step,
+                                  bool need_weights);
 
+// Of windows attn may be missing, and is made once more.
 // (d_query, d_keys, d_memory, d_weight_v, d_positions)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
     const OptionalTensor& d_context, const OptionalTensor& d_attn, const Tensor& query,
     const Tensor& keys, const Tensor& memory, const OptionalTensor& weight_v,
-    const OptionalTensor& lengths, const Tensor& attn, std::string_view score,
+    const OptionalTensor& lengths, const OptionalTensor& attn, std::string_view score,
     const OptionalTensor& positions, int64_t window, int64_t heads, const OptionalTensor& step);
 
 // (output, attn, h_n, c_n, feed_n, past_n): the last but one where the context is fed, the last
@@ -124,11 +102,8 @@ Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const
                int64_t window, std::string_view history, std::string_view order,
                std::string_view fed);
 
-// The same and, for backward, (gates of the first layer, of the others, apart, states, cells,
-// query, context, positions, centers, pasts)
-using DecodeSaved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                               Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-DecodeSaved decode_forward(
+// The same, attn always, and then what backward needs besides.
+std::vector<Tensor> decode_forward(
     const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
     const Tensor& combine, const OptionalTensor& weight_query, const OptionalTensor& weight_v,
     const OptionalTensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
@@ -144,23 +119,21 @@ using DecodeGradients = std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, 
                                    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 DecodeGradients decode_backward(
     const OptionalTensor& d_output, const OptionalTensor& d_attn, const OptionalTensor& d_h_n,
-    const OptionalTensor& d_c_n, const Tensor& x, at::TensorList layers, const Tensor& keys,
-    const Tensor& memory, const Tensor& combine, const OptionalTensor& weight_query,
-    const OptionalTensor& weight_v, const OptionalTensor& feed, const OptionalTensor& lengths,
-    const OptionalTensor& dropout_masks, const Tensor& output, const Tensor& attn,
-    const Tensor& gates_first, const Tensor& gates_above, const Tensor& apart, const Tensor& states,
-    const Tensor& cells, const Tensor& query, const Tensor& context, std::string_view cell,
-    std::string_view score, bool input_feeding, bool needs_x, const OptionalTensor& weight_history,
+    const OptionalTensor& d_c_n, const OptionalTensor& d_feed_n, const OptionalTensor& d_past_n,
+    const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
+    const Tensor& combine, const OptionalTensor& weight_query, const OptionalTensor& weight_v,
+    const OptionalTensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
+    const OptionalTensor& lengths, const OptionalTensor& dropout_masks, const Tensor& output,
+    const Tensor& attn, at::TensorList saved, std::string_view cell, std::string_view score,
+    bool input_feeding, bool needs_x, const OptionalTensor& weight_history,
     const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
     const OptionalTensor& step, const OptionalTensor& past, int64_t heads, int64_t window,
-    std::string_view history, std::string_view order, std::string_view fed,
-    const OptionalTensor& d_feed_n, const OptionalTensor& d_past_n, const OptionalTensor& positions,
-    const OptionalTensor& centers, const OptionalTensor& pasts);
+    std::string_view history, std::string_view order, std::string_view fed);
 
-// The activations of the CPU tier in use, for the tests of their accuracy.
 // x W^T + bias for x (..., I).
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 
+// The activations of the CPU tier in use, for the tests of their accuracy.
 Tensor sigmoid(const Tensor& x);
 Tensor tanh(const Tensor& x);
 

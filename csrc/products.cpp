@@ -7,6 +7,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
+#include "devices.h"
 #include "layers.h"
 
 namespace pyseq {
@@ -34,7 +35,7 @@ void multiply_into(const Tensor& c, const Tensor& a, const Tensor& b, const Opti
                    bool accumulate, const OptionalTensor& a_sums) {
   if (!c.is_cpu()) return multiply_by_torch(c, a, b, bias, accumulate, a_sums);
   AT_DISPATCH_FLOATING_TYPES(c.scalar_type(), "gemm", [&] {
-    cpu::kernels<scalar_t>().gemm({
+    kernels_of<scalar_t>(c).gemm({
         .m = c.size(0),
         .n = c.size(1),
         .k = a.size(1),
@@ -62,19 +63,22 @@ Tensor matrix_product(const Tensor& a, const Tensor& b, const OptionalTensor& bi
 
 namespace {
 
-// x W^T + bias for rows x (N, I), which takes the first I columns of W. Contiguous, because how
-// few rows are multiplied depends on the layout.
-Tensor multiply_weight(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  return matrix_product(x.contiguous(), weight.contiguous().slice(1, 0, x.size(1)).t(), bias);
+// The operands of x W^T for rows x (N, I), which takes the first I columns of W. Contiguous,
+// because how few rows are multiplied depends on the layout.
+std::pair<Tensor, Tensor> operands(const Tensor& x, const Tensor& weight) {
+  return {x.contiguous(), weight.contiguous().slice(1, 0, x.size(1)).t()};
 }
 
 }  // namespace
 
-Tensor project_input(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  const Tensor product = is_quantized(weight)
-                             ? quantized_product(flat(x), weight, /*index=*/0, bias)
-                             : multiply_weight(flat(x), weight, bias);
-  return product.view({x.size(0), x.size(1), weight.size(0)});
+Tensor project_input(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                     const Tensor& into) {
+  const c10::SmallVector<int64_t, 3> sizes{x.size(0), x.size(1), weight.size(0)};
+  if (is_quantized(weight)) return quantized_product(flat(x), weight, 0, bias).view(sizes);
+  const Tensor product = into.defined() ? into : fresh(sizes, x);
+  const auto [rows, columns] = operands(flat(x), weight);
+  multiply_into(flat(product), rows, columns, bias);
+  return product;
 }
 
 std::pair<Tensor, Tensor> weight_gradient(const Tensor& d_rows, const Tensor& inputs) {
@@ -95,7 +99,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   sizes.pop_back();
   const Tensor rows = x.reshape({c10::multiply_integers(sizes), inputs});
   sizes.push_back(outputs);
-  return multiply_weight(rows, weight, contiguous(bias)).view(sizes);
+  const auto [a, b] = operands(rows, weight);
+  return matrix_product(a, b, contiguous(bias)).view(sizes);
 }
 
 namespace {
@@ -105,7 +110,7 @@ Tensor map_activation(const Tensor& x_in, bool is_tanh) {
   const Tensor x = x_in.contiguous();
   const Tensor y = at::empty_like(x);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "activation", [&] {
-    const auto& kernels = cpu::kernels<scalar_t>();
+    const auto& kernels = kernels_of<scalar_t>(x);
     (is_tanh ? kernels.tanh : kernels.sigmoid)(x.const_data_ptr<scalar_t>(), y.data_ptr<scalar_t>(),
                                                x.numel());
   });

@@ -22,8 +22,10 @@ void multiply_into(const Tensor& c, const Tensor& a, const Tensor& b,
 
 Tensor matrix_product(const Tensor& a, const Tensor& b, const OptionalTensor& bias = std::nullopt);
 
-// x W^T + bias for all steps at once, of weights of either kind: (T, B, I) to a fresh (T, B, G*H).
-Tensor project_input(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
+// x W^T + bias for all steps at once, of weights of either kind: (T, B, I) to (T, B, G*H), which is
+// `into`, contiguous, or fresh.
+Tensor project_input(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                     const Tensor& into = {});
 
 // The gradients of a weight and its bias from those of its outputs, (N, rows), and its inputs.
 std::pair<Tensor, Tensor> weight_gradient(const Tensor& d_rows, const Tensor& inputs);

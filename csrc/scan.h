@@ -1,23 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the scans share: one pass over a sequence, and the checks of its tensors.
+// What the files of the scan share: its arguments, checked once and handed on, and one pass over a
+// sequence in each direction.
 #pragma once
+
+#include <vector>
 
 #include "layers.h"
 
 namespace pyseq {
+
+// The arguments as the operators get them; functional/scans.py says what they are.
+struct ScanInputs {
+  const Tensor &x, &w_ih, &w_hh;
+  const OptionalTensor &b_ih, &b_hh, &w_hr, &h_0, &c_0, &lengths, &resets, &w_ch;
+  const ScanExtraList& extras;
+  std::string_view cell;
+  bool reverse;
+};
 
 struct ScanShape {
   CellShape cell;
   int64_t steps, batch, input, hidden, state_size;
   bool projects;
   int64_t heads;
-};
 
-ScanShape check_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
-                     const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                     const OptionalTensor& w_hr, const OptionalTensor& h_0,
-                     const OptionalTensor& c_0, const OptionalTensor& resets, std::string_view name,
-                     const OptionalTensor& w_ch);
+  int64_t rows() const { return cell.gates * hidden; }
+  int64_t cell_size() const { return cell.states * hidden; }
+};
 
 // The extras of a call, checked and contiguous.
 struct ScanExtras {
@@ -27,15 +36,68 @@ struct ScanExtras {
   bool normalises() const { return gain_ih.has_value(); }
 };
 
-ScanExtras check_extras(const ScanExtraList& list, const ScanShape& shape, const Tensor& x,
-                        std::string_view name);
+// The arguments checked, and as the kernels read them. x and the states may have any strides.
+struct ScanArguments {
+  ScanShape shape;
+  bool reverse;
+  Tensor x, w_ih;
+  Tensor w_hh;  // rows (gate, unit), or with heads (head, gate, unit)
+  OptionalTensor b_ih, b_hh, w_hr, h_0, c_0, lengths, resets;
+  OptionalTensor unit_weights;  // (U*H,), or (B, H) of each row
+  ScanExtras extras;
 
-// Without `save` what is for backward only is left undefined or without use.
-ScanSaved run_scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
-                   const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                   const OptionalTensor& w_hr, const OptionalTensor& h_0, const OptionalTensor& c_0,
-                   const OptionalTensor& lengths, const OptionalTensor& resets,
-                   std::string_view name, bool reverse, bool save, bool return_states,
-                   const OptionalTensor& w_ch, const ScanExtraList& extras);
+  bool has_inner() const { return shape.projects || shape.cell.gates_state; }
+  // h_mask scales what a matrix multiplies; without one each row's own weights.
+  bool masks_state() const { return shape.cell.recurrent && extras.h_mask.has_value(); }
+  bool masks_own() const { return !shape.cell.recurrent && extras.h_mask.has_value(); }
+  int64_t weight_bytes() const { return static_cast<int64_t>(w_ih.nbytes() + w_hh.nbytes()); }
+  // What of a step is kept for backward. The gates of an RNN are its states; those of other cells
+  // give the states once more, which is cheaper than to keep them. On the CPU; and where nothing
+  // else has changed them.
+  bool keeps_gates() const;
+  bool keeps_states() const;
+
+  // The same for a run of steps that starts with these states.
+  ScanArguments stretch(int64_t begin, int64_t steps, const Tensor& h, const Tensor& c) const;
+};
+
+ScanArguments check_scan(const ScanInputs& inputs);
+
+// What a pass leaves for backward; see kernels.h. Undefined where there is no such thing.
+struct ScanSaved {
+  Tensor gates, apart, states, cells, inner, x_sums, r_sums, c_sums, moments;
+};
+
+// How much a pass leaves: nothing; what there is no other way to; all that backward reads.
+enum class Keep { kNothing, kLeast, kAll };
+
+struct ScanRun {
+  Tensor y, h_n, c_n, c_steps;
+  ScanSaved saved;
+};
+
+// Checks no more, allocates, and calls the kernels.
+ScanRun run_scan(const ScanArguments& args, Keep keep, bool return_states);
+
+// The gradients of a scan's results; those that are not there are zero.
+struct ScanIncoming {
+  OptionalTensor y, h_n, c_n, c_steps;
+
+  ScanIncoming checked(const ScanArguments& args) const;
+};
+
+ScanGradients run_scan_backward(const ScanArguments& args, const ScanSaved& saved,
+                                const ScanIncoming& incoming, bool needs_x);
+
+// The same with no state kept but that before every `keep_every`-th step: (B, P) and (B, K*H).
+struct ScanKept {
+  ScanRun run;
+  Tensor h, c;
+};
+
+ScanKept run_scan_kept(const ScanArguments& args, int64_t keep_every, bool return_states);
+
+ScanGradients run_scan_kept_backward(const ScanArguments& args, int64_t keep_every, const Tensor& h,
+                                     const Tensor& c, const ScanIncoming& incoming, bool needs_x);
 
 }  // namespace pyseq

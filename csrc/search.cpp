@@ -60,21 +60,12 @@ GenerateShape check_generate(const Tensor& embedding, at::TensorList layers,
   const bool additive = is_additive(score);
   TORCH_CHECK(keys.has_value() && memory.has_value() && combine.has_value(),
               "keys, memory and combine must be given for score ", score);
-  check_memory(*keys, *memory, weight_v, batch, additive, embedding, like);
-  const int64_t source = memory->size(0), key_size = keys->size(2), memory_size = memory->size(2);
-  check_weight(*combine, "combine", "(H, M + H)", hidden, 1, {memory_size, hidden}, embedding,
-               like);
-  check_same_kind(*combine, "combine", layers[1], "w_hh");
-  TORCH_CHECK_VALUE(!weight_query.has_value() || additive,
-                    "weight_query goes with score concat, got ", score);
-  if (weight_query.has_value()) {
-    check_weight(*weight_query, "weight_query", "(A, H)", key_size, 1, {hidden}, embedding, like);
-    check_same_kind(*weight_query, "weight_query", layers[1], "w_hh");
-  } else {
-    check_tensor(keys, "keys", "(S, B, H)", {source, batch, hidden}, embedding, like);
-  }
-  return {cell,   true,     additive,   batch, hidden, count, vocab, embedding.size(1),
-          source, key_size, memory_size};
+  check_attention({*keys, *memory, *combine, weight_query, weight_v}, additive, batch, hidden,
+                  embedding, like);
+  check_attention_kind(*combine, weight_query, layers[1]);
+  return {cell,           true,  additive,          batch,           hidden,
+          count,          vocab, embedding.size(1), memory->size(0), keys->size(2),
+          memory->size(2)};
 }
 
 void check_options(int64_t batch, int64_t max_length, int64_t beam_size, double length_penalty) {
@@ -118,21 +109,11 @@ struct Prepared {
   template <class T>
   cpu::Generate<T> arguments(std::vector<cpu::DecoderLayer<T>>& layers, int64_t beam_size) const {
     const int64_t H = shape.hidden;
-    layers.resize(shape.layers);
+    layers.clear();
     for (int64_t l = 0; l < shape.layers; ++l) {
-      const Tensor &w_ih = weights[2 * l], &w_hh = weights[2 * l + 1];
-      if (l > 0 || input_feeding) {
-        if (is_quantized(w_ih)) {
-          layers[l].quantized_in = quantized_run(w_ih, l > 0 ? 0 : 1);
-        } else {
-          layers[l].w_in = w_ih.const_data_ptr<T>() + (w_ih.size(1) - H);
-          layers[l].w_in_stride = w_ih.size(1);
-        }
-      }
-      layers[l].w_hh = values<T>(w_hh);
-      layers[l].quantized_hh = quantized_run(w_hh);
-      layers[l].bias = data<T>(biases[l].sum);
-      layers[l].apart_bias = data<T>(biases[l].apart);
+      const int64_t below = l > 0 || input_feeding ? H : 0;
+      layers.push_back(layer_weights<T>(weights[2 * l], weights[2 * l + 1], biases[l], below,
+                                        /*run=*/l > 0 ? 0 : 1));
     }
     cpu::Decode<T> decoder{};
     decoder.cell = shape.cell.kind;
@@ -227,7 +208,11 @@ OptionalTensor check_prefix(const OptionalTensor& prefix, int64_t rows, int64_t 
               shape_text(prefix->sizes()));
   const Tensor checked = prefix->contiguous();
   const int64_t* const tokens = checked.const_data_ptr<int64_t>();
+  const int64_t length = checked.size(1);
   for (int64_t i = 0; i < checked.numel(); ++i) {
+    TORCH_CHECK_VALUE(tokens[i] == 0 || i % length == 0 || tokens[i - 1] != 0,
+                      "prefix must hold 0 only beyond the end of a row's tokens, got ", tokens[i],
+                      " after it in row ", i / length);
     TORCH_CHECK_VALUE(tokens[i] == 0 || (tokens[i] >= kSpecialTokens && tokens[i] < vocab),
                       "prefix must hold token ids from ", kSpecialTokens, " to ", vocab - 1,
                       ", or 0 beyond the end of a row's, got ", tokens[i]);

@@ -55,6 +55,7 @@ def attend(
     window: int = 0,
     heads: int = 1,
     step: Tensor | None = None,
+    need_weights: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``torch.ops.pyseq.attend``: context, weights."""
 

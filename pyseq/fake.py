@@ -22,6 +22,7 @@ from .types import SCAN_GATES, STATES
 Extras = list[Tensor | None] | None
 #: The masks before have no gradient.
 _FIRST_WITH_GRADIENT = 3
+_ZONEOUT = slice(1, 3)
 _GAIN_IH = 5
 
 P = ParamSpec("P")
@@ -132,27 +133,51 @@ def _scan_forward(
     resets: Tensor | None,
     cell: str,
     reverse: bool,
+    keep_every: int = 1,
     return_states: bool = False,
     w_ch: Tensor | None = None,
     extras: Extras = None,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     steps, batch, _ = x.shape
     rows, hidden, size = _sizes(cell, w_hh, w_hr)
-    has_inner = w_hr is not None or cell == "gru_reset_before"
+    shapes: list[tuple[int, ...]] = [
+        (steps, batch, size),
+        (batch, size),
+        _cell_size(cell, batch, hidden),
+        _steps_size(cell, steps, batch, hidden, return_states),
+    ]
+    if keep_every > 1:
+        kept = (steps + keep_every - 1) // keep_every
+        shapes.append((kept, batch, size))
+        if cell in STATES:
+            shapes.append(_steps_size(cell, kept, batch, hidden, True))
+        return [x.new_empty(shape) for shape in shapes]
+
+    # As in csrc/arguments.cpp: gates that are the states, and states that the gates give
+    # once more, are not kept.
+    here = x.device.type == "cpu"
+    zones = any(extra is not None for extra in (extras or [])[_ZONEOUT])
     normalises = extras is not None and len(extras) > _GAIN_IH and extras[_GAIN_IH] is not None
-    return (
-        *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse)[:3],
-        x.new_empty(steps, batch, rows),
-        x.new_empty((steps, batch, hidden) if cell == "gru" else 0),
-        x.new_empty(steps + 1, batch, size),
-        x.new_empty(_steps_size(cell, steps + 1, batch, hidden, True)),
-        x.new_empty((steps, batch, hidden) if has_inner else 0),
-        x.new_empty(_steps_size(cell, steps, batch, hidden, return_states)),
-        x.new_empty((steps, batch, rows) if normalises else 0),
-        x.new_empty((steps, batch, rows) if normalises else 0),
-        x.new_empty((steps, batch, hidden) if normalises and cell == "lstm" else 0),
-        x.new_empty((steps, batch, 3, 2) if normalises else 0),
-    )
+    untouched = here and resets is None and not zones
+    keeps_gates = not (untouched and SCAN_GATES[cell] == 1)
+    replays = cell in ("lstm", "gru") and w_hr is None and not normalises
+    keeps_states = not (untouched and replays)
+    if keeps_gates:
+        shapes.append((steps, batch, rows))
+    if cell == "gru":
+        shapes.append((steps, batch, hidden))
+    if keeps_states:
+        shapes.append((steps + 1, batch, size))
+        if cell in STATES:
+            shapes.append(_steps_size(cell, steps + 1, batch, hidden, True))
+    if w_hr is not None or cell == "gru_reset_before":
+        shapes.append((steps, batch, hidden))
+    if normalises:
+        shapes += [(steps, batch, rows)] * 2
+        if cell == "lstm":
+            shapes.append((steps, batch, hidden))
+        shapes.append((steps, batch, 3, 2))
+    return [x.new_empty(shape) for shape in shapes]
 
 
 @_fake("pyseq::scan_backward")
@@ -160,40 +185,24 @@ def _scan_backward(
     d_y: Tensor | None,
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
+    d_c_steps: Tensor | None,
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
     w_hr: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    gates: Tensor,
-    apart: Tensor,
-    states: Tensor,
-    cells: Tensor,
-    inner: Tensor,
+    saved: list[Tensor],
     cell: str,
     reverse: bool,
+    keep_every: int,
     needs_x: bool,
-    d_c_steps: Tensor | None = None,
     w_ch: Tensor | None = None,
     extras: Extras = None,
-    x_sums: Tensor | None = None,
-    r_sums: Tensor | None = None,
-    c_sums: Tensor | None = None,
-    moments: Tensor | None = None,
-) -> tuple[Tensor | list[Tensor], ...]:
-    return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x, w_ch, extras)
-
-
-def _scan_gradients(
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
-    cell: str,
-    needs_x: bool,
-    w_ch: Tensor | None,
-    extras: Extras,
 ) -> tuple[Tensor | list[Tensor], ...]:
     batch = x.shape[1]
     rows, hidden, size = _sizes(cell, w_hh, w_hr)
@@ -212,62 +221,6 @@ def _scan_gradients(
             for i, extra in enumerate(extras or ())
         ],
     )
-
-
-@_fake("pyseq::scan_kept_forward")
-def _scan_kept_forward(
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    cell: str,
-    reverse: bool,
-    keep_every: int,
-    return_states: bool = False,
-    w_ch: Tensor | None = None,
-    extras: Extras = None,
-) -> tuple[Tensor, ...]:
-    steps, batch, _ = x.shape
-    _, hidden, size = _sizes(cell, w_hh, w_hr)
-    kept = (steps + keep_every - 1) // keep_every
-    return (
-        *_scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, cell, reverse)[:3],
-        x.new_empty(kept, batch, size),
-        x.new_empty(_steps_size(cell, kept, batch, hidden, True)),
-        x.new_empty(_steps_size(cell, steps, batch, hidden, return_states)),
-    )
-
-
-@_fake("pyseq::scan_kept_backward")
-def _scan_kept_backward(
-    d_y: Tensor | None,
-    d_h_n: Tensor | None,
-    d_c_n: Tensor | None,
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    h_kept: Tensor,
-    c_kept: Tensor,
-    cell: str,
-    reverse: bool,
-    keep_every: int,
-    needs_x: bool,
-    d_c_steps: Tensor | None = None,
-    w_ch: Tensor | None = None,
-    extras: Extras = None,
-) -> tuple[Tensor | list[Tensor], ...]:
-    return _scan_gradients(x, w_ih, w_hh, w_hr, cell, needs_x, w_ch, extras)
 
 
 @_fake("pyseq::scan_both")
@@ -303,12 +256,13 @@ def _attend(
     window: int = 0,
     heads: int = 1,
     step: Tensor | None = None,
+    need_weights: bool = True,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = query.shape
     source, _, size = memory.shape
     return (
         query.new_empty(steps, batch, size),
-        query.new_empty(_attn_size(steps, batch, heads, source)),
+        query.new_empty(_attn_size(steps, batch, heads, source) if need_weights else 0),
     )
 
 
@@ -321,7 +275,7 @@ def _attend_backward(
     memory: Tensor,
     weight_v: Tensor | None,
     lengths: Tensor | None,
-    attn: Tensor,
+    attn: Tensor | None,
     score: str,
     positions: Tensor | None = None,
     window: int = 0,
@@ -406,29 +360,35 @@ def _decode_forward(
     history: str = "none",
     order: str = "luong",
     fed: str = "output",
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     steps, batch, _ = x.shape
     source, _, size = memory.shape
     hidden, count, rows = combine.shape[0], len(layers) // 4, layers[1].shape[0]
-    states = (count, steps + 1, batch, hidden)
-    return (
-        x.new_empty(steps, batch, hidden),
-        x.new_empty(_attn_size(steps, batch, heads, source)),
-        x.new_empty(count, batch, hidden),
-        x.new_empty((count, batch, hidden) if cell == "lstm" else 0),
-        x.new_empty((batch, size) if fed == "context" else 0),
-        x.new_empty(0 if history == "none" else (batch, heads, source)),
-        x.new_empty(steps, batch, rows),
-        x.new_empty(count - 1, steps, batch, rows),
-        x.new_empty((count, steps, batch, hidden) if cell == "gru" else 0),
-        x.new_empty(states),
-        x.new_empty(states if cell == "lstm" else 0),
-        x.new_empty(0 if weight_query is None else (steps, batch, keys.shape[2])),
-        x.new_empty(steps, batch, size),
-        x.new_empty(0 if weight_position is None else (steps, batch, weight_position.shape[0])),
-        x.new_empty(0 if weight_position is None else (steps, batch)),
-        x.new_empty(0 if history == "none" else (steps + 1, batch, heads, source)),
-    )
+    shapes: list[tuple[int, ...]] = [
+        (steps, batch, hidden),
+        _attn_size(steps, batch, heads, source),
+        (count, batch, hidden),
+        (count, batch, hidden) if cell == "lstm" else (0,),
+        (batch, size) if fed == "context" else (0,),
+        (0,) if history == "none" else (batch, heads, source),
+        (steps, batch, rows),
+    ]
+    if count > 1:
+        shapes.append((count - 1, steps, batch, rows))
+    here = x.device.type == "cpu"
+    if window > 0 or not here:
+        shapes.append((steps, batch, size))
+    if not here:
+        shapes += [(count, steps + 1, batch, hidden)] * (2 if cell == "lstm" else 1)
+    if cell == "gru":
+        shapes.append((count, steps, batch, hidden))
+    if weight_query is not None:
+        shapes.append((steps, batch, keys.shape[2]))
+    if weight_position is not None:
+        shapes += [(steps, batch, weight_position.shape[0]), (steps, batch)]
+    if history != "none":
+        shapes.append((steps + 1, batch, heads, source))
+    return [x.new_empty(shape) for shape in shapes]
 
 
 @_fake("pyseq::decode_backward")
@@ -437,6 +397,8 @@ def _decode_backward(
     d_attn: Tensor | None,
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
+    d_feed_n: Tensor | None,
+    d_past_n: Tensor | None,
     x: Tensor,
     layers: list[Tensor],
     keys: Tensor,
@@ -444,18 +406,14 @@ def _decode_backward(
     combine: Tensor,
     weight_query: Tensor | None,
     weight_v: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
     feed: Tensor | None,
     lengths: Tensor | None,
     dropout_masks: Tensor | None,
     output: Tensor,
     attn: Tensor,
-    gates_first: Tensor,
-    gates_above: Tensor,
-    apart: Tensor,
-    states: Tensor,
-    cells: Tensor,
-    query: Tensor,
-    context: Tensor,
+    saved: list[Tensor],
     cell: str,
     score: str,
     input_feeding: bool,
@@ -470,13 +428,8 @@ def _decode_backward(
     history: str = "none",
     order: str = "luong",
     fed: str = "output",
-    d_feed_n: Tensor | None = None,
-    d_past_n: Tensor | None = None,
-    positions: Tensor | None = None,
-    centers: Tensor | None = None,
-    pasts: Tensor | None = None,
 ) -> tuple[Tensor | list[Tensor], ...]:
-    count, _, batch, hidden = states.shape
+    count, (_, batch, hidden) = len(layers) // 4, output.shape
     return (
         x.new_empty(x.shape if needs_x else 0),
         [weight.new_empty(weight.shape) for weight in layers],

@@ -1283,9 +1283,17 @@ def test_saved_tensors_may_come_back_in_another_layout(case: Case) -> None:
 
 def test_backward_operator_checks_what_forward_saved() -> None:
     x, w = torch.randn(3, 2, 4), torch.randn(16, 4)
-    saved = list(torch.ops.pyseq.scan_forward(*[x, w, w], *[None] * 7, "lstm", False)[3:8])
-    saved[0] = saved[0][:2]
-    with pytest.raises(RuntimeError, match=r"gates must be .*\(3, 2, 16\), got \(2, 2, 16\)"):
+    inputs = (x, w, w, *[None] * 7)
+    gates, *others = torch.ops.pyseq.scan_forward(*inputs, "lstm", False)[4:]
+
+    def backward(*saved: Tensor) -> None:
         torch.ops.pyseq.scan_backward(
-            x, None, None, x, w, w, None, None, None, *saved, "lstm", False, True
+            x, None, None, None, *inputs, list(saved), "lstm", False, 1, True
         )
+
+    with pytest.raises(RuntimeError, match=r"gates must be .*\(3, 2, 16\), got \(2, 2, 16\)"):
+        backward(gates[:2], *others)
+    with pytest.raises(RuntimeError, match=r"saved must be as forward gave it, with gates, got 0"):
+        backward()
+    with pytest.raises(RuntimeError, match=r"saved must be as forward gave it, 1 tensors, got 2"):
+        backward(gates, gates)

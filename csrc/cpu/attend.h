@@ -11,7 +11,7 @@ namespace pyseq::cpu::PYSEQ_TIER {
 template <class T>
 int attend_threads(const Attend<T>& args) {
   // A thread should have some 20 µs of work.
-  const int64_t seen = args.window > 0 ? smaller(args.source, 2 * args.window + 1) : args.source;
+  const int64_t seen = positions_seen(args.window, args.source);
   const int64_t work = args.steps * args.batch * seen *
                        (args.key_size * (args.additive ? 16 : 1) + args.memory_size);
   return static_cast<int>(smaller(args.threads, 1 + work / 500000));
@@ -38,23 +38,32 @@ PYSEQ_FORCE_INLINE int64_t valid_positions(const int64_t* lengths, int64_t row, 
   return lengths == nullptr ? source : lengths[row];
 }
 
-// The query of one row and step among windows.
+// What one query sees of its row among windows.
 template <class T>
-AttentionRow<T> windowed_row(const Attend<T>& args, int64_t row, int64_t t) {
-  const int64_t B = args.batch, N = args.heads, S = args.source, A = args.key_size,
-                M = args.memory_size, query = t * B + row;
+View<T> windowed_view(const Attend<T>& args, int64_t row, int64_t t) {
+  const int64_t N = args.heads;
   const bool gaussian = args.centers != nullptr;
   const int64_t step = args.step == nullptr ? t : args.step[row / N] + t;
-  const T center = gaussian ? args.centers[query / N] : T(step);
+  const T center = gaussian ? args.centers[(t * args.batch + row) / N] : T(step);
+  return window_view(center, args.window, gaussian,
+                     valid_positions<T>(args.lengths, row / N, args.source));
+}
+
+// The query itself; `attn` is where its weights lie, one for each position that it sees.
+template <class T>
+AttentionRow<T> windowed_row(const Attend<T>& args, int64_t row, int64_t t, const View<T>& view,
+                             T* attn) {
+  const int64_t S = args.source, A = args.key_size, M = args.memory_size,
+                query = t * args.batch + row;
   return {S,
           A,
           M,
-          window_view(center, args.window, gaussian, valid_positions<T>(args.lengths, row / N, S)),
+          view,
           args.query + query * A,
           args.keys + row * S * A,
           args.memory + row * S * M,
-          args.v == nullptr ? nullptr : args.v + row % N * A,
-          args.attn + query * S,
+          args.v == nullptr ? nullptr : args.v + row % args.heads * A,
+          attn,
           args.context == nullptr ? nullptr : args.context + query * M,
           /*taps=*/0,
           nullptr,
@@ -64,42 +73,117 @@ AttentionRow<T> windowed_row(const Attend<T>& args, int64_t row, int64_t t) {
 
 template <class T>
 void windows_forward(const Attend<T>& args) {
+  const int64_t B = args.batch, S = args.source;
+  const int threads = attend_threads(args);
+  // Of weights that nobody asked for each thread has one row.
+  Workspace own(args.attn == nullptr ? static_cast<size_t>(threads * S) * sizeof(T) : 0);
   with_score(args.additive, [&](auto score) {
-    parallel(attend_threads(args), [&](int thread, int present) {
-      const Range mine = share(args.batch * args.steps, thread, present);
+    parallel(threads, [&](int thread, int present) {
+      const Range mine = share(B * args.steps, thread, present);
       for (int64_t i = mine.begin; i < mine.end; ++i) {
-        attend_row<T, decltype(score)>(windowed_row(args, i / args.steps, i % args.steps));
+        const int64_t row = i / args.steps, t = i % args.steps;
+        const View<T> view = windowed_view(args, row, t);
+        T* const attn = args.attn == nullptr ? static_cast<T*>(own.data()) + thread * S
+                                             : args.attn + (t * B + row) * S;
+        attend_row<T, decltype(score)>(
+            windowed_row(args, row, t, view, attn + (args.attn == nullptr ? 0 : view.seen.begin)));
+        if (args.attn != nullptr) clear_unseen(view.seen, S, attn);
       }
     });
   });
 }
 
-// Keys and memory get their gradients here, and only where a window is: one thread owns a row.
-template <class T>
+// Vectors of components that one thread takes of a row, whose queries it goes through in order.
+constexpr int64_t kComponentRun = 4;
+
+inline int64_t component_runs(int64_t vector_count) {
+  return (vector_count + kComponentRun - 1) / kComponentRun;
+}
+inline Range component_run(int64_t run, int64_t vector_count) {
+  return {run * kComponentRun, smaller((run + 1) * kComponentRun, vector_count)};
+}
+
+// First each query has the gradients of its scores made; then what they are to keys and memory is
+// added up, query by query, where a window is. No two threads add to the same number, and in which
+// order depends on none.
+template <class T, class Score>
 void windows_backward(const AttendBackward<T>& backward) {
   const Attend<T>& args = backward.forward;
-  const int64_t B = args.batch, S = args.source, A = args.key_size, M = args.memory_size;
-  with_score(args.additive, [&](auto score) {
-    parallel(attend_threads(args), [&](int thread, int present) {
-      const Range mine = share(B, thread, present);
-      for (int64_t row = mine.begin; row < mine.end; ++row) {
-        T* const d_keys = backward.d_keys + row * S * A;
-        T* const d_memory = backward.d_memory + row * S * M;
-        T* const d_v = backward.d_v == nullptr ? nullptr : backward.d_v + row * A;
-        set_zero(d_keys, S * A);
-        set_zero(d_memory, S * M);
-        if (d_v != nullptr) set_zero(d_v, A);
-        for (int64_t t = 0; t < args.steps; ++t) {
-          const int64_t query = t * B + row;
-          attend_row_backward<T, decltype(score)>(
-              {windowed_row(args, row, t), backward.d_context + query * M,
-               backward.d_attn == nullptr ? nullptr : backward.d_attn + query * S,
-               backward.d_scores + query * S, backward.d_query + query * A, d_keys, d_memory, d_v,
-               backward.d_centers == nullptr ? nullptr : backward.d_centers + query, nullptr,
-               /*cumulative=*/false, nullptr});
+  const int64_t B = args.batch, S = args.source, A = args.key_size, M = args.memory_size,
+                steps = args.steps;
+  // The most that a query sees.
+  int64_t seen = positions_seen(args.window, S);
+  if (args.centers != nullptr) {
+    seen = 0;
+    for (int64_t i = 0; i < B * steps; ++i) {
+      seen = larger(seen, windowed_view(args, i % B, i / B).seen.size());
+    }
+  }
+  // Weights that forward did not keep are made once more.
+  const bool again = args.attn == nullptr;
+  Workspace numbers(static_cast<size_t>(B * steps * seen * (again ? 2 : 1)) * sizeof(T));
+  T* const all_d_scores = static_cast<T*>(numbers.data());
+  T* const all_attn = all_d_scores + B * steps * seen;
+  const auto arguments = [&](int64_t row, int64_t t) -> AttentionRowBackward<T> {
+    const int64_t query = t * B + row;
+    const View<T> view = windowed_view(args, row, t);
+    T* const attn = again ? all_attn + query * seen : args.attn + query * S + view.seen.begin;
+    return {windowed_row(args, row, t, view, attn),
+            backward.d_context + query * M,
+            backward.d_attn == nullptr ? nullptr : backward.d_attn + query * S,
+            all_d_scores + query * seen,
+            backward.d_query + query * A,
+            backward.d_keys + row * S * A,
+            backward.d_memory + row * S * M,
+            Score::kAdditive ? backward.d_v + row * A : nullptr,
+            backward.d_centers == nullptr ? nullptr : backward.d_centers + query,
+            nullptr,
+            /*cumulative=*/false,
+            nullptr};
+  };
+  const int threads = attend_threads(args);
+  parallel(threads, [&](int thread, int present) {
+    const Range mine = share(B * steps, thread, present);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const AttentionRowBackward<T> query = arguments(i / steps, i % steps);
+      const AttentionRow<T>& row = query.forward;
+      if (again) row_weights<T, Score>(row);
+      row_scores_backward(query);
+      if constexpr (!Score::kAdditive) {
+        weighted_sum<T, 1>(query.d_scores, 0, row.keys + row.view.seen.begin * A,
+                           row.view.seen.size(), A, {0, vectors<T>(A)}, query.d_query, 0);
+      }
+    }
+  });
+  const int64_t key_runs = component_runs(vectors<T>(A)),
+                runs = key_runs + component_runs(vectors<T>(M));
+  parallel(threads, [&](int thread, int present) {
+    const Range mine = share(B * runs, thread, present);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int64_t row = i / runs, run = i % runs;
+      const bool of_keys = run < key_runs;
+      const int64_t size = of_keys ? A : M;
+      const Range components = component_run(of_keys ? run : run - key_runs, vectors<T>(size));
+      const int64_t from = components.begin * kLanes<T>,
+                    count = smaller(components.end * kLanes<T>, size) - from;
+      T* const sums = (of_keys ? backward.d_keys : backward.d_memory) + row * S * size;
+      for (int64_t s = 0; s < S; ++s) set_zero(sums + s * size + from, count);
+      if (of_keys && Score::kAdditive) set_zero(backward.d_v + row * A + from, count);
+      for (int64_t t = 0; t < steps; ++t) {
+        const AttentionRowBackward<T> query = arguments(row, t);
+        const Range& seen_here = query.forward.view.seen;
+        if (!of_keys) {
+          row_memory_backward(query, components);
+        } else if constexpr (Score::kAdditive) {
+          additive_backward(query.forward.query, query.forward.keys + seen_here.begin * A,
+                            query.forward.v, query.d_scores, seen_here.size(), A, components,
+                            query.d_query, sums + seen_here.begin * A, query.add_d_v);
+        } else {
+          detail::add_outer(query.d_scores, query.forward.query, seen_here.size(), A, components,
+                            sums + seen_here.begin * A);
         }
       }
-    });
+    }
   });
 }
 
@@ -107,21 +191,28 @@ template <class T>
 void attend_forward(const Attend<T>& args) {
   if (args.window > 0) return windows_forward(args);
   const int64_t B = args.batch, S = args.source, A = args.key_size, M = args.memory_size;
+  const int threads = attend_threads(args);
+  // Of weights that nobody asked for each thread has a block.
+  const bool keeps = args.attn != nullptr;
+  const int64_t attn_stride = keeps ? B * S : S;
+  Workspace own(keeps ? 0 : static_cast<size_t>(threads * kQueries * S) * sizeof(T));
   with_score(args.additive, [&](auto score) {
     using Score = decltype(score);
-    parallel(attend_threads(args), [&](int thread, int present) {
+    parallel(threads, [&](int thread, int present) {
       for_query_blocks(args, thread, present, [&]<int Q>(int64_t row, int64_t t) {
         const int64_t valid = valid_positions<T>(args.lengths, row / args.heads, S);
-        T* attn = args.attn + (t * B + row) * S;
+        T* const attn = keeps ? args.attn + (t * B + row) * S
+                              : static_cast<T*>(own.data()) + thread * kQueries * S;
         const T* v = Score::kAdditive ? args.v + row % args.heads * A : nullptr;
         scores<T, Score, Q>(args.query + (t * B + row) * A, B * A, args.keys + row * S * A, valid,
-                            A, v, attn, B * S);
+                            A, v, attn, attn_stride);
         for (int q = 0; q < Q; ++q) {
-          softmax(attn + q * B * S, valid, attn + q * B * S);
-          for (int64_t s = valid; s < S; ++s) attn[q * B * S + s] = 0;
+          T* const weights = attn + q * attn_stride;
+          softmax(weights, valid, weights);
+          if (keeps) set_zero(weights + valid, S - valid);
         }
-        weighted_sum<T, Q>(attn, B * S, args.memory + row * S * M, valid, M, {0, vectors<T>(M)},
-                           args.context + (t * B + row) * M, B * M);
+        weighted_sum<T, Q>(attn, attn_stride, args.memory + row * S * M, valid, M,
+                           {0, vectors<T>(M)}, args.context + (t * B + row) * M, B * M);
       });
     });
   });
@@ -130,7 +221,10 @@ void attend_forward(const Attend<T>& args) {
 template <class T>
 void attend_backward(const AttendBackward<T>& backward) {
   const Attend<T>& args = backward.forward;
-  if (args.window > 0) return windows_backward(backward);
+  if (args.window > 0) {
+    return with_score(args.additive,
+                      [&](auto score) { windows_backward<T, decltype(score)>(backward); });
+  }
   const int64_t B = args.batch, S = args.source, A = args.key_size, M = args.memory_size;
   const int threads = attend_threads(args);
   parallel(threads, [&](int thread, int present) {
@@ -157,13 +251,12 @@ void attend_backward(const AttendBackward<T>& backward) {
   if (!args.additive) return;
   // The keys' gradients add up over the queries: one thread owns a row and a run of
   // components, and goes through the queries in order.
-  constexpr int64_t kRun = 4;
-  const int64_t runs = (vectors<T>(A) + kRun - 1) / kRun;
+  const int64_t runs = component_runs(vectors<T>(A));
   parallel(threads, [&](int thread, int present) {
     const Range mine = share(B * runs, thread, present);
     for (int64_t i = mine.begin; i < mine.end; ++i) {
-      const int64_t row = i / runs, begin = i % runs * kRun;
-      const Range columns{begin, smaller(begin + kRun, vectors<T>(A))};
+      const int64_t row = i / runs;
+      const Range columns = component_run(i % runs, vectors<T>(A));
       const int64_t from = columns.begin * kLanes<T>, to = smaller(columns.end * kLanes<T>, A);
       const int64_t valid = valid_positions<T>(args.lengths, row / args.heads, S);
       for (int64_t a = from; a < to; ++a) backward.d_v[row * A + a] = 0;

@@ -23,6 +23,18 @@ struct View {
   T precision;  // 1 / (2 sigma^2), or 0 without a Gaussian
 };
 
+// How many positions a query sees of `source`; a window of 0 is none.
+inline int64_t positions_seen(int64_t window, int64_t source) {
+  return window == 0 || window >= source ? source : smaller(source, 2 * window + 1);
+}
+
+// Zero in a row of numbers, one for each position, where nothing is seen.
+template <class T>
+void clear_unseen(const Range& seen, int64_t source, T* row) {
+  set_zero(row, seen.begin);
+  set_zero(row + seen.end, source - seen.end);
+}
+
 // The positions of [0, valid) within `half_width` of the centre. NaN sees all, so that what it
 // makes of them comes out.
 template <class T>
@@ -50,7 +62,7 @@ struct AttentionRow {
   const T* keys;    // (S, A)
   const T* memory;  // (S, M)
   const T* v;       // (A), additive only
-  T* attn;          // (S)
+  T* attn;          // one for each position that is seen
   T* context;       // (M), forward only
   // Where past weights enter an additive score, else zero and null.
   int64_t taps;
@@ -103,11 +115,12 @@ const T* seen_keys(const AttentionRow<T>& row) {
   return moved;
 }
 
+// The weights alone.
 template <class T, class Score>
-void attend_row(const AttentionRow<T>& row) {
+void row_weights(const AttentionRow<T>& row) {
   const View<T>& view = row.view;
   const int64_t begin = view.seen.begin, count = view.seen.size();
-  T* const attn = row.attn + begin;
+  T* const attn = row.attn;
   scores<T, Score, 1>(row.query, 0, seen_keys(row), count, row.key_size, row.v, attn, 0);
   softmax(attn, count, attn);
   if (view.precision != 0) {
@@ -116,10 +129,14 @@ void attend_row(const AttentionRow<T>& row) {
       store(attn + s, load(attn + s, inside) * detail::gaussian(view, begin + s), inside);
     }
   }
-  for (int64_t s = 0; s < begin; ++s) row.attn[s] = 0;
-  for (int64_t s = view.seen.end; s < row.source; ++s) row.attn[s] = 0;
-  weighted_sum<T, 1>(attn, 0, row.memory + begin * row.memory_size, count, row.memory_size,
-                     {0, vectors<T>(row.memory_size)}, row.context, 0);
+}
+
+template <class T, class Score>
+void attend_row(const AttentionRow<T>& row) {
+  row_weights<T, Score>(row);
+  const Range& seen = row.view.seen;
+  weighted_sum<T, 1>(row.attn, 0, row.memory + seen.begin * row.memory_size, seen.size(),
+                     row.memory_size, {0, vectors<T>(row.memory_size)}, row.context, 0);
 }
 
 // Gradients for one query. Those named `add_` are added to, or null where they are not wanted.
@@ -128,10 +145,10 @@ struct AttentionRowBackward {
   AttentionRow<T> forward;
   const T* d_context;  // (M)
   const T* d_attn;     // (S) or null
-  T* d_scores;         // (S)
+  T* d_scores;         // one for each position that is seen
   T* d_query;          // (A)
   T* add_d_keys;       // (S, A), never null for an additive score
-  T* add_d_memory;     // (S, M)
+  T* add_d_memory;     // (S, M) or null
   T* add_d_v;          // (A), additive only
   T* d_center;         // one number, or null
   // With past weights only: in of those after the step, out of those before it.
@@ -142,11 +159,14 @@ struct AttentionRowBackward {
 
 namespace detail {
 
-// out[s] += weights[s] * row, for `count` rows of `size` numbers.
+// out[s] += weights[s] * row, for `count` rows of `size` numbers, of which the vectors [begin,
+// end).
 template <class T>
-void add_outer(const T* weights, const T* row, int64_t count, int64_t size, T* out) {
-  for (int64_t i = 0; i < size; i += kLanes<T>) {
-    const int inside = lanes_inside<T>(size, i / kLanes<T>);
+void add_outer(const T* weights, const T* row, int64_t count, int64_t size, Range vectors_,
+               T* out) {
+  for (int64_t v = vectors_.begin; v < vectors_.end; ++v) {
+    const int64_t i = v * kLanes<T>;
+    const int inside = lanes_inside<T>(size, v);
     const Vec<T> value = load(row + i, inside);
     for (int64_t s = 0; s < count; ++s) {
       T* const sum = out + s * size + i;
@@ -188,14 +208,14 @@ void history_backward(const AttentionRowBackward<T>& backward, const T* d_moved)
   }
 }
 
-template <class T, class Score>
-void attend_row_backward(const AttentionRowBackward<T>& backward) {
+// The first half: the gradients of scores, centre and past.
+template <class T>
+void row_scores_backward(const AttentionRowBackward<T>& backward) {
   const AttentionRow<T>& row = backward.forward;
   const View<T>& view = row.view;
-  const int64_t begin = view.seen.begin, count = view.seen.size(), A = row.key_size,
-                M = row.memory_size;
-  const T* const attn = row.attn + begin;
-  T* const d_scores = backward.d_scores + begin;
+  const int64_t begin = view.seen.begin, count = view.seen.size(), M = row.memory_size;
+  const T* const attn = row.attn;
+  T* const d_scores = backward.d_scores;
   scores<T, DotScore, 1>(backward.d_context, 0, row.memory + begin * M, count, M, nullptr, d_scores,
                          0);
   if (backward.d_attn != nullptr) {
@@ -204,9 +224,6 @@ void attend_row_backward(const AttentionRowBackward<T>& backward) {
   if (row.taps > 0) {
     for (int64_t s = 0; s < count; ++s) d_scores[s] += backward.d_past[begin + s];
     if (!backward.cumulative) set_zero(backward.d_past, row.source);
-  }
-  if (backward.add_d_memory != nullptr) {
-    detail::add_outer(attn, backward.d_context, count, M, backward.add_d_memory + begin * M);
   }
   // A weight is a = alpha g, with alpha the softmax and g the Gaussian, which inside a window is
   // at least exp(-2): d_score = alpha (g d_a - sum(a d_a)) = a (d_a - sum(a d_a) / g).
@@ -223,9 +240,26 @@ void attend_row_backward(const AttentionRowBackward<T>& backward) {
         view.precision == 0 ? broadcast(sum) : sum / detail::gaussian(view, begin + s);
     store(d_scores + s, load(attn + s, inside) * (load(d_scores + s, inside) - total), inside);
   }
-  for (int64_t s = 0; s < begin; ++s) backward.d_scores[s] = 0;
-  for (int64_t s = view.seen.end; s < row.source; ++s) backward.d_scores[s] = 0;
+}
 
+// What these are to the memory, for the vectors [begin, end) of its components.
+template <class T>
+void row_memory_backward(const AttentionRowBackward<T>& backward, Range components) {
+  const AttentionRow<T>& row = backward.forward;
+  const int64_t M = row.memory_size;
+  detail::add_outer(row.attn, backward.d_context, row.view.seen.size(), M, components,
+                    backward.add_d_memory + row.view.seen.begin * M);
+}
+
+template <class T, class Score>
+void attend_row_backward(const AttentionRowBackward<T>& backward) {
+  const AttentionRow<T>& row = backward.forward;
+  const int64_t begin = row.view.seen.begin, count = row.view.seen.size(), A = row.key_size;
+  const T* const d_scores = backward.d_scores;
+  row_scores_backward(backward);
+  if (backward.add_d_memory != nullptr) {
+    row_memory_backward(backward, {0, vectors<T>(row.memory_size)});
+  }
   const Range components{0, vectors<T>(A)};
   if constexpr (Score::kAdditive) {
     T* const add_d_keys = backward.add_d_keys + begin * A;
@@ -245,7 +279,7 @@ void attend_row_backward(const AttentionRowBackward<T>& backward) {
     weighted_sum<T, 1>(d_scores, 0, row.keys + begin * A, count, A, components, backward.d_query,
                        0);
     if (backward.add_d_keys != nullptr) {
-      detail::add_outer(d_scores, row.query, count, A, backward.add_d_keys + begin * A);
+      detail::add_outer(d_scores, row.query, count, A, components, backward.add_d_keys + begin * A);
     }
   }
 }

@@ -141,20 +141,23 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
         const T center =
             args.w_position == nullptr ? given_center(args, t, row) : args.centers[t * B + row / N];
         T* const d_query = Score::kAdditive ? backward.d_query + t * B * A : memory.d_top;
+        T* const d_scores =
+            backward.d_scores == nullptr ? own_scores : backward.d_scores + query * S;
+        const AttentionRow<T> forward = decoder_row<T>(
+            args, row, center, queries + t * B * A,
+            args.taps == 0 ? nullptr : args.past + t * B * N * S, args.attn + t * B * N * S,
+            nullptr, memory.rows + thread * memory.row_size);
         attend_row_backward<T, Score>(
-            {decoder_row<T>(args, row, center, queries + t * B * A,
-                            args.taps == 0 ? nullptr : args.past + t * B * N * S,
-                            args.attn + t * B * N * S, nullptr,
-                            memory.rows + thread * memory.row_size),
-             backward.d_context + query * memory_size,
+            {forward, backward.d_context + query * memory_size,
              backward.d_attn == nullptr ? nullptr : backward.d_attn + query * S,
-             backward.d_scores + query * S, d_query + row * key_size,
+             d_scores + forward.view.seen.begin, d_query + row * key_size,
              backward.d_keys == nullptr ? nullptr : backward.d_keys + row * S * key_size,
              backward.d_memory == nullptr ? nullptr : backward.d_memory + row * S * memory_size,
              Score::kAdditive ? backward.d_v + row * key_size : nullptr,
              args.w_position == nullptr ? nullptr : memory.d_centers + row,
              args.taps == 0 ? nullptr : backward.d_past + row * S, args.cumulative,
              args.taps == 0 ? nullptr : backward.d_w_history + row * args.taps * key_size});
+        if (backward.d_scores != nullptr) clear_unseen(forward.view.seen, S, d_scores);
       }
       at.wait();
       if (args.w_position == nullptr) return;
@@ -195,10 +198,12 @@ void decode_backward_cell(const DecodeBackward<T>& backward) {
         const int64_t valid = valid_positions<T>(args.lengths, row, S);
         const T* attn = args.attn + (t * B + row) * S;
         softmax_backward(attn, memory.d_attn + row * S, valid, own_scores);
-        for (int64_t s = valid; s < S; ++s) own_scores[s] = 0;
-        const Range part = at.part(S);
-        T* const d_scores = backward.d_scores + (t * B + row) * S;
-        for (int64_t s = part.begin; s < part.end; ++s) d_scores[s] = own_scores[s];
+        if (backward.d_scores != nullptr) {
+          for (int64_t s = valid; s < S; ++s) own_scores[s] = 0;
+          const Range part = at.part(S);
+          T* const d_scores = backward.d_scores + (t * B + row) * S;
+          for (int64_t s = part.begin; s < part.end; ++s) d_scores[s] = own_scores[s];
+        }
         if constexpr (Score::kAdditive) {
           additive_backward(queries + (t * B + row) * A, args.keys + row * S * A, args.v,
                             own_scores, valid, A, key_part, backward.d_query + (t * B + row) * A,

@@ -6,8 +6,8 @@
 
 namespace pyseq::cpu::PYSEQ_TIER {
 
-// What a loop without `save` writes again at every step, in memory of each team's own; see
-// RowsApart.
+// What a loop writes again at every step, in memory of each team's own; see RowsApart: the states,
+// and context and query unless those of every step are kept.
 template <class T>
 struct DecoderApart {
   RowsApart<T> states, contexts, queries;
@@ -18,12 +18,11 @@ struct DecoderApart {
                            Pieces<T>& pieces) {
     const int64_t B = args.batch;
     DecoderApart all{{plan, 2, B, args.hidden},
-                     {plan, 1, B, args.memory_size},
-                     {plan, 1, B, args.projects_query() ? args.key_size : 0},
+                     {plan, 1, B, args.context_step == 0 ? args.memory_size : 0},
+                     {plan, 1, B, args.projects_query() && !args.save ? args.key_size : 0},
                      args.layer_count,
                      has_cell ? 2 : 1,
                      nullptr};
-    if (args.save) return all;
     all.memory = pieces.take(all.arrays * args.layer_count * all.states.size() +
                              all.contexts.size() + all.queries.size());
     return all;
@@ -46,8 +45,9 @@ struct DecoderApart {
     }
     own.layers = layers;
     T* const others = memory + layer_count * arrays * states.size();
-    own.context = contexts.of(at, others).data;
-    if (args.projects_query()) own.query = queries.of(at, others + contexts.size()).data;
+    if (args.context_step == 0) own.context = contexts.of(at, others).data;
+    if (args.projects_query() && !args.save)
+      own.query = queries.of(at, others + contexts.size()).data;
   }
 
   // Hands back what goes on after the last step.
@@ -59,7 +59,7 @@ struct DecoderApart {
       states.copy(at, of(at, l, 0)[slot], args.layers[l].states + last);
       if (arrays == 2) states.copy(at, of(at, l, 1)[slot], args.layers[l].cells + last);
     }
-    contexts.copy(at, own.context, args.context);
+    if (args.context_step == 0) contexts.copy(at, own.context, args.context);
   }
 };
 
@@ -79,7 +79,7 @@ void decode_forward_cell(const Decode<T>& args) {
   const auto weights = DecoderWeights<T>::take(args, G, packs, /*folded=*/false, pieces);
   const auto scratch = DecoderScratch<T>::take(args, plan.threads, pieces);
   const auto apart = DecoderApart<T>::take(args, plan, Cell::kStates > 0, pieces);
-  const bool keeps_apart = plan.teams > 1 && !args.save && args.steps > 0;
+  const bool keeps_apart = plan.teams > 1 && args.steps > 0;
   Teams teams(plan);
 
   parallel(plan.threads, [&](int thread, int present) {
@@ -93,15 +93,14 @@ void decode_forward_cell(const Decode<T>& args) {
 
     for (int64_t t = 0; t < args.steps; ++t) {
       T* const output = args.output + t * B * H;
-      const int64_t M = args.memory_size;
-      const T* const context = own.context + (args.save ? t : 0) * B * M;
+      const T* const context = own.context + t * args.context_step;
       const T* const fed = t == 0               ? args.feed
-                           : args.feeds_context ? (args.save ? context - B * M : context)
+                           : args.feeds_context ? context - args.context_step
                                                 : output - B * H;
       DecoderStep<T> step{t,
                           t % 2 != 0,
-                          slot_before(t, args.steps, false, args.save) * slot_size,
-                          slot_after(t, args.steps, false, args.save) * slot_size,
+                          slot_before(t, args.steps, false, /*all=*/false) * slot_size,
+                          slot_after(t, args.steps, false, /*all=*/false) * slot_size,
                           args.feeding ? fed : nullptr,
                           output,
                           args.attn + t * args.attn_step,

@@ -115,7 +115,7 @@ StepCost decoder_cost(const Decode<T>& args, int gates, int barriers) {
   }
   if (args.projects_query()) weights += args.key_size * H;
   weights += args.position_size * H;
-  const int64_t seen = args.window > 0 ? smaller(args.source, 2 * args.window + 1) : args.source;
+  const int64_t seen = positions_seen(args.window, args.source);
   const int64_t row_work =
       seen * (args.key_size * (args.additive ? kTanhWork : 1) + args.memory_size);
   return quantized_cost(
@@ -205,7 +205,7 @@ AttentionRow<T> decoder_row(const Decode<T>& args, int64_t row, T center, const 
           args.keys + row * S * A,
           args.memory + row * S * M,
           args.v == nullptr ? nullptr : args.v + row % N * A,
-          attn + row * S,
+          attn + row * S + view.seen.begin,
           context == nullptr ? nullptr : context + row * M,
           args.taps,
           args.w_history == nullptr ? nullptr : args.w_history + row % N * args.taps * A,
@@ -219,7 +219,7 @@ T given_center(const Decode<T>& args, int64_t t, int64_t row) {
   return T(t + (args.first_step == nullptr ? 0 : args.first_step[row / args.head_count()]));
 }
 
-// p = S sigmoid(v . tanh(W h)), of which the tanh is there.
+// p = R sigmoid(v . tanh(W h)), where R is the length of the row; of that the tanh is there.
 template <class T>
 T predicted_center(const Decode<T>& args, int64_t slot, int64_t row) {
   const int64_t P = args.position_size, own = row / args.head_count();
@@ -249,11 +249,15 @@ void step_rows(const Decode<T>& args, const DecoderScratch<T>& scratch, const De
       center = predicted_center(args, slot, row);
       if (row % N == 0) args.centers[slot * B + row / N] = center;
     }
-    attend_row<T, Score>(decoder_row(args, row, center, queries, past, step.attn,
-                                     args.context + slot * B * args.memory_size,
-                                     scratch.rows + thread * scratch.row_size));
+    const AttentionRow<T> seen =
+        decoder_row(args, row, center, queries, past, step.attn,
+                    args.context + t * args.context_step, scratch.rows + thread * scratch.row_size);
+    attend_row<T, Score>(seen);
+    T* const attn = step.attn + row * S;
+    // Of weights that the next step writes over nobody reads what was not seen.
+    const bool last_alone = args.attn_step == 0 && args.steps > 1;
+    if (!last_alone || args.taps > 0) clear_unseen(seen.view.seen, S, attn);
     if (args.taps == 0) continue;
-    const T* const attn = step.attn + row * S;
     for (int64_t s = row * S; s < (row + 1) * S; ++s) {
       past_after[s] = args.cumulative ? past[s] + attn[s - row * S] : attn[s - row * S];
     }
@@ -308,7 +312,7 @@ void attend_step(const Decode<T>& args, const DecoderWeights<T>& weights,
     scores<T, Score, 1>(query + row * A, 0, args.keys + (source_row(row) * S + part.begin) * A,
                         part.size(), A, args.v, row_scores + part.begin, 0);
   };
-  T* const context = args.context + slot * B * M;
+  T* const context = args.context + step.t * args.context_step;
   const auto attend_row = [&](int64_t row, const T* row_scores) {
     const int64_t from = source_row(row);
     const int64_t valid = valid_positions<T>(args.lengths, from, S);
@@ -347,7 +351,7 @@ void combine_step(const Decode<T>& args, const DecoderWeights<T>& weights,
                   const DecoderStep<T>& step, const Place& at, const T* top) {
   const int64_t H = args.hidden;
   const Range units = at.part(vectors<T>(H));
-  const T* const context = args.context + (args.save ? step.t : 0) * args.batch * args.memory_size;
+  const T* const context = args.context + step.t * args.context_step;
   const Segment<T> combined[2] = {plain_segment(top, weights.combine_hidden),
                                   plain_segment(context, weights.combine_context)};
   product<T, 1, 1>(combined, step.folded ? 1 : 2, at.rows.begin, at.rows.end, units.begin,

@@ -10,6 +10,7 @@
 #include "linear.h"
 #include "loss.h"
 #include "peak.h"
+#include "replay.h"
 #include "scan_backward.h"
 #include "scan_forward.h"
 #include "search.h"
@@ -38,6 +39,7 @@ template <class T>
 constexpr Kernels<T> table() {
   return {gemm<T>,
           scan_forward<T>,
+          replay<T>,
           scan_backward<T>,
           attend_forward<T>,
           attend_backward<T>,

@@ -41,9 +41,9 @@ struct alignas(64) QuantizedWeights {
 // G gates, K states beside h, U weights of a unit itself, S source positions, A key size, M memory
 // size, L layers.
 //
-// States lie in slots of (B, P): with `save` there are T + 1, the state before the first
-// step, and after each; without, two that take turns. `slot_before` and `slot_after` in
-// steps.h say which. The first one is filled by the caller.
+// States lie in slots of (B, P). Where those of every step are kept there are T + 1, the state
+// before the first step, and after each; else two that take turns. `slot_before` and `slot_after`
+// in steps.h say which. The first one is filled by the caller.
 
 // With so many rows the scan itself multiplies the input, beside the state: a tile of a step
 // is full then, and what the product made ahead would write and the loop read again is much.
@@ -85,7 +85,9 @@ template <class T>
 struct ScanForward {
   CellKind cell;
   int64_t steps, batch, input, hidden, state_size;
-  bool reverse, save;
+  bool reverse;
+  bool save;   // what backward needs of the gates is left for every step,
+  bool slots;  // and so are the states
   int threads;
   const T* x;     // (T, B, I)
   const T* w_ih;  // (G*H, I), or null: the product lies in `gates`, biases added
@@ -98,11 +100,12 @@ struct ScanForward {
   const T* apart_bias;     // (H) or null: added to the sum that stays apart (GRU)
   const int64_t* lengths;  // (B) or null
   const bool* resets;      // (T, B) or null
-  T* gates;                // (T, B, G*H): out what backward needs, in the input's product if it
-                           // was made; null if neither
-  T* apart;                // (T, B, H) or null: the same for the sum that stays apart
-  T* states;               // (slots, B, P)
-  T* cells;                // (slots, B, K*H) or null
+  // (T, B, G*H): out what backward needs, in the input's product if it was made; null if neither.
+  // Where it is the states after the steps it may be their memory.
+  T* gates;
+  T* apart;   // (T, B, H) or null: the same for the sum that stays apart
+  T* states;  // (slots, B, P)
+  T* cells;   // (slots, B, K*H) or null
   // (T or 1, B, H): with w_hr h before the projection, of a cell that gates its state that.
   T* inner;
   T* y;  // (T, B, P)
@@ -118,6 +121,19 @@ struct ScanForward {
   Strided<T> reset_h;           // rows of P: what a reset sets h to; none: zero
   Strided<T> reset_c;           // rows of K*H
   ScanNorm<T> norm;             // with it no w_ih; `gates` is (T or 1, B, G*H) and not null
+};
+
+// The states of all steps from their gates, of RNN, GRU and LSTM cells: what forward need not keep.
+template <class T>
+struct Replay {
+  CellKind cell;
+  int64_t steps, batch, hidden;
+  bool reverse;
+  int threads;
+  const int64_t* lengths;  // (B) or null
+  const T* gates;          // (T, B, G*H)
+  T* states;               // (T + 1, B, H), the first slot filled
+  T* cells;                // (T + 1, B, H) or null: likewise
 };
 
 template <class T>
@@ -183,16 +199,16 @@ struct Attend {
   int64_t window;          // D, or 0 for none
   const T* centers;        // (T, B/N) of a window with a Gaussian, or null: step t at p = t
   const int64_t* step;     // (B/N) or null: how many steps there were before step 0
-  T* attn;                 // (T, B, S)
+  T* attn;                 // (T, B, S), or null: not wanted, or of windows not kept
   T* context;              // (T, B, M), forward only
 };
 
 template <class T>
 struct AttendBackward {
-  Attend<T> forward;   // attn holds what forward gave
+  Attend<T> forward;   // attn holds what forward gave; null of windows only
   const T* d_context;  // (T, B, M)
   const T* d_attn;     // (T, B, S) or null
-  T* d_scores;         // (T, B, S)
+  T* d_scores;         // (T, B, S), without a window only
   T* d_query;          // (T, B, A)
   T* d_keys;           // (B, S, A), additive or with a window only
   T* d_v;              // (B, A), additive only: one summand per row
@@ -211,8 +227,8 @@ struct DecoderLayer {
   const T* apart_bias;  // (H) or null
   T* gates;             // (T, B, G*H); above the first layer (1, B, G*H) without save
   T* apart;             // (T, B, H) or null
-  T* states;            // (slots, B, H)
-  T* cells;             // (slots, B, H) or null
+  T* states;            // (slots, B, H): two forward, T + 1 backward
+  T* cells;             // (slots, B, H) or null: likewise
   const T* mask;        // (T, B, H) or null: what its output is multiplied with going up
   // In place of w_in and w_hh, float32 and without `save` only.
   const QuantizedWeights* quantized_in;
@@ -229,7 +245,8 @@ struct DecoderLayer {
 template <class T>
 struct Decode {
   CellKind cell;
-  bool additive, feeding, save;
+  bool additive, feeding;
+  bool save;           // what backward needs is left for every step, but for states and contexts
   bool feeds_context;  // what is fed is the context, not the output
   // Attention comes before the cells: its query is the state before the step, and the context is
   // fed in the same step.
@@ -248,19 +265,21 @@ struct Decode {
   const QuantizedWeights* quantized_query;
   const T* v;  // (A), additive only
   const int64_t* lengths;
-  int64_t attn_step;  // B*S, or 0 when no step's weights are kept
-  T* attn;            // (T or 1, B, S)
-  T* query;           // with w_query: (T or 1, B, A)
-  T* context;         // (T or 1, B, M)
-  T* output;          // (T, B, H)
+  int64_t attn_step;     // B*S, or 0 when no step's weights are kept
+  T* attn;               // (T or 1, B, S)
+  T* query;              // with w_query: (T or 1, B, A)
+  int64_t context_step;  // B*M, or 0 when no step's context is kept
+  T* context;            // (T or 1, B, M); forward only
+  T* output;             // (T, B, H)
 
   // What makes attention go row by row. With N heads the rows of keys, memory, attn and so on are
   // those of `Attend`: B*N of them, with sizes A/N and M/N.
-  int64_t heads;              // N, or 0 for 1
+  int64_t heads;              // N, or 0 for one head
   int64_t window;             // D, or 0 for none
   const int64_t* first_step;  // (B) or null for zero: windows are around first_step + t, or else
   int64_t position_size;      // P
-  const T* w_position;        // (P, H) or null: around S sigmoid(v . tanh(W h)), with a Gaussian
+  const T* w_position;        // (P, H) or null: around R sigmoid(v . tanh(W h)), where R is the
+                              // length of the row, with a Gaussian
   const T* position_v;        // (P)
   int64_t taps;               // K of the convolution of past weights, or 0 for none
   const T* w_history;         // (N, K, A/N)
@@ -283,7 +302,7 @@ struct DecodeBackward {
   const T* d_attn;    // (T, B, S) or null
   T* d_sum;           // (T, B, H), of what the combination's tanh takes
   T* d_context;       // (T, B, M)
-  T* d_scores;        // (T, B, S)
+  T* d_scores;        // (T, B, S), unless there are d_keys
   T* d_query;         // (T, B, A), additive only
   T* d_keys;          // (B, S, A), additive or with a window only, zero at first
   T* d_v;             // (B, A), additive only, zero at first
@@ -402,6 +421,7 @@ template <class T>
 struct Kernels {
   void (*gemm)(const Gemm<T>&);
   void (*scan_forward)(const ScanForward<T>&);
+  void (*replay)(const Replay<T>&);
   void (*scan_backward)(const ScanBackward<T>&);
   void (*attend_forward)(const Attend<T>&);
   void (*attend_backward)(const AttendBackward<T>&);

@@ -3,6 +3,8 @@
 // them. `product` in tile.h comes here for segments whose weights are quantized.
 #pragma once
 
+#include <new>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -354,7 +356,9 @@ inline float quantize_row(const float* from, int64_t k_count, int64_t group, uin
 class QuantizedInput {
  public:
   QuantizedInput() = default;
-  ~QuantizedInput() { __builtin_free(heap_); }
+  ~QuantizedInput() {
+    if (more_ != nullptr) more_->~Workspace();
+  }
   QuantizedInput(const QuantizedInput&) = delete;
   QuantizedInput& operator=(const QuantizedInput&) = delete;
 
@@ -367,7 +371,10 @@ class QuantizedInput {
         vectors<float>(weights.k_count) * kQuantizedLanes * 4 / weights.group;  // of a row
     const auto size = static_cast<size_t>(count * (bytes + static_cast<int64_t>(sizeof(float))));
     uint8_t* memory = near_;
-    if (size > sizeof near_) memory = heap_ = static_cast<uint8_t*>(__builtin_malloc(size));
+    if (size > sizeof near_) {
+      more_ = new (place_) Workspace(size);
+      memory = static_cast<uint8_t*>(more_->data());
+    }
     auto* const scales = reinterpret_cast<float*>(memory);
     uint8_t* const values = memory + count * static_cast<int64_t>(sizeof(float));
     for (int64_t row = 0; row < count; ++row) {
@@ -385,7 +392,8 @@ class QuantizedInput {
 
  private:
   alignas(64) uint8_t near_[8192];  // enough for the few rows that this is for
-  uint8_t* heap_ = nullptr;
+  alignas(Workspace) uint8_t place_[sizeof(Workspace)];
+  Workspace* more_ = nullptr;  // at that place, or none
   QuantizedRows rows_{};
 };
 

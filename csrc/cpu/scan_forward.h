@@ -47,7 +47,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
   const int64_t w_hh_size = packs ? blocks * w_block.packed_size() : 0;
   const int64_t w_hr_size = packs && projects ? w_hr.packed_size() : 0;
   const RowsApart<T> h_apart(plan, 2, B, P), c_apart(plan, 2, B, K * H);
-  const bool apart = plan.teams > 1 && !args.save;
+  const bool apart = plan.teams > 1 && !args.slots;
   const int64_t packed_size = w_ih_size + w_hh_size + w_hr_size;
   const int64_t states_size = apart ? h_apart.size() + c_apart.size() : 0;
   Workspace workspace(static_cast<size_t>(packed_size + states_size) * sizeof(T));
@@ -78,8 +78,8 @@ void scan_forward_cell(const ScanForward<T>& args) {
     const Range units = at.part(heads * head_panels), outputs = at.part(state_panels);
     for (int64_t n = 0; n < args.steps; ++n) {
       const int64_t t = steps.time(n);
-      const int64_t before = slot_before(n, args.steps, args.reverse, args.save);
-      const int64_t after = slot_after(n, args.steps, args.reverse, args.save);
+      const int64_t before = slot_before(n, args.steps, args.reverse, args.slots);
+      const int64_t after = slot_after(n, args.steps, args.reverse, args.slots);
       const T* h_before = states[before];
       T* h_after = states[after];
       const T* h_read = args.h_mask == nullptr ? h_before : args.masked + (n & 1) * B * P;

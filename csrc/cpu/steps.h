@@ -20,13 +20,14 @@ void parallel(int threads, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// The slot that holds the state before, and after, the n-th step processed. In reverse
-// the steps are processed from the last to the first, and slot t + 1 comes before step t.
-PYSEQ_FORCE_INLINE int64_t slot_before(int64_t n, int64_t steps, bool reverse, bool save) {
-  return save ? (reverse ? steps - n : n) : n & 1;
+// The slot that holds the state before, and after, the n-th step processed, of those of all steps
+// or of two. In reverse the steps are processed from the last to the first, and slot t + 1 comes
+// before step t.
+PYSEQ_FORCE_INLINE int64_t slot_before(int64_t n, int64_t steps, bool reverse, bool all) {
+  return all ? (reverse ? steps - n : n) : n & 1;
 }
-PYSEQ_FORCE_INLINE int64_t slot_after(int64_t n, int64_t steps, bool reverse, bool save) {
-  return save ? (reverse ? steps - n - 1 : n + 1) : (n + 1) & 1;
+PYSEQ_FORCE_INLINE int64_t slot_after(int64_t n, int64_t steps, bool reverse, bool all) {
+  return all ? (reverse ? steps - n - 1 : n + 1) : (n + 1) & 1;
 }
 
 // Slots of (rows, row size), a distance apart.

@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 
 namespace pyseq::cpu {
@@ -175,7 +176,11 @@ constexpr int kNested = 2;
 thread_local Kept kept[kNested];
 thread_local int nested = 0;
 
+bool (*poisons)() = nullptr;
+
 }  // namespace
+
+void poison_workspaces_if(bool (*when)()) { poisons = when; }
 
 Workspace::Workspace(size_t bytes) : kept_(nested < kNested && bytes <= kKeptBytes) {
   if (!kept_) {
@@ -191,6 +196,8 @@ Workspace::Workspace(size_t bytes) : kept_(nested < kNested && bytes <= kKeptByt
     }
     data_ = mine.data;
   }
+  // All bits set are NaN in either type.
+  if (poisons != nullptr && poisons()) std::memset(data_, 0xff, bytes);
   ++nested;
 }
 

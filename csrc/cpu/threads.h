@@ -101,4 +101,8 @@ class Workspace {
   bool kept_;
 };
 
+// Has every Workspace filled with NaN while `poisons` says so, so that tests see what is read
+// before it is written.
+void poison_workspaces_if(bool (*poisons)());
+
 }  // namespace pyseq::cpu

@@ -123,7 +123,8 @@ def attend(
         positions,
         window or 0,
         heads,
-        *(() if step is None else (beside("step", step, query),)),
+        None if step is None else beside("step", step, query),
+        need_weights,
     )
     return AttendOutput(context.to(dtype), weights.to(dtype) if need_weights else None)
 
