@@ -53,6 +53,12 @@ def check_positive(**sizes: object) -> None:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
+def check_smoothing(label_smoothing: float) -> None:
+    """Raise a ValueError unless the share of the target probability is one."""
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing!r}")
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for ``device``; there are devices that do not know it."""
     name = device.type

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._checks import check_smoothing
 from .nn._common import Device
 from .search.rules import widened
 from .types import PAD, UNK, Copies
@@ -121,8 +122,7 @@ class Copying(torch.nn.Module):
             ValueError: ``label_smoothing`` is out of its range.
             RuntimeError: a token of the target is neither in the vocabulary nor in a source.
         """
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+        check_smoothing(label_smoothing)
         vocab = logits.shape[2]
         dtype, logits = logits.dtype, widened(logits)
         _check_target(target, copies, vocab)

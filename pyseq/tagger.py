@@ -12,10 +12,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from . import functional
 from ._checks import check_positive, check_shape
 from ._dropout import apply_dropout
 from .seq2seq import Encoder, Seq2Seq, valid_steps
+from .seq2seq.fused import output_loss
 from .seq2seq.inputs import check_vocab_size
 from .seq2seq.options import (
     ClassifierArguments,
@@ -70,14 +70,9 @@ class _Labelling(torch.nn.Module):
         return {"source": table} if isinstance(table, torch.nn.Embedding) else {}
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-        """That of labels (N,) given what the output layer reads (N, H)."""
-        return functional.linear_cross_entropy(
-            hidden,
-            self.output.weight,
-            labels,
-            self.output.bias,
-            ignore_index=IGNORE,
-            label_smoothing=label_smoothing,
+        """That of labels (...) given what the output layer reads (..., H)."""
+        return output_loss(
+            self.output, hidden, labels, ignore_index=IGNORE, label_smoothing=label_smoothing
         )
 
 
@@ -164,7 +159,7 @@ class Tagger(_Labelling):
         memory, _ = self.encoder(source, source_lengths, source_extra)
         check_shape("labels", labels, "(B, S)", tuple(source.shape[:2]))
         labels = labels.where(valid_steps(source_lengths, labels), IGNORE)
-        return self._cross_entropy(memory.flatten(0, 1), labels.t().flatten(), label_smoothing)
+        return self._cross_entropy(memory, labels.t(), label_smoothing)
 
 
 class Classifier(_Labelling):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tolerances import assert_close, assert_same_bits
+from torch.nn.utils import prune
 
 import pyseq
 from pyseq.nn import Attention, AttentionDecoder, Positions
@@ -187,3 +188,57 @@ def test_modules_pickled_before_there_were_options() -> None:
     assert repr(old) == text
     context, _ = pickle.loads(pickle.dumps(attention))(memory, memory)
     assert context.shape == (S, B, H)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score": "general"},
+        {"score": "dot", "input_feeding": False, "cell": "gru"},
+        {"score": "concat", "order": "bahdanau", "history": "cumulative", "heads": 2},
+        {"score": "general", "feed": "context", "window": "local-m", "window_size": 2},
+        {"score": "general", "window": "local-p", "cell": "rnn_tanh", "dropout": 0.5},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_a_combination_with_a_hook_is_called(options: dict[str, Any]) -> None:
+    module, (x, memory) = decoder(**options), inputs()
+    masks = module.draw_dropout_masks(T, B)
+    state = module(x[:2], memory).state
+
+    def results() -> dict[str, Any]:
+        more = {"lengths": LENGTHS, "need_weights": True, "dropout_masks": masks}
+        out = module(x, memory, **more)
+        gone_on = module(x, memory, state=state, **more)
+        total = out.output.square().sum() + gone_on.output.sum()
+        gradients = torch.autograd.grad(total, list(module.parameters()), retain_graph=True)
+        named = {str(i): gradient for i, gradient in enumerate(gradients)}
+        for name, one in (("out", out), ("on", gone_on)):
+            h, *_ = one.state.hidden
+            named |= {f"{name}-y": one.output, f"{name}-a": one.weights, f"{name}-h": h}
+            named[f"{name}-feed"] = one.state.feed
+            if one.state.attention is not None:
+                named[f"{name}-step"] = one.state.attention.step.double()
+        return named
+
+    expected = results()
+    calls = []
+    handle = module.combine.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    assert_close(results(), expected)
+    assert len(calls) == 2 * T
+    handle.remove()
+    # What a hook gives is what counts.
+    assert module.combine is not None
+    module.combine.register_forward_hook(lambda module, args, output: 0 * output)
+    assert not module(x, memory).output.any()
+
+
+def test_a_combination_reparametrized_by_a_hook_is_trained() -> None:
+    module, (x, memory) = decoder(), inputs()
+    expected = module(x, memory).output
+    prune.l1_unstructured(module.combine, "weight", amount=1)
+    for _ in range(2):
+        module(x, memory).output.sum().backward()
+    prune.remove(module.combine, "weight")
+    with torch.no_grad():
+        assert not torch.equal(module(x, memory).output, expected)

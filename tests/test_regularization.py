@@ -14,7 +14,7 @@ from tolerances import assert_close, assert_same_bits
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from pyseq import nn, reference
+from pyseq import functional, nn, reference
 from pyseq._dropout import apply_dropout, bernoulli_mask
 
 I, H, T, B = 4, 6, 5, 3  # noqa: E741  (the letters of the docstrings)
@@ -138,6 +138,24 @@ def test_a_module_pickled_before_there_were_options_still_runs() -> None:
     for name in (*OPTIONS, "zoneout_c", "learned_state", "forget_bias"):
         del old.__dict__[name]
     assert_same_bits(run(pickle.loads(pickle.dumps(old)), x), expected)
+
+
+def test_a_module_pickled_by_version_0_1_keeps_its_states_as_it_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old = nn.LSTM(3, 4, keep_every=3)
+    for name in [each for each in vars(old) if hasattr(nn.LSTM, each) and each != "keep_every"]:
+        del old.__dict__[name]
+    kept = []
+    scan = functional.scan
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        kept.append(options.get("keep_every", 1))
+        return scan(*args, **options)
+
+    monkeypatch.setattr(functional, "scan", recorded)
+    pickle.loads(pickle.dumps(old))(torch.randn(5, 2, 3))
+    assert kept == [3]
 
 
 # One option after the other

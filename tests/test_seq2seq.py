@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from tolerances import assert_close
 from torch import Tensor
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pyseq.seq2seq import Encoder, Seq2Seq
@@ -461,3 +463,78 @@ def test_learns_to_reverse(options: dict[str, Any], longest: int) -> None:
             )
         ]
         assert sum(right) >= 0.9 * len(right)
+
+
+class Adapter(torch.nn.Module):
+    """A frozen layer and a small trained one beside it."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.low = torch.nn.Linear(layer.in_features, layer.out_features, bias=False).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.low(x)
+
+
+def with_adapter(module: Seq2Seq) -> None:
+    module.decoder.output = Adapter(module.decoder.output)  # type: ignore[assignment]
+
+
+def with_hook(module: Seq2Seq) -> None:
+    module.decoder.output.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def with_weight_norm(module: Seq2Seq) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(module.decoder.output)
+        assert module.decoder.rnn.combine is not None
+        torch.nn.utils.weight_norm(module.decoder.rnn.combine)
+
+
+def pruned(module: Seq2Seq) -> None:
+    prune.l1_unstructured(module.decoder.output, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "tied"),
+    [
+        (with_adapter, False),
+        (with_adapter, True),
+        (with_hook, False),
+        (with_hook, True),
+        (with_weight_norm, False),  # no row of zeros has a direction, as that of <pad> must
+        (pruned, False),
+        (pruned, True),
+    ],
+)
+def test_the_loss_is_that_of_the_output_layer_as_it_is_called(
+    change: Callable[[Seq2Seq], None], tied: bool
+) -> None:
+    module = model(embedding_size=8, tie_embeddings=tied, dropout=0.0).double()
+    source, lengths, target_in = batch()
+    target_out = target_in.roll(-1, 1)
+    target_out[0, 2:] = PAD
+    before = module.loss(source, lengths, target_in, target_out)
+    change(module)
+    learned = [each for each in module.parameters() if each.requires_grad]
+    optimizer = torch.optim.SGD(learned, 0.1)
+    losses = []
+    for _ in range(2):  # weights are made anew in each call
+        loss = module.loss(source, lengths, target_in, target_out, label_smoothing=0.1)
+        expected = torch.nn.functional.cross_entropy(
+            module(source, lengths, target_in).flatten(0, 1),
+            target_out.flatten(),
+            ignore_index=PAD,
+            label_smoothing=0.1,
+        )
+        assert_close({"loss": loss}, {"loss": expected})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    assert losses[0] != before.item()
+    with pytest.raises(ValueError, match="label_smoothing must be from 0 to 1, got 2"):
+        module.loss(source, lengths, target_in, target_out, label_smoothing=2)

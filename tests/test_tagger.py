@@ -289,3 +289,16 @@ def test_errors_say_what_was_expected(case: str) -> None:
     call, error, match = ERRORS[case]
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_loss_is_that_of_the_output_layer_as_it_is_called(kind: str) -> None:
+    model, source = MODELS[kind](dropout=0.0), sources()
+    labels = torch.randint(LABELS, (4, 5) if kind == "tagger" else (4,))
+    plain = model.loss(source, LENGTHS, labels)
+    handle = model.output.register_forward_hook(lambda module, args, output: 0 * output)
+    uniform = torch.tensor(LABELS, dtype=plain.dtype).log()
+    assert_close({"loss": model.loss(source, LENGTHS, labels)}, {"loss": uniform})
+    handle.remove()
+    model.output = torch.nn.Sequential(model.output)  # type: ignore[assignment]
+    assert_close({"loss": model.loss(source, LENGTHS, labels)}, {"loss": plain})

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._checks import autocasts, check_tensor
+from .._checks import autocasts, check_smoothing, check_tensor
 from ._common import is_short
 
 
@@ -81,8 +81,7 @@ def linear_cross_entropy(
     Reference:
         Szegedy et al. 2016, arXiv 1512.00567, section 7 (label smoothing).
     """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing!r}")
+    check_smoothing(label_smoothing)
     check_tensor("hidden", hidden)
     if not _fused(hidden):
         return reference.linear_cross_entropy(

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import init
+from torch.nn.modules import module as _of_all_modules
 
 from .._checks import autocasts, check_positive
 from .._packed import computing_dtype, is_quantized
 from ..types import GATES, CellName
 
 Device = torch.device | str | int | None
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 def cell_name(cell: str) -> CellName:
@@ -70,6 +72,25 @@ def weights_now(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
         return [parameters[name] for name in names]
     except KeyError:
         return [getattr(module, name) for name in names]
+
+
+def is_bare(module: torch.nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether calling ``module`` is the ``forward`` of ``kind`` and nothing else: no hook, of its
+    own or of all modules, and no other ``forward``. A parametrised module is bare too: its weight
+    is made where it is read."""
+    if type(module).forward is not kind.forward or "forward" in vars(module):
+        return False
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+        _of_all_modules._global_forward_hooks,
+        _of_all_modules._global_forward_pre_hooks,
+        _of_all_modules._global_backward_hooks,
+        _of_all_modules._global_backward_pre_hooks,
+    )
+    return not any(len(each) for each in hooks)
 
 
 def add_weight(module: torch.nn.RNNBase | torch.nn.RNNCellBase, name: str, *shape: int) -> None:

@@ -211,10 +211,17 @@ class Recurrent(torch.nn.RNNBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         torch.nn.Module.__setattr__(self, name, value)
+        if hasattr(type(self), name) and not name.startswith("_"):
+            self._find_plain()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._find_plain()  # which a layer pickled by version 0.1.0 does not have
+
+    def _find_plain(self) -> None:
         cls = type(self)
-        if hasattr(cls, name) and not name.startswith("_"):
-            options = (each for each in vars(self) if hasattr(cls, each) and each[0] != "_")
-            self._plain = all(getattr(self, each) == getattr(cls, each) for each in options)
+        options = (each for each in vars(self) if hasattr(cls, each) and each[0] != "_")
+        self._plain = all(getattr(self, each) == getattr(cls, each) for each in options)
 
     def _replicate_for_data_parallel(self) -> Recurrent:
         return torch.nn.Module._replicate_for_data_parallel(self)

@@ -31,11 +31,12 @@ from ..types import (
     LayerWeights,
     OrderName,
     State,
+    attention_parts,
     decoder_parts,
     join_parts,
     state_parts,
 )
-from ._common import Device, cell_name, check_input, refuse_script, weights_now
+from ._common import Device, cell_name, check_input, is_bare, refuse_script, weights_now
 from ._stack import scan_layers
 from .attention import Positions, Score, check_window
 
@@ -429,12 +430,101 @@ class AttentionDecoder(torch.nn.Module):
         assert self.combine is not None
         if dropout_masks is None:
             dropout_masks = self.draw_dropout_masks(x.shape[0], x.shape[1])
+        if keys is None:
+            keys = self.score.project(memory, lengths)
+        if not is_bare(self.combine, torch.nn.Linear):
+            return self._forward_stepwise(
+                x, memory, keys, lengths, state, need_weights, dropout_masks
+            )
+        return self._decode(
+            x,
+            memory,
+            keys,
+            self.combine.weight,
+            lengths,
+            state,
+            need_weights,
+            dropout_masks,
+            input_feeding=self.input_feeding,
+            feed=self.feed,
+        )
+
+    def _forward_stepwise(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        keys: Tensor,
+        lengths: Tensor | None,
+        state: DecoderStart | None,
+        need_weights: bool,
+        dropout_masks: Tensor | None,
+    ) -> DecoderOutput:
+        """:meth:`_forward_attentive` where calling ``combine`` is more than a product (it has
+        hooks, or was replaced): the operator gives the context of each step, which is combined
+        with the state outside of it, and what is fed is a part of x."""
+        assert self.combine is not None
+        parts, fed = decoder_parts(self.cell, state)
+        step, past = attention_parts(state)
+        # What decode takes, and what each call of it returns.
+        attention = None if step is None else AttentionState(step, past)
+        hidden: State | None = join_parts(parts) if parts else None
+        feeds_output = self.input_feeding and self.order == "luong"
+        # Read by nobody but for the check that a state which feeds has its attention too.
+        unread = None if fed is None else x.new_zeros(x.shape[1], self.memory_size)
+        unused = x.new_zeros(self.hidden_size, self.memory_size + self.hidden_size)
+        outputs: list[Tensor] = []
+        weights: list[Tensor] = []
+        for t, x_t in enumerate(x.unbind(0)):
+            if feeds_output:
+                if fed is None:
+                    fed = x.new_zeros(x.shape[1], self.fed_size)
+                x_t = torch.cat([x_t, fed], 1)
+            now = self._decode(
+                x_t.unsqueeze(0),
+                memory,
+                keys,
+                unused,
+                lengths,
+                cast(DecoderStart, (hidden, unread, attention)),
+                need_weights,
+                None if dropout_masks is None else dropout_masks[:, t : t + 1],
+                input_feeding=self.order == "bahdanau",
+                feed="context",
+            )
+            last, context, attention = now.state
+            hidden, h = last, state_parts(self.cell, last)[0][-1]
+            outputs.append(self.combine(torch.cat([context, h], 1)).tanh())
+            fed = outputs[-1] if self.feed == "output" else context
+            if now.weights is not None:
+                weights.append(now.weights[0])
+        assert fed is not None  # there is a step
+        return DecoderOutput(
+            torch.stack(outputs),
+            torch.stack(weights) if need_weights else None,
+            DecoderState(last, fed, attention),
+        )
+
+    def _decode(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        keys: Tensor,
+        combine: Tensor,
+        lengths: Tensor | None,
+        state: DecoderStart | None,
+        need_weights: bool,
+        dropout_masks: Tensor | None,
+        *,
+        input_feeding: bool,
+        feed: FeedName,
+    ) -> DecoderOutput:
+        assert self.score is not None
         return functional.decode(
             x,
             self.layer_weights(),
-            self.score.project(memory, lengths) if keys is None else keys,
+            keys,
             memory,
-            self.combine.weight,
+            combine,
             cell=self.cell,
             score=self.score.fused,
             weight_query=self.score.weight_query,
@@ -445,8 +535,8 @@ class AttentionDecoder(torch.nn.Module):
             state=state,
             lengths=self.score.limit(memory, lengths),
             order=self.order,
-            input_feeding=self.input_feeding,
-            feed=self.feed,
+            input_feeding=input_feeding,
+            feed=feed,
             heads=self.score.heads,
             window=self.window_size,
             history=self.history,

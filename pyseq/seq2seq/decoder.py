@@ -277,11 +277,10 @@ class Decoder(torch.nn.Module):
                 label_smoothing=label_smoothing,
             )
         else:
-            loss = functional.linear_cross_entropy(
-                hidden.flatten(0, 1),
-                self.output.weight,
-                target_out.t().flatten(),
-                self.output.bias,
+            loss = fused.output_loss(
+                self.output,
+                hidden,
+                target_out.t(),
                 ignore_index=PAD,
                 label_smoothing=label_smoothing,
             )

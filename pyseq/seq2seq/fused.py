@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder's loops that are one operator, and what may stand in their place."""
+"""What is one operator in the models: the decoder's loops and the loss; and where it is not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.modules import module as _of_all_modules
 
 from .. import functional
+from .._checks import check_smoothing
 from ..nn import AttentionDecoder
+from ..nn._common import is_bare
 from ..types import State
 from .masks import Masks
 
@@ -54,6 +56,41 @@ def exact_results(weight: Tensor) -> AbstractContextManager[object]:
     if weight.dtype not in (torch.float16, torch.bfloat16):
         return nullcontext()
     return torch.autocast(weight.device.type, torch.bfloat16)
+
+
+def output_loss(
+    output: torch.nn.Module,
+    hidden: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """The cross entropy of an output layer: :func:`pyseq.functional.linear_cross_entropy`, or
+    where calling the layer is more than a product, that of what it gives.
+
+    Args:
+        hidden: (..., H).
+        target: (...) int64.
+    """
+    if is_bare(output, torch.nn.Linear):
+        return functional.linear_cross_entropy(
+            hidden.flatten(0, -2),
+            output.weight,
+            target.flatten(),
+            output.bias,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+    check_smoothing(label_smoothing)
+    # What ignored rows hold, NaN even, must not matter.
+    logits = output(hidden.masked_fill((target == ignore_index).unsqueeze(-1), 0))
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2),
+        target.flatten(),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
 
 
 def scheduled_inputs(

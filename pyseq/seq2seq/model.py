@@ -362,7 +362,7 @@ class Seq2Seq(torch.nn.Module):
         ids = ids.masked_fill(~valid_steps(lengths, ids), PAD)
         if ids.numel() and int(ids.min()) < 0:
             raise RuntimeError(f"copies must hold ids of at least 0, got {int(ids.min())}")
-        vocab = self.decoder.output.out_features
+        vocab = self.decoder.embedding.num_embeddings
         return Copies(ids, max(0, int(ids.max()) + 1 - vocab) if ids.numel() else 0)
 
     def _encode(
