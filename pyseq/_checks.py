@@ -7,6 +7,9 @@ with before, and at what modules know better.
 
 from __future__ import annotations
 
+import math
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -57,6 +60,13 @@ def check_smoothing(label_smoothing: float) -> None:
     """Raise a ValueError unless the share of the target probability is one."""
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise a ValueError unless ``value`` is an int (which a bool is not) or a finite float."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(cast(float, value)):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def autocasts(device: torch.device) -> bool:

@@ -10,10 +10,11 @@ from typing import Any, cast
 
 import torch
 
-from ._checks import check_positive
+from ._checks import check_number, check_positive
+from ._dropout import check_probability
 from .nn import GRU, LSTM, RNN, SLSTM, IndRNN
 from .nn._common import Device
-from .types import CellName
+from .types import CellName, kind
 
 __all__ = ["LayerOptions"]
 
@@ -58,6 +59,9 @@ class LayerOptions:
         num_heads: as in :class:`pyseq.nn.SLSTM`.
         keep_every: keep every so manieth state for backward and compute the others again; see
             :func:`pyseq.functional.scan`.
+
+    Raises:
+        ValueError: a value is not of the kind of its option, or out of its range.
     """
 
     residual: bool = False
@@ -74,7 +78,15 @@ class LayerOptions:
     keep_every: int = 1
 
     def __post_init__(self) -> None:
-        check_positive(keep_every=self.keep_every)
+        check_positive(num_heads=self.num_heads, keep_every=self.keep_every)
+        for name, default in _NAMES.items():
+            value = getattr(self, name)
+            if isinstance(default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
+            if isinstance(default, float):
+                check_probability(name, value)
+        if self.forget_bias is not None:
+            check_number("forget_bias", self.forget_bias)
 
     @classmethod
     def of(cls, options: LayerOptions | Mapping[str, Any]) -> LayerOptions:
@@ -82,9 +94,15 @@ class LayerOptions:
 
         Raises:
             ValueError: there is no option of such a name.
+            TypeError: it is neither.
         """
         if isinstance(options, LayerOptions):
             return options
+        if not isinstance(options, Mapping):
+            raise TypeError(
+                "the options of layers must be a LayerOptions or a mapping of their names, got "
+                f"{kind(options)}"
+            )
         unknown = set(options) - set(_NAMES)
         if unknown:
             raise ValueError(

@@ -148,6 +148,18 @@ def test_every_parameter_of_a_model_gets_a_gradient(name: str) -> None:
         assert parameter.grad.isfinite().all(), key
 
 
+def test_what_a_scanned_decoder_does_not_read_is_checked() -> None:
+    decoder = translating("gru_reset_before", num_layers=1, score=None).decoder.rnn
+    x = torch.randn(4, 3, decoder.input_size, dtype=torch.float64)
+    hidden = x.new_zeros(1, 3, decoder.hidden_size)
+    expected = decoder(x, state=(hidden, None)).output
+    assert torch.equal(decoder(x, state=(hidden, hidden[0])).output, expected)
+    with pytest.raises(RuntimeError, match=r"state.feed must be \(B, H\) = \(3, .*got \(2, 7\)"):
+        decoder(x, state=(hidden, x.new_zeros(2, 7)))
+    with pytest.raises(ValueError, match=r"dropout_masks must be None .* got Tensor"):
+        decoder(x, state=(hidden, None), dropout_masks=x.new_ones(0, 4, 3, 8))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -259,6 +271,19 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
         r"zoneout_h must be a probability in \[0, 1\], got 2",
     ),
     "keep-every": (lambda: LayerOptions(keep_every=0), "keep_every must be a positive integer"),
+    "heads": (lambda: LayerOptions(num_heads=0), "num_heads must be a positive integer, got 0"),
+    "switch": (
+        lambda: LayerOptions(residual=1),  # type: ignore[arg-type]
+        "residual must be True or False, got 1",
+    ),
+    "forget-text": (
+        lambda: LayerOptions(forget_bias="x"),  # type: ignore[arg-type]
+        "forget_bias must be a finite number, got 'x'",
+    ),
+    "forget-nan": (
+        lambda: LayerOptions(forget_bias=float("nan")),
+        "forget_bias must be a finite number, got nan",
+    ),
     "dropout": (
         lambda: pyseq.Tagger(9, 2, dropout=1.5),
         r"dropout must be a probability in \[0, 1\], got 1.5",

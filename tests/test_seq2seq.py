@@ -165,7 +165,8 @@ def test_modules_pickled_by_the_first_version_still_work(score: str | None) -> N
 
 
 def test_an_unknown_option_is_refused_by_its_name() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'hiden_size'"):
+    message = r"^Seq2Seq\.__init__\(\) got an unexpected keyword argument 'hiden_size'"
+    with pytest.raises(TypeError, match=message):
         Seq2Seq(11, 9, hiden_size=4)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         Seq2Seq(11)  # type: ignore[call-arg]
@@ -348,6 +349,21 @@ ERRORS: dict[str, tuple[Call, type[Exception], str]] = {
     "true-layers": (lambda: model(num_layers=True), ValueError, "num_layers must be .* got True"),
     "half-size": (lambda: model(hidden_size=8.0), ValueError, "hidden_size must be .* got 8.0"),
     "vocabulary-type": (lambda: Seq2Seq(11, "9"), ValueError, "target_vocab_size must .* got '9'"),  # type: ignore[arg-type]
+    "coverage-loss": (
+        lambda: model(coverage_loss="x"),
+        ValueError,
+        "coverage_loss must be a finite number, got 'x'",
+    ),
+    "sampling": (
+        lambda: model().loss(batch()[0], LENGTHS, *batch()[2:] * 2, sampling=0.5),  # type: ignore[arg-type]
+        TypeError,
+        "sampling must be a Sampling, got float",
+    ),
+    "no-options": (
+        lambda: model(encoder_options=None),
+        TypeError,
+        "must be a LayerOptions or a mapping of their names, got None",
+    ),
     "tie": (
         lambda: model(tie_embeddings=True),
         ValueError,

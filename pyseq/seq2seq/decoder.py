@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import functional
-from .._checks import check_positive, check_shape
+from .._checks import check_number, check_positive, check_shape
 from .._dropout import apply_dropout, check_probability
 from .._pickled import fill_in
 from ..copying import Copying
@@ -28,6 +27,7 @@ from ..types import (
     DecoderStart,
     DecoderState,
     GenerateOutput,
+    kind,
 )
 from . import fused
 from .inputs import check_tokens
@@ -103,7 +103,8 @@ class Decoder(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= coverage_loss < math.inf or (coverage_loss > 0 and score is None):
+        check_number("coverage_loss", coverage_loss)
+        if coverage_loss < 0 or (coverage_loss > 0 and score is None):
             raise ValueError(
                 f"coverage_loss must be at least 0, and 0 without a score, got {coverage_loss!r}"
             )
@@ -377,6 +378,8 @@ class Decoder(torch.nn.Module):
             (B, T) int64.
         """
         check_tokens("target_in", target_in)
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling, got {kind(sampling)}")
         if sampling.epsilon >= 1:
             return target_in
         batch, steps = target_in.shape
@@ -521,7 +524,7 @@ class Decoder(torch.nn.Module):
             (rnn._modules.get("combine"), torch.nn.Linear),
             (own["output"], torch.nn.Linear),
         )
-        for module, kind in parts:
-            if module is not None and not fused.is_plain(module, kind):
+        for module, expected in parts:
+            if module is not None and not fused.is_plain(module, expected):
                 return False
         return True

@@ -188,7 +188,16 @@ def takes(
     ) -> Callable[Concatenate[_Model, _P], None]:
         @wraps(init)
         def constructor(self: _Model, *args: _P.args, **kwargs: _P.kwargs) -> None:
-            init(self, arguments(*args, **kwargs))
+            try:
+                given = arguments(*args, **kwargs)
+            except TypeError as error:
+                # Of an unknown or missing argument: it was not that class that was called.
+                told = str(error)
+                own = told.replace(f"{arguments.__qualname__}.__init__", init.__qualname__)
+                if own == told:
+                    raise
+                raise TypeError(own) from None
+            init(self, given)
 
         own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         signature = inspect.signature(arguments)

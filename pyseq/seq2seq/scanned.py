@@ -29,6 +29,7 @@ from ..types import (
     attention_parts,
     decoder_parts,
     join_parts,
+    kind,
     state_parts,
 )
 
@@ -175,13 +176,21 @@ class ScannedDecoder(torch.nn.Module):
 
         Args:
             x, memory, lengths, state, need_weights, keys: as in
-                :meth:`pyseq.nn.AttentionDecoder.forward`, time-major.
+                :meth:`pyseq.nn.AttentionDecoder.forward`, time-major. The state's feed is (B, H)
+                or None, and not read.
             dropout_masks: None, since the layers draw their own.
 
         Returns, Raises: as there.
         """
         check_shape("x", x, "(T, B, I)", (-1, -1, self.input_size))
+        if dropout_masks is not None:
+            raise ValueError(
+                "dropout_masks must be None for a decoder whose layers draw their own, got "
+                f"{kind(dropout_masks)}"
+            )
         parts, feed = decoder_parts(self.cell, state)
+        if feed is not None:
+            check_shape("state.feed", feed, "(B, H)", (x.shape[1], self.fed_size))
         step, _ = attention_parts(state)
         if self.window == "local-m" and feed is not None and step is None:
             raise ValueError(
