@@ -10,7 +10,6 @@ from typing import Any, NoReturn, TypeGuard, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.nn import init
-from torch.nn.modules import module as _of_all_modules
 
 from .._checks import autocasts, check_positive
 from .._packed import computing_dtype, is_quantized
@@ -75,9 +74,10 @@ def weights_now(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
 
 
 def is_bare(module: torch.nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Whether calling ``module`` is the ``forward`` of ``kind`` and nothing else: no hook, of its
-    own or of all modules, and no other ``forward``. A parametrised module is bare too: its weight
-    is made where it is read."""
+    """Whether calling ``module`` is the ``forward`` of ``kind`` and nothing else: no hook of its
+    own and no other ``forward``. A parametrised module is bare too: its weight is made where it is
+    read. Hooks of all modules (profilers, counters of operations) are for what is called: they do
+    not split an operator into its parts."""
     if type(module).forward is not kind.forward or "forward" in vars(module):
         return False
     hooks = (
@@ -85,10 +85,6 @@ def is_bare(module: torch.nn.Module, kind: type[M]) -> TypeGuard[M]:
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
-        _of_all_modules._global_forward_hooks,
-        _of_all_modules._global_forward_pre_hooks,
-        _of_all_modules._global_backward_hooks,
-        _of_all_modules._global_backward_pre_hooks,
     )
     return not any(len(each) for each in hooks)
 
