@@ -463,6 +463,15 @@ def _replace_files(path: Path, files: Mapping[str, bytes]) -> None:
         _sync_folder(folder.parent)
 
 
+def settle(path: str | Path) -> None:
+    """End what a killed writer of ``path`` had begun: what was complete moves into place, the rest
+    goes. Readers see the same content before and after it."""
+    path = Path(path)
+    with _locked(path, exclusive=True):
+        _finish(path)
+        shutil.rmtree(path / _WRITING, ignore_errors=True)
+
+
 def _finish(path: Path) -> None:
     """Move committed files into place; the same again after a kill half-way."""
     committed = path / _COMMITTED

@@ -291,6 +291,8 @@ def last_checkpoint(out: str | Path) -> tuple[checkpoint.Saved, checkpoint.Train
     """
     folder = Path(out) / LAST
     saved = checkpoint.load(folder)
+    for each in (folder, Path(out)):
+        checkpoint.settle(each)
     if saved.training is None:
         raise CheckpointError(f"{folder}: this model was saved without its training state")
     return saved, saved.training
