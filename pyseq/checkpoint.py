@@ -446,8 +446,7 @@ def _replace_files(path: Path, files: Mapping[str, bytes]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     writing, committed = path / _WRITING, path / _COMMITTED
     with _locked(path, exclusive=True):
-        _finish(path)
-        shutil.rmtree(writing, ignore_errors=True)  # left by a run that was killed
+        _settle(path)  # what a run that was killed has left
         try:
             writing.mkdir()
             for name, data in files.items():
@@ -468,8 +467,12 @@ def settle(path: str | Path) -> None:
     goes. Readers see the same content before and after it."""
     path = Path(path)
     with _locked(path, exclusive=True):
-        _finish(path)
-        shutil.rmtree(path / _WRITING, ignore_errors=True)
+        _settle(path)
+
+
+def _settle(path: Path) -> None:
+    _finish(path)
+    shutil.rmtree(path / _WRITING, ignore_errors=True)
 
 
 def _finish(path: Path) -> None:

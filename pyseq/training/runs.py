@@ -291,8 +291,6 @@ def last_checkpoint(out: str | Path) -> tuple[checkpoint.Saved, checkpoint.Train
     """
     folder = Path(out) / LAST
     saved = checkpoint.load(folder)
-    for each in (folder, Path(out)):
-        checkpoint.settle(each)
     if saved.training is None:
         raise CheckpointError(f"{folder}: this model was saved without its training state")
     return saved, saved.training
@@ -336,6 +334,8 @@ def resume(
     """
     saved, state = last_checkpoint(out)
     folder = Path(out) / LAST
+    for each in (folder, Path(out)):
+        checkpoint.settle(each)
     translator: Translator | Labeler
     if isinstance(saved.model, Seq2Seq):
         translator = Translator.from_saved(saved, folder)
