@@ -128,7 +128,7 @@ def resume_exactly(folder: Path, processes: Processes) -> None:
     try:
         trainer.run()
     except Interrupted as error:
-        assert error.signum == signal.SIGTERM  # noqa: PT017
+        assert error.signum == signal.SIGTERM  # noqa: PT017  run by torchrun
     else:
         raise AssertionError("no process was interrupted")
     torch.manual_seed(9)  # what the process did before must not matter

@@ -13,7 +13,7 @@ from torch.nn import init
 from .. import functional
 from .._checks import check_like, check_positive, check_shape
 from .._pickled import fill_in
-from ..types import DEFAULT_WINDOW_SIZE, SCORES, WINDOWS, ScoreName
+from ..types import DEFAULT_WINDOW_SIZE, SCORES, WINDOWS, AttendOutput, ScoreName
 from ._common import Device, refuse_script
 
 
@@ -166,6 +166,43 @@ class Score(torch.nn.Module):
             return lengths
         assert self.weight is not None
         return functional.position_limit(self.weight, memory, lengths)
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor | None,
+        memory: Tensor,
+        lengths: Tensor | None,
+        *,
+        positions: Positions | None,
+        window_size: int | None,
+        step: Tensor | None,
+        need_weights: bool,
+    ) -> AttendOutput:
+        """:func:`pyseq.functional.attend` with this score.
+
+        Args:
+            query: (T, B, Q).
+            keys: what :meth:`project` made of ``memory`` (S, B, M).
+            positions: what predicts the centre of local-p's windows, if those are asked for.
+            lengths, step, need_weights: as there.
+            window_size: the ``window`` there.
+        """
+        centres = None if positions is None else positions(query, memory.shape[0], lengths)
+        return functional.attend(
+            query,
+            keys,
+            memory,
+            self.limit(memory, lengths),
+            score=self.fused,
+            weight_query=self.weight_query,
+            weight_v=self.weight_v,
+            heads=self.heads,
+            window=window_size,
+            positions=centres,
+            step=step,
+            need_weights=need_weights,
+        )
 
     def extra_repr(self) -> str:
         return self.name if self.heads == 1 else f"{self.name}, heads={self.heads}"
@@ -336,20 +373,13 @@ class Attention(torch.nn.Module):
         """``forward``, time-major."""
         check_shape("query", query, "(T, B, Q)", (-1, -1, self.query_size))
         check_shape("memory", memory, "(S, B, M)", (-1, query.shape[1], self.memory_size))
-        positions = None
-        if self.positions is not None:
-            positions = self.positions(query, memory.shape[0], lengths)
-        return functional.attend(
+        return self.score.attend(
             query,
             self.score.project(memory, lengths),
             memory,
-            self.score.limit(memory, lengths),
-            score=self.score.fused,
-            weight_query=self.score.weight_query,
-            weight_v=self.score.weight_v,
-            heads=self.score.heads,
-            window=self.window_size,
-            positions=positions,
+            lengths,
+            positions=self.positions,
+            window_size=self.window_size,
             step=step,
             need_weights=need_weights,
         )

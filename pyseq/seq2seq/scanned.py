@@ -12,7 +12,6 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from .. import functional
 from .._checks import check_positive, check_shape
 from ..nn import AttentionDecoder, AttentionOptions, Positions, Score
 from ..nn._common import Device
@@ -203,20 +202,13 @@ class ScannedDecoder(torch.nn.Module):
         if memory is None:
             raise RuntimeError("memory must be given unless score is None, got None")
         check_shape("memory", memory, "(S, B, M)", (-1, x.shape[1], self.memory_size))
-        positions = None
-        if self.positions is not None:
-            positions = self.positions(hidden, memory.shape[0], lengths)
-        context, weights = functional.attend(
+        context, weights = self.score.attend(
             hidden,
             self.score.project(memory, lengths) if keys is None else keys,
             memory,
-            self.score.limit(memory, lengths),
-            score=self.score.fused,
-            weight_query=self.score.weight_query,
-            weight_v=self.score.weight_v,
-            heads=self.score.heads,
-            window=self.window_size,
-            positions=positions,
+            lengths,
+            positions=self.positions,
+            window_size=self.window_size,
             step=step if self.window == "local-m" else None,
             need_weights=need_weights,
         )
