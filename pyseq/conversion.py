@@ -16,6 +16,8 @@ from torch.nn.utils import parametrize
 from . import nn
 from ._library import has_kernels
 from ._packed import is_quantized
+from .seq2seq import Encoder
+from .seq2seq.scanned import ScannedDecoder
 
 __all__ = ["convert", "revert"]
 
@@ -41,6 +43,9 @@ _ONLY_PYSEQ: tuple[Class, ...] = tuple(
     and issubclass(cls, (torch.nn.RNNBase, torch.nn.RNNCellBase, nn.AttentionDecoder))
     and cls not in _TO_TORCH
 )
+
+#: Modules of pyseq that call their layers as only pyseq's can be called.
+_OWNERS: tuple[Class, ...] = (Encoder, ScannedDecoder)
 
 #: What a subclass may define and still be nothing but its base with arguments of its own: the
 #: layer is made already, so that a constructor has done its work.
@@ -102,8 +107,10 @@ def revert(model: M, *, log: Log | None = print) -> M:
 
     For what knows only torch's own layers, such as the exporter to ONNX. Layers that were made
     as pyseq's become torch's too, unless torch.nn cannot express them (a cell or an option that
-    it does not have, quantized weights): these are left alone, with the reason in the log. Code
-    that calls a layer with ``lengths``, ``resets`` or ``return_states`` needs pyseq's. What changes
+    it does not have, quantized weights): these are left alone, with the reason in the log. So are
+    the layers of pyseq's own models (:class:`pyseq.Seq2Seq`, :class:`pyseq.Tagger`,
+    :class:`pyseq.Classifier`), which are called with what torch.nn's do not take; your code that
+    calls a layer with ``lengths``, ``resets`` or ``return_states`` needs pyseq's too. What changes
     no result, ``keep_every`` and the ``forget_bias`` of the next ``reset_parameters()``, is lost,
     and the log names it.
 
@@ -121,6 +128,7 @@ def _change(model: M, classes: dict[Class, Class], source: str, log: Log | None)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     lines = []
+    owners = _owners(model) if classes is _TO_TORCH else {}
     for name, module in list(model.named_modules()):
         where, old = name or "the model itself", _class_name(module)
         base = _base(module, classes)
@@ -128,7 +136,10 @@ def _change(model: M, classes: dict[Class, Class], source: str, log: Log | None)
             if classes is _TO_TORCH and isinstance(module, _ONLY_PYSEQ):
                 lines.append(f"{where}: {old} left alone, torch has none")
             continue
-        reason = _reason_against(module, base, classes[base])
+        if module in owners:
+            reason: str | None = f"pyseq's {owners[module]} calls it as torch's cannot be called"
+        else:
+            reason = _reason_against(module, base, classes[base])
         if reason is None:
             lost = _lost_options(classes[base], module, base)
             _set_class(module, base, classes[base])
@@ -140,6 +151,17 @@ def _change(model: M, classes: dict[Class, Class], source: str, log: Log | None)
         for line in lines or [f"no recurrent layer of {source} found"]:
             log(line)
     return model
+
+
+def _owners(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
+    """The modules that are a part of one of ``_OWNERS``, and the name of its class."""
+    return {
+        part: type(module).__name__
+        for module in model.modules()
+        if isinstance(module, _OWNERS)
+        for part in module.modules()
+        if part is not module
+    }
 
 
 def _base(module: torch.nn.Module, classes: dict[Class, Class]) -> Class | None:

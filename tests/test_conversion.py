@@ -287,6 +287,44 @@ def test_leaves_alone_what_lies_where_there_are_no_kernels(monkeypatch: pytest.M
     assert type(pyseq.revert(made, log=None)) is torch.nn.GRU  # back is always possible
 
 
+OWN: dict[str, Callable[[], torch.nn.Module]] = {
+    "seq2seq": lambda: pyseq.Seq2Seq(9, 7, embedding_size=4, hidden_size=6),
+    "scanned": lambda: pyseq.Seq2Seq(
+        9,
+        7,
+        embedding_size=4,
+        hidden_size=6,
+        encoder_cell="gru",
+        input_feeding=False,
+        bridge="zero",
+        decoder_options={"keep_every": 2},
+    ),
+    "tagger": lambda: pyseq.Tagger(9, 3, embedding_size=4, hidden_size=6),
+    "classifier": lambda: pyseq.Classifier(9, 3, embedding_size=4, hidden_size=6),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_models_of_pyseq_keep_the_layers_that_they_call(name: str) -> None:
+    torch.manual_seed(1)
+    module = torch.nn.ModuleDict({"ours": OWN[name]().eval(), "rnn": torch.nn.LSTM(I, H)})
+    args = [torch.randint(4, 7, (2, 5)), torch.tensor([3, 5])]
+    if "decoder" in module["ours"]._modules:
+        args.append(torch.randint(4, 7, (2, 4)))
+    expected = module["ours"](*args)
+    before = classes(module)
+    pyseq.convert(module, log=None)
+    lines: list[str] = []
+    pyseq.revert(module, log=lines.append)
+    assert classes(module) == before
+    assert lines[-1] == "rnn: pyseq.nn.LSTM -> torch.nn.LSTM"
+    kind = {"scanned": "GRU"}.get(name, "LSTM")
+    owner = "pyseq's Encoder calls it as torch's cannot be called"
+    assert lines[0] == f"ours.encoder.rnn: pyseq.nn.{kind} left alone, {owner}"
+    assert len(lines) == {"seq2seq": 3, "scanned": 3}.get(name, 2)  # the decoders are left alone
+    assert torch.equal(module["ours"](*args), expected)
+
+
 class Tagger(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
