@@ -7,10 +7,11 @@ initialisation. Modules keep parameters and check arguments; ``functional`` comp
 
 from __future__ import annotations
 
+from ._attention_options import AttentionOptions
 from ._common import cell_name
 from .attention import Attention, Positions, Score
 from .cells import GRUCell, IndRNNCell, LSTMCell, RNNCell, SLSTMCell
-from .decoder import AttentionDecoder, AttentionOptions
+from .decoder import AttentionDecoder
 from .layers import GRU, LSTM, RNN, SLSTM, IndRNN
 
 __all__ = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,10 +17,7 @@ from .._dropout import apply_dropout, check_probability
 from .._pickled import fill_in
 from ..types import (
     DEFAULT_HISTORY_SIZE,
-    FEEDS,
     GATES,
-    HISTORIES,
-    ORDERS,
     AttentionState,
     DecoderOutput,
     DecoderStart,
@@ -31,30 +27,15 @@ from ..types import (
     LayerWeights,
     OrderName,
     State,
-    attention_parts,
     decoder_parts,
     join_parts,
     state_parts,
 )
+from ._attention_options import check_attention
 from ._common import Device, cell_name, check_input, is_bare, refuse_script, weights_now
 from ._stack import scan_layers
+from ._stepwise import decode_stepwise
 from .attention import Positions, Score, check_window
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionOptions:
-    """How a decoder attends, beside its score; see :class:`AttentionDecoder`."""
-
-    attention_size: int | None = None
-    max_positions: int | None = None
-    order: str = "luong"
-    feed: str | None = None
-    heads: int = 1
-    window: str | None = None
-    window_size: int | None = None
-    history: str | None = None
-    history_size: int | None = None
-
 
 #: What decoders pickled before there were such options are.
 _PICKLED = {
@@ -165,36 +146,18 @@ class AttentionDecoder(torch.nn.Module):
                 f"dropout={dropout} and num_layers=1",
                 stacklevel=2,
             )
-        if score is None:
-            for name, scores, value in (
-                ("attention_size", "score 'concat'", attention_size),
-                ("max_positions", "score 'location'", max_positions),
-                ("feed", "a score", feed),
-                ("window", "a score", window),
-                ("history", "score 'concat'", history),
-                ("heads", "a score", None if heads == 1 else heads),
-                ("order", "a score", None if order == "luong" else order),
-            ):
-                if value is not None:
-                    raise ValueError(f"{name} goes with {scores}, got None")
-        for name, value, allowed in (
-            ("order", order, ORDERS),
-            ("feed", feed, (None, *FEEDS)),
-            ("history", history, (None, *HISTORIES)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-        if order == "bahdanau" and (feed == "output" or not input_feeding):
-            raise ValueError(
-                "order 'bahdanau' feeds the context of the same step, got "
-                + (f"feed {feed!r}" if input_feeding else "input_feeding False")
-            )
-        if feed is not None and not input_feeding:
-            raise ValueError(f"feed goes with input_feeding, got {feed!r} without")
-        if history is not None and score != "concat":
-            raise ValueError(f"history goes with score 'concat', got {history!r} with {score!r}")
-        if history_size is not None and history is None:
-            raise ValueError(f"history_size goes with a history, got {history_size!r} without one")
+        check_attention(
+            score,
+            attention_size=attention_size,
+            max_positions=max_positions,
+            input_feeding=input_feeding,
+            order=order,
+            feed=feed,
+            heads=heads,
+            window=window,
+            history=history,
+            history_size=history_size,
+        )
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.memory_size = memory_size
@@ -433,8 +396,8 @@ class AttentionDecoder(torch.nn.Module):
         if keys is None:
             keys = self.score.project(memory, lengths)
         if not is_bare(self.combine, torch.nn.Linear):
-            return self._forward_stepwise(
-                x, memory, keys, lengths, state, need_weights, dropout_masks
+            return decode_stepwise(
+                self, x, memory, keys, lengths, state, need_weights, dropout_masks
             )
         return self._decode(
             x,
@@ -447,61 +410,6 @@ class AttentionDecoder(torch.nn.Module):
             dropout_masks,
             input_feeding=self.input_feeding,
             feed=self.feed,
-        )
-
-    def _forward_stepwise(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        keys: Tensor,
-        lengths: Tensor | None,
-        state: DecoderStart | None,
-        need_weights: bool,
-        dropout_masks: Tensor | None,
-    ) -> DecoderOutput:
-        """:meth:`_forward_attentive` where calling ``combine`` is more than a product (it has
-        hooks, or was replaced): the operator gives the context of each step, which is combined
-        with the state outside of it, and what is fed is a part of x."""
-        assert self.combine is not None
-        parts, fed = decoder_parts(self.cell, state)
-        step, past = attention_parts(state)
-        # What decode takes, and what each call of it returns.
-        attention = None if step is None else AttentionState(step, past)
-        hidden: State | None = join_parts(parts) if parts else None
-        feeds_output = self.input_feeding and self.order == "luong"
-        # Read by nobody but for the check that a state which feeds has its attention too.
-        unread = None if fed is None else x.new_zeros(x.shape[1], self.memory_size)
-        unused = x.new_zeros(self.hidden_size, self.memory_size + self.hidden_size)
-        outputs: list[Tensor] = []
-        weights: list[Tensor] = []
-        for t, x_t in enumerate(x.unbind(0)):
-            if feeds_output:
-                if fed is None:
-                    fed = x.new_zeros(x.shape[1], self.fed_size)
-                x_t = torch.cat([x_t, fed], 1)
-            now = self._decode(
-                x_t.unsqueeze(0),
-                memory,
-                keys,
-                unused,
-                lengths,
-                cast(DecoderStart, (hidden, unread, attention)),
-                need_weights,
-                None if dropout_masks is None else dropout_masks[:, t : t + 1],
-                input_feeding=self.order == "bahdanau",
-                feed="context",
-            )
-            last, context, attention = now.state
-            hidden, h = last, state_parts(self.cell, last)[0][-1]
-            outputs.append(self.combine(torch.cat([context, h], 1)).tanh())
-            fed = outputs[-1] if self.feed == "output" else context
-            if now.weights is not None:
-                weights.append(now.weights[0])
-        assert fed is not None  # there is a step
-        return DecoderOutput(
-            torch.stack(outputs),
-            torch.stack(weights) if need_weights else None,
-            DecoderState(last, fed, attention),
         )
 
     def _decode(
