@@ -233,12 +233,92 @@ def test_a_combination_with_a_hook_is_called(options: dict[str, Any]) -> None:
     assert not module(x, memory).output.any()
 
 
-def test_a_combination_reparametrized_by_a_hook_is_trained() -> None:
-    module, (x, memory) = decoder(), inputs()
-    expected = module(x, memory).output
-    prune.l1_unstructured(module.combine, "weight", amount=1)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score": "general"},
+        {"score": "dot", "order": "bahdanau", "cell": "gru"},
+        {"score": "location", "max_positions": 3, "input_feeding": False, "heads": 2},
+        {"score": "concat", "feed": "context", "cell": "rnn_tanh", "dropout": 0.5},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_positions_with_a_hook_are_called(options: dict[str, Any]) -> None:
+    module, (x, memory) = decoder(window="local-p", window_size=2, **options), inputs()
+    masks = module.draw_dropout_masks(T, B)
+    state = module(x[:2], memory).state
+
+    def results() -> dict[str, Any]:
+        more = {"lengths": LENGTHS, "need_weights": True, "dropout_masks": masks}
+        out = module(x, memory, **more)
+        gone_on = module(x, memory, state=state, **more)
+        total = out.output.square().sum() + gone_on.output.sum()
+        gradients = torch.autograd.grad(total, list(module.parameters()), retain_graph=True)
+        named = {str(i): gradient for i, gradient in enumerate(gradients)}
+        for name, one in (("out", out), ("on", gone_on)):
+            parts = one.state.hidden if module.cell == "lstm" else (one.state.hidden,)
+            named |= {f"{name}-y": one.output, f"{name}-a": one.weights, f"{name}-h": parts[0]}
+            named |= {f"{name}-last": parts[-1], f"{name}-feed": one.state.feed}
+            assert one.state.attention is not None
+            named[f"{name}-step"] = one.state.attention.step.double()
+        return named
+
+    expected = results()
+    calls = []
+    assert module.positions is not None
+    handle = module.positions.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert_close(results(), expected)
+    assert len(calls) == 2 * T
+    handle.remove()
+    # What a hook gives is what counts: windows at the start of the memory.
+    module.positions.register_forward_hook(lambda module, args, output: 0 * output)
+    weights = module(x, memory, need_weights=True).weights
+    assert weights is not None
+    assert weights[..., 3:].count_nonzero() == 0
+    assert weights[..., :3].count_nonzero() > 0
+
+
+def test_positions_with_a_hook_go_without_a_history() -> None:
+    module, (x, memory) = decoder(score="concat", window="local-p", history="previous"), inputs()
+    assert module.positions is not None
+    module.positions.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"positions must have no hooks .* history 'previous'"):
+        module(x, memory)
+
+
+@pytest.mark.parametrize(
+    ("part", "weight"),
+    [
+        ("combine", "weight"),
+        ("score", "weight_memory"),
+        ("score", "weight_query"),
+        ("positions", "weight_v"),
+    ],
+)
+def test_parts_reparametrized_by_a_hook_are_trained(part: str, weight: str) -> None:
+    module, (x, memory) = decoder(score="concat", window="local-p"), inputs()
+    pruned = module.get_submodule(part)
+    prune.l1_unstructured(pruned, weight, amount=1)
+    outputs = []
     for _ in range(2):
-        module(x, memory).output.sum().backward()
-    prune.remove(module.combine, "weight")
+        outputs.append(module(x, memory).output)
+        outputs[-1].sum().backward()
+        with torch.no_grad():
+            gradient = getattr(pruned, f"{weight}_orig").grad
+            getattr(pruned, f"{weight}_orig").sub_(gradient)
+    prune.remove(pruned, weight)
     with torch.no_grad():
-        assert not torch.equal(module(x, memory).output, expected)
+        outputs.append(module(x, memory).output)
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+@pytest.mark.parametrize("module", ["decoder", "attention"])
+def test_what_a_hook_makes_of_the_keys_counts(module: str) -> None:
+    x, memory = inputs()
+    whole: Any = decoder() if module == "decoder" else Attention(I, H).double()
+    x = x if module == "decoder" else x[..., :I]
+    whole.score.register_forward_pre_hook(lambda score, args: (0 * args[0], *args[1:]))
+    _, weights, *_ = whole(x, memory, need_weights=True)
+    # Of keys that are all the same every position gets as much.
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / S))

@@ -136,6 +136,12 @@ class Score(torch.nn.Module):
             init.uniform_(weight, -bound, bound)
 
     def project(self, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """:meth:`forward`, called with its hooks: those that make weights (pruning, the older
+        weight norm) have made them before a decoder reads any."""
+        keys: Tensor = self(memory, lengths)
+        return keys
+
+    def forward(self, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The keys (S, B, A) of ``memory`` (S, B, M): ``W m``, ``W_m m``, ``m / sqrt(M / N)``,
         the memory itself, or for location the rows of W.
 
@@ -188,12 +194,13 @@ class Score(torch.nn.Module):
             lengths, step, need_weights: as there.
             window_size: the ``window`` there.
         """
+        lengths = self.limit(memory, lengths)
         centres = None if positions is None else positions(query, memory.shape[0], lengths)
         return functional.attend(
             query,
             keys,
             memory,
-            self.limit(memory, lengths),
+            lengths,
             score=self.fused,
             weight_query=self.weight_query,
             weight_v=self.weight_v,

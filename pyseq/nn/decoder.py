@@ -395,7 +395,8 @@ class AttentionDecoder(torch.nn.Module):
             dropout_masks = self.draw_dropout_masks(x.shape[0], x.shape[1])
         if keys is None:
             keys = self.score.project(memory, lengths)
-        if not is_bare(self.combine, torch.nn.Linear):
+        whole = is_bare(self.combine, torch.nn.Linear)
+        if not whole or not (self.positions is None or is_bare(self.positions, Positions)):
             return decode_stepwise(
                 self, x, memory, keys, lengths, state, need_weights, dropout_masks
             )
