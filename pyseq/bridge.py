@@ -15,7 +15,7 @@ from torch.nn import init
 
 from ._checks import check_positive, check_shape
 from ._pickled import fill_in
-from .nn._common import Device
+from .nn._common import Device, changed_options
 from .recurrent import layer_cell
 from .types import STATES, State, state_parts
 
@@ -189,5 +189,5 @@ class Bridge(torch.nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.kind!r}, {self.encoder_layers} x {self.encoder_size} to "
-            f"{self.decoder_layers} x {self.decoder_size}"
+            f"{self.decoder_layers} x {self.decoder_size}" + changed_options(self, c_from_h=False)
         )

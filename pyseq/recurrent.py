@@ -57,8 +57,8 @@ class LayerOptions:
             learned_state: as in :class:`pyseq.nn.RNN`.
         zoneout_c, forget_bias, peepholes: as in :class:`pyseq.nn.LSTM`.
         num_heads: as in :class:`pyseq.nn.SLSTM`.
-        keep_every: keep every so manieth state for backward and compute the others again; see
-            :func:`pyseq.functional.scan`.
+        keep_every: k, above 1 to keep the state at every k-th step only for backward and compute
+            the others again; see :func:`pyseq.functional.scan`.
 
     Raises:
         ValueError: a value is not of the kind of its option, or out of its range.
@@ -147,6 +147,14 @@ class LayerOptions:
 _NAMES: dict[str, Any] = {each.name: each.default for each in fields(LayerOptions)}
 
 
+def check_layer_options(cell: CellName, options: LayerOptions) -> None:
+    """Raise a ValueError if an option is given that layers of this cell do not have."""
+    taken = inspect.signature(_LAYERS[cell][0]).parameters
+    for name, value in options.changed().items():
+        if name not in taken:
+            raise ValueError(f"{name} is no option of layers of {cell}, got {value!r}")
+
+
 def build_layers(
     cell: CellName,
     input_size: int,
@@ -164,12 +172,8 @@ def build_layers(
     Raises:
         ValueError: layers of this cell do not have an option that is given.
     """
+    check_layer_options(cell, options)
     kind, own = _LAYERS[cell]
-    given = options.changed()
-    taken = inspect.signature(kind).parameters
-    for name, value in given.items():
-        if name not in taken:
-            raise ValueError(f"{name} is no option of layers of {cell}, got {value!r}")
     return kind(
         input_size,
         hidden_size,
@@ -179,5 +183,5 @@ def build_layers(
         device=device,
         dtype=dtype,
         **own,
-        **given,
+        **options.changed(),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._checks import check_positive, check_shape
 from ._dropout import apply_dropout
+from .nn._common import changed_options
 from .seq2seq import Encoder, Seq2Seq, valid_steps
 from .seq2seq.fused import output_loss
 from .seq2seq.inputs import check_vocab_size
@@ -172,7 +173,8 @@ class Classifier(_Labelling):
     - ``"mean"``: ``sum_s h_s / S``;
     - ``"max"``: ``max_s h_s``, for each feature by itself.
 
-    For a row of length 0 all three are zero, but for what extra information adds.
+    For a row of length 0 all three are zero, but for what extra information adds, and for
+    ``"last"`` a learned initial state.
 
     Args:
         source_vocab_size, num_labels, embedding_size, hidden_size, num_layers, cell,
@@ -195,6 +197,9 @@ class Classifier(_Labelling):
             )
         super().__init__(options)
         self.pooling = cast(PoolingName, options.pooling)
+
+    def extra_repr(self) -> str:
+        return changed_options(self, pooling="last").removeprefix(", ")
 
     def _pooled(self, source: Tensor, lengths: Tensor, extra: Tensor | None) -> Tensor:
         """What the output layer reads (B, H)."""

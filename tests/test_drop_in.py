@@ -182,6 +182,46 @@ def test_results_may_be_changed_in_place_before_backward() -> None:
     assert_close({"d": ours.bias_ih_l0.grad}, {"d": theirs.bias_ih_l0.grad})
 
 
+REPRS: dict[str, tuple[Callable[[], Any], str]] = {
+    "lstm-cell": (lambda: nn.LSTMCell(I, H), f"LSTMCell({I}, {H})"),
+    "peepholes": (lambda: nn.LSTMCell(I, H, peepholes=True), f"LSTMCell({I}, {H}, peepholes=True)"),
+    "gru-cell": (
+        lambda: nn.GRUCell(I, H, bias=False, reset_after=False),
+        f"GRUCell({I}, {H}, bias=False, reset_after=False)",
+    ),
+    "indrnn-cell": (lambda: nn.IndRNNCell(I, H), f"IndRNNCell({I}, {H})"),
+    "indrnn-cell-tanh": (
+        lambda: nn.IndRNNCell(I, H, bias=False, nonlinearity="tanh"),
+        f"IndRNNCell({I}, {H}, bias=False, nonlinearity='tanh')",
+    ),
+    "indrnn": (lambda: nn.IndRNN(I, H), f"IndRNN({I}, {H})"),
+    "indrnn-tanh": (
+        lambda: nn.IndRNN(I, H, nonlinearity="tanh"),
+        f"IndRNN({I}, {H}, nonlinearity='tanh')",
+    ),
+    "slstm-cell": (
+        lambda: nn.SLSTMCell(I, 6, num_heads=2, forget_gate="exp"),
+        f"SLSTMCell({I}, 6, num_heads=2, forget_gate='exp')",
+    ),
+    "slstm": (lambda: nn.SLSTM(I, H, num_heads=H), f"SLSTM({I}, {H}, num_heads={H})"),
+    "score": (
+        lambda: nn.Score("concat", 4, 6, 8, heads=2, history_size=3),
+        "Score(concat, heads=2, attention_size=8, history_size=3)",
+    ),
+    "score-location": (
+        lambda: nn.Score("location", 4, 6, max_positions=9),
+        "Score(location, max_positions=9)",
+    ),
+    "positions": (lambda: nn.Positions(4), "Positions(4)"),
+}
+
+
+@pytest.mark.parametrize("name", REPRS)
+def test_repr_shows_what_is_not_the_default(name: str) -> None:
+    make, expected = REPRS[name]
+    assert repr(make()) == expected
+
+
 # The weights, by every name that they have
 
 

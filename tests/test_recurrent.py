@@ -208,12 +208,45 @@ def test_forget_bias_goes_with_input_feeding() -> None:
     model = pyseq.Seq2Seq(11, 9, **SIZES, decoder_options={"forget_bias": 2.0})
     rnn = model.decoder.rnn
     assert isinstance(rnn, AttentionDecoder)
-    (layer,) = rnn.layer_weights()
-    assert layer.b_ih is not None
-    assert layer.b_hh is not None
-    assert (layer.b_ih[8:16] == 2).all()
-    assert (layer.b_hh[8:16] == 0).all()
-    assert (layer.b_ih[:8] != 2).all()
+    assert repr(rnn).startswith(
+        "AttentionDecoder(\n  6, 8, 8, 1, cell='lstm', input_feeding=True, forget_bias=2.0\n"
+    )
+    for _ in range(2):
+        (layer,) = rnn.layer_weights()
+        assert layer.b_ih is not None
+        assert layer.b_hh is not None
+        assert (layer.b_ih[8:16] == 2).all()
+        assert (layer.b_hh[8:16] == 0).all()
+        assert (layer.b_ih[:8] != 2).all()
+        rnn.reset_parameters()
+
+
+def test_an_option_that_a_cell_lacks_is_refused_as_such() -> None:
+    """Not with the advice to leave out input feeding, which would not help."""
+    with pytest.raises(ValueError, match=r"^forget_bias is no option of layers of gru, got 2\.0$"):
+        pyseq.Seq2Seq(11, 9, cell="gru", decoder_options={"forget_bias": 2.0})
+    with pytest.raises(ValueError, match="forget_bias goes with the cell 'lstm', got 'gru'"):
+        AttentionDecoder(3, 4, 4, cell="gru", forget_bias=2.0)
+
+
+def test_repr_shows_how_a_model_differs() -> None:
+    model = pyseq.Seq2Seq(
+        11,
+        9,
+        **SIZES,
+        input_feeding=False,
+        decoder_options={"keep_every": 2},
+        window="local-m",
+        bridge="tanh",
+        bridge_c_from_h=True,
+        memory_bias=True,
+    )
+    assert "ScannedDecoder(\n      window='local-m', window_size=10\n" in repr(model)
+    assert "c_from_h=True)" in repr(model)
+    assert "constant=True" in repr(model)
+    classifier = pyseq.Classifier(11, 3, pooling="max")
+    assert "Classifier(\n  pooling='max'\n" in repr(classifier)
+    assert "dropout=0.1" in repr(classifier)
 
 
 @pytest.mark.parametrize("kind", BRIDGES)

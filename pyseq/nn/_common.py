@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TypeGuard, TypeVar, cast
 
 import torch
@@ -89,6 +89,14 @@ def is_bare(module: torch.nn.Module, kind: type[M]) -> TypeGuard[M]:
     return not any(len(each) for each in hooks)
 
 
+def changed_options(module: torch.nn.Module, **defaults: object) -> str:
+    """For ``extra_repr``: these attributes of ``module``, where they are not at their defaults."""
+    given = {name: getattr(module, name) for name in defaults}
+    return "".join(
+        f", {name}={value!r}" for name, value in given.items() if value != defaults[name]
+    )
+
+
 def add_weight(module: torch.nn.RNNBase | torch.nn.RNNCellBase, name: str, *shape: int) -> None:
     """Give ``module`` a parameter drawn within 1/sqrt(H), in the place of one that is there."""
     bound = 1 / math.sqrt(max(module.hidden_size, 1))
@@ -96,6 +104,19 @@ def add_weight(module: torch.nn.RNNBase | torch.nn.RNNCellBase, name: str, *shap
     weight = torch.nn.Parameter(like.new_empty(shape))
     init.uniform_(weight, -bound, bound)
     module.register_parameter(name, weight)
+
+
+def set_forget_bias(
+    module: torch.nn.Module, biases: Iterable[Sequence[str]], forget_bias: float
+) -> None:
+    """Start the forget gates of an LSTM from this number: in each of these pairs of names the
+    first bias has it, since both add up, and the second has zero."""
+    with torch.no_grad():
+        for b_ih, b_hh in biases:
+            for name, value in ((b_ih, forget_bias), (b_hh, 0.0)):
+                bias = getattr(module, name)
+                size = len(bias) // GATES["lstm"]
+                bias[size : 2 * size] = value
 
 
 def refuse_script(module: torch.nn.Module) -> NoReturn:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import init
 
-from .._checks import check_positive
+from .._checks import check_number, check_positive
 from .._dropout import check_probability
 from ..types import GATES, STATES, CellName, LayerNormWeights
-from ._common import cell_name
+from ._common import cell_name, changed_options, set_forget_bias
 
 #: Cells by the mode of RNNBase.
 CELLS_BY_MODE = {name.upper(): cell_name(name) for name in GATES}
@@ -86,6 +86,8 @@ class RecurrentOptions(torch.nn.RNNBase):
             raise ValueError(
                 f"forget_bias needs bias=True, got forget_bias {forget_bias!r} and no bias"
             )
+        if forget_bias is not None:
+            check_number("forget_bias", forget_bias)
         self.forget_bias = forget_bias
         check_positive(keep_every=keep_every)
         self.keep_every = keep_every
@@ -136,13 +138,9 @@ class RecurrentOptions(torch.nn.RNNBase):
             if norm.gain_c is not None and norm.bias_c is not None:
                 init.ones_(norm.gain_c)
                 init.zeros_(norm.bias_c)
-        if self.forget_bias is None:
-            return
-        forget = slice(self.hidden_size, 2 * self.hidden_size)
-        with torch.no_grad():
-            for suffix in self._suffixes():
-                getattr(self, f"bias_ih_{suffix}")[forget] = self.forget_bias
-                getattr(self, f"bias_hh_{suffix}")[forget] = 0
+        if self.forget_bias is not None:
+            names = [(f"bias_ih_{each}", f"bias_hh_{each}") for each in self._suffixes()]
+            set_forget_bias(self, names, self.forget_bias)
 
     def _learned_parts(self) -> str:
         """The parts of the state that are parameters: of an sLSTM n is one, as whatever n is
@@ -160,8 +158,7 @@ class RecurrentOptions(torch.nn.RNNBase):
         return self.h_0, self.c_0, torch.ones_like(self.c_0), self.m_0
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
-        for name in (
+        names = (
             "residual",
             "variational_dropout",
             "recurrent_dropout",
@@ -171,14 +168,12 @@ class RecurrentOptions(torch.nn.RNNBase):
             "layer_norm",
             "learned_state",
             "peepholes",
-        ):
-            if getattr(self, name):
-                text += f", {name}={getattr(self, name)}"
-        if self.keep_every != 1:
-            text += f", keep_every={self.keep_every}"
-        if not self.reset_after:
-            text += ", reset_after=False"
-        return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias}"
+            "keep_every",
+            "reset_after",
+            "forget_bias",
+        )
+        defaults = {name: getattr(RecurrentOptions, name) for name in names}
+        return super().extra_repr() + changed_options(self, **defaults)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Past RNNBase, which would look for cuDNN's list of the weights.

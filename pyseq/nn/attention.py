@@ -14,7 +14,7 @@ from .. import functional
 from .._checks import check_like, check_positive, check_shape
 from .._pickled import fill_in
 from ..types import DEFAULT_WINDOW_SIZE, SCORES, WINDOWS, AttendOutput, ScoreName
-from ._common import Device, refuse_script
+from ._common import Device, changed_options, refuse_script
 
 
 class Score(torch.nn.Module):
@@ -212,7 +212,14 @@ class Score(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return self.name if self.heads == 1 else f"{self.name}, heads={self.heads}"
+        text = self.name + changed_options(self, heads=1)
+        if self.weight_v is not None:
+            text += f", attention_size={len(self.weight_v)}"
+        if self.weight_history is not None:
+            text += f", history_size={self.weight_history.shape[1]}"
+        if self.name == "location" and self.weight is not None:
+            text += f", max_positions={len(self.weight)}"
+        return text
 
 
 class Positions(torch.nn.Module):
@@ -248,6 +255,9 @@ class Positions(torch.nn.Module):
         """The positions (T, B) of ``query`` (T, B, Q) in rows of ``source`` positions, or of
         ``lengths`` (B,); see :func:`pyseq.functional.predict_positions`."""
         return functional.predict_positions(query, self.weight, self.weight_v, source, lengths)
+
+    def extra_repr(self) -> str:
+        return str(len(self.weight_v))
 
 
 def check_window(window: str | None, window_size: int | None) -> int | None:
@@ -357,6 +367,7 @@ class Attention(torch.nn.Module):
             or None.
 
         Raises:
+            ValueError: ``step`` is given without a window, or with predicted positions.
             RuntimeError: a tensor has the wrong shape, dtype or device.
             TypeError: what must be a tensor is none.
         """
@@ -392,7 +403,6 @@ class Attention(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        text = f"{self.query_size}, {self.memory_size}"
-        if self.window is not None:
-            text += f", window={self.window!r}, window_size={self.window_size}"
-        return text + (", batch_first=True" if self.batch_first else "")
+        return f"{self.query_size}, {self.memory_size}" + changed_options(
+            self, window=None, window_size=None, batch_first=False
+        )

@@ -12,6 +12,7 @@ from ..types import STATES, CellName, State, join_parts, state_parts
 from ._common import (
     Device,
     add_weight,
+    changed_options,
     check_input,
     check_nonlinearity,
     check_slstm,
@@ -147,6 +148,9 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
         self.reset_after = reset_after
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() + changed_options(self, reset_after=True)
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
         h = self._step("gru" if self.reset_after else "gru_reset_before", input, hx)
@@ -178,6 +182,9 @@ class LSTMCell(_Cell):
         self.peepholes = peepholes
         if peepholes:
             add_weight(self, "weight_ch", 3 * hidden_size)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + changed_options(self, peepholes=False)
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -214,6 +221,10 @@ class IndRNNCell(_Cell):
         super().reset_parameters()
         init.uniform_(self.weight_hh)
 
+    def extra_repr(self) -> str:
+        sizes = f"{self.input_size}, {self.hidden_size}"
+        return sizes + changed_options(self, bias=True, nonlinearity="relu")
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
         h = self._step("indrnn_relu" if self.nonlinearity == "relu" else "indrnn_tanh", input, hx)
@@ -244,6 +255,9 @@ class SLSTMCell(_Cell):
         self.num_heads = num_heads
         self.forget_gate = forget_gate
         add_weight(self, "weight_hh", 4 * hidden_size, hidden_size // num_heads)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + changed_options(self, num_heads=1, forget_gate="sigmoid")
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None

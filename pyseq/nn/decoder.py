@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import init
 
 from .. import functional
-from .._checks import check_positive, check_shape
+from .._checks import check_number, check_positive, check_shape
 from .._dropout import apply_dropout, check_probability
 from .._pickled import fill_in
 from ..types import (
@@ -32,7 +32,16 @@ from ..types import (
     state_parts,
 )
 from ._attention_options import check_attention
-from ._common import Device, cell_name, check_input, is_bare, refuse_script, weights_now
+from ._common import (
+    Device,
+    cell_name,
+    changed_options,
+    check_input,
+    is_bare,
+    refuse_script,
+    set_forget_bias,
+    weights_now,
+)
 from ._stack import scan_layers
 from ._stepwise import decode_stepwise
 from .attention import Positions, Score, check_window
@@ -45,6 +54,7 @@ _PICKLED = {
     "window_size": None,
     "history": None,
     "positions": None,
+    "forget_bias": None,
 }
 
 
@@ -83,6 +93,8 @@ class AttentionDecoder(torch.nn.Module):
             coverage; both with more are location-sensitive.
         history_size: K, odd: how many neighbours' past weights the score of a position sees.
             Default: 31, with a history.
+        forget_bias: what the forget gates of the cell ``"lstm"`` start from, as in
+            :class:`pyseq.nn.LSTM`. Default: drawn as all others.
         device, dtype: of the parameters.
 
     Attributes:
@@ -129,6 +141,7 @@ class AttentionDecoder(torch.nn.Module):
         window_size: int | None = None,
         history: str | None = None,
         history_size: int | None = None,
+        forget_bias: float | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -158,6 +171,11 @@ class AttentionDecoder(torch.nn.Module):
             history=history,
             history_size=history_size,
         )
+        if forget_bias is not None and cell != "lstm":
+            raise ValueError(f"forget_bias goes with the cell 'lstm', got {cell!r}")
+        if forget_bias is not None:
+            check_number("forget_bias", forget_bias)
+        self.forget_bias = forget_bias
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.memory_size = memory_size
@@ -220,9 +238,16 @@ class AttentionDecoder(torch.nn.Module):
         bound = 1 / math.sqrt(self.hidden_size)
         for weight in self.parameters(recurse=False):
             init.uniform_(weight, -bound, bound)
+        if self.forget_bias is not None:
+            set_forget_bias(
+                self,
+                [names[2:] for names in map(self._layer_names, range(self.num_layers))],
+                self.forget_bias,
+            )
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew: those of the layers as torch.nn does, within 1/sqrt(H)."""
+        """Draw all weights anew: those of the layers as torch.nn does, within 1/sqrt(H); then set
+        the biases of forget gates to ``forget_bias``."""
         if self.score is not None and self.combine is not None:
             self.score.reset_parameters()
             self.combine.reset_parameters()
@@ -456,15 +481,14 @@ class AttentionDecoder(torch.nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}, {self.memory_size}, {self.num_layers}"
         text += f", cell={self.cell!r}, input_feeding={self.input_feeding}"
-        for name, value, default in (
-            ("order", self.order, "luong"),
-            ("feed", self.feed, "output"),
-            ("window", self.window, None),
-            ("window_size", self.window_size, None),
-            ("history", self.history, None),
-        ):
-            if value != default:
-                text += f", {name}={value!r}"
-        if self.dropout:
-            text += f", dropout={self.dropout}"
-        return text + (", batch_first=True" if self.batch_first else "")
+        return text + changed_options(
+            self,
+            order="luong",
+            feed="context" if self.order == "bahdanau" else "output",
+            window=None,
+            window_size=None,
+            history=None,
+            forget_bias=None,
+            dropout=0.0,
+            batch_first=False,
+        )

@@ -7,7 +7,7 @@ import torch
 from torch.nn import init
 
 from ..types import CellName
-from ._common import Device, add_weight, check_nonlinearity, check_slstm
+from ._common import Device, add_weight, changed_options, check_nonlinearity, check_slstm
 from ._recurrent import Recurrent
 
 
@@ -294,6 +294,9 @@ class IndRNN(Recurrent):
         """The cell's name in ``pyseq.functional``."""
         return "indrnn_relu" if self.nonlinearity == "relu" else "indrnn_tanh"
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() + changed_options(self, nonlinearity="relu")
+
     def _reset_options(self) -> None:
         super()._reset_options()
         for suffix in self._suffixes():
@@ -371,4 +374,4 @@ class SLSTM(Recurrent):
         return "slstm_exp" if self.forget_gate == "exp" else "slstm_sigmoid"
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_heads={self.num_heads}, forget_gate={self.forget_gate}"
+        return super().extra_repr() + changed_options(self, num_heads=1, forget_gate="sigmoid")

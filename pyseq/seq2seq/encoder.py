@@ -12,7 +12,7 @@ from .._checks import check_positive
 from .._dropout import apply_dropout, check_probability
 from .._pickled import fill_in
 from ..extra import ExtraInformation, ExtraOptions, check_extra
-from ..nn._common import Device
+from ..nn._common import Device, changed_options
 from ..recurrent import LayerOptions, build_layers, layer_cell
 from ..reference import without_padding
 from ..types import PAD, State, join_parts, state_parts
@@ -123,6 +123,9 @@ class Encoder(torch.nn.Module):
         super().__setstate__(state)
         fill_in(self, {"cell": self.rnn.cell})
         fill_in(self, {"extra": None, "extra_at_input": False, "constant": False})
+
+    def extra_repr(self) -> str:
+        return changed_options(self, dropout=0.0, constant=False).removeprefix(", ")
 
     def _join_directions(self, part: Tensor) -> Tensor:
         """(L*D, B, H/D) to (L, B, H), each layer's directions side by side."""

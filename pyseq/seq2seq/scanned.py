@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .._checks import check_positive, check_shape
 from ..nn import AttentionDecoder, AttentionOptions, Positions, Score
-from ..nn._common import Device
+from ..nn._common import Device, changed_options
 from ..nn.attention import check_window
-from ..recurrent import LayerOptions, build_layers, layer_cell
+from ..recurrent import LayerOptions, build_layers, check_layer_options, layer_cell
 from ..types import (
     GATES,
     AttentionState,
@@ -130,6 +130,9 @@ class ScannedDecoder(torch.nn.Module):
                 memory_size + hidden_size, hidden_size, bias=False, device=device, dtype=dtype
             )
 
+    def extra_repr(self) -> str:
+        return changed_options(self, window=None, window_size=None).removeprefix(", ")
+
     def project(self, memory: Tensor, lengths: Tensor | None = None) -> Tensor | None:
         """The keys of ``memory`` (S, B, M); None without attention."""
         return None if self.score is None else self.score.project(memory, lengths)
@@ -239,6 +242,7 @@ def build_decoder(
     """
     name = layer_cell(cell)
     given = options.changed()
+    check_layer_options(name, options)
     if name not in GATES or given.keys() - ({"forget_bias"} if name == "lstm" else set()):
         if input_feeding and score is not None:
             raise ValueError(
@@ -259,7 +263,7 @@ def build_decoder(
             device=device,
             dtype=dtype,
         )
-    decoder = AttentionDecoder(
+    return AttentionDecoder(
         input_size,
         hidden_size,
         memory_size,
@@ -270,17 +274,9 @@ def build_decoder(
         dropout=dropout if num_layers > 1 else 0.0,  # it is between layers
         device=device,
         dtype=dtype,
+        forget_bias=options.forget_bias,
         **asdict(attention),
     )
-    if options.forget_bias is not None:
-        forget = slice(hidden_size, 2 * hidden_size)
-        with torch.no_grad():
-            for layer in decoder.layer_weights():
-                assert layer.b_ih is not None
-                assert layer.b_hh is not None
-                layer.b_ih[forget] = options.forget_bias
-                layer.b_hh[forget] = 0
-    return decoder
 
 
 def _described(cell: CellName, options: LayerOptions) -> str:
