@@ -2,8 +2,9 @@
 """Search for target sequences: greedy, sampling and beam search, for a batch of sources.
 
 Called by ``Seq2Seq.generate``. Works on anything that has ``encode_source`` and ``step``,
-which is called once a step for all hypotheses of all rows that are not finished; where a
-model offers a :class:`FusedSearch`, what that can do is one operator instead.
+which is called once a step for all hypotheses of all rows that are not finished, or on other
+devices than the CPU of all rows; where a model offers a :class:`FusedSearch`, what that can do is
+one operator instead.
 """
 
 from .ensemble import Ensemble

@@ -13,7 +13,7 @@ from ..types import START, STOP
 from .evaluation import search_mode
 from .options import Hypothesis, SearchOptions, length_normalizer
 from .protocols import SearchModel
-from .rules import Rules, widened
+from .rules import Rules, refuse_nan, widened
 from .trace import Finished, Record, trace_back
 
 
@@ -29,7 +29,7 @@ def beam_search(
         history = tokens.new_empty(batch, 1, 0)
         scores = torch.zeros(())  # (R, k), log P of each hypothesis
         finished = Finished.none(scores.new_empty(0), 0)
-        coverage = _Coverage.none(options, source_lengths.to(source.device))
+        coverage = Coverage.none(options, source_lengths.to(source.device))
         trace: list[Record] = []
         for emitted in range(1, options.max_length + 1):
             width = tokens.shape[1]
@@ -42,6 +42,7 @@ def beam_search(
             if emitted == 1:
                 scores = widened(step.log_probs).new_zeros(batch, 1)
                 finished = Finished.none(scores.squeeze(1), options.n_best)
+            refuse_nan(step.log_probs)
             log_probs = rules.apply(
                 step.log_probs,
                 rows.repeat_interleave(width),
@@ -61,7 +62,7 @@ def beam_search(
             ranks = stopped / penalty
             covered = torch.zeros_like(scores)
             if coverage is not None:
-                coverage = coverage.add(step.weights)
+                coverage = coverage.add(step.weights, width)
                 covered = coverage.penalty(rows)
                 ranks = ranks + covered.gather(1, parents[:, :beam_size])
             finished.offer(rows, ranks, stopped, emitted - 1, parents[:, :beam_size])
@@ -100,7 +101,7 @@ def beam_search(
         return trace_back(trace, finished, source_lengths)
 
 
-class _Coverage(NamedTuple):
+class Coverage(NamedTuple):
     """How much attention each hypothesis has paid to each source position."""
 
     factor: float  # beta
@@ -108,20 +109,18 @@ class _Coverage(NamedTuple):
     sums: Tensor | None  # (R, k, S), attention weights up to now; None before the first step
 
     @classmethod
-    def none(cls, options: SearchOptions, lengths: Tensor) -> _Coverage | None:
+    def none(cls, options: SearchOptions, lengths: Tensor) -> Coverage | None:
         factor = options.coverage_penalty
         return cls(factor, lengths, None) if factor > 0 else None
 
-    def add(self, weights: Tensor | None) -> _Coverage:
-        """With the weights (R * k, S) of a step."""
+    def add(self, weights: Tensor | None, width: int) -> Coverage:
+        """With the weights (R * k, S) of a step of k = ``width`` hypotheses for each row."""
         if weights is None:
             raise ValueError(
                 "coverage_penalty needs a model with attention, got one that gives no weights"
             )
-        weights = widened(weights)
-        if self.sums is None:
-            return self._replace(sums=weights.unsqueeze(1))
-        return self._replace(sums=self.sums + weights.view_as(self.sums))
+        weights = widened(weights).unflatten(0, (-1, width))
+        return self._replace(sums=weights if self.sums is None else self.sums + weights)
 
     def penalty(self, rows: Tensor) -> Tensor:
         """``cp`` (R, k) of the hypotheses of these rows."""
@@ -133,7 +132,7 @@ class _Coverage(NamedTuple):
         tiny = torch.finfo(self.sums.dtype).tiny
         return self.factor * self.sums.clamp(tiny, 1).log().masked_fill(padding, 0).sum(2)
 
-    def select(self, before: Tensor, width: int) -> _Coverage:
+    def select(self, before: Tensor, width: int) -> Coverage:
         """That of the hypotheses (R' * width,), counted over all rows."""
         assert self.sums is not None
         sums = self.sums.flatten(0, 1)[before].unflatten(0, (-1, width))

@@ -15,7 +15,7 @@ from ..types import START, STOP
 from .evaluation import search_mode
 from .options import Hypothesis, SearchOptions, StreamedToken
 from .protocols import SearchModel
-from .rules import Rules, choose
+from .rules import Rules, choose, refuse_nan
 from .trace import Finished, Record, trace_back
 
 
@@ -52,8 +52,9 @@ def _walk(
     for emitted in range(options.max_length):
         with search_mode(model):
             step = model.step(tokens, encoded, state, need_weights=options.need_weights)
+            refuse_nan(step.log_probs)
             log_probs = rules.apply(step.log_probs, rows // draws, history, emitted)
-            tokens = _draw(log_probs, options, generator) if options.sample else choose(log_probs)
+            tokens = draw(log_probs, options, generator) if options.sample else choose(log_probs)
             scores = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
         yield _Emission(rows, tokens, scores, step.weights)
         state = step.state
@@ -67,7 +68,7 @@ def _walk(
             encoded, state = encoded.select(kept), state.select(kept)
 
 
-def _draw(log_probs: Tensor, options: SearchOptions, generator: torch.Generator | None) -> Tensor:
+def draw(log_probs: Tensor, options: SearchOptions, generator: torch.Generator | None) -> Tensor:
     """One token (N,) from each of the distributions (N, V), sharpened and cut."""
     vocab = log_probs.shape[1]
     count = vocab if options.top_k is None else min(options.top_k, vocab)
@@ -79,7 +80,10 @@ def _draw(log_probs: Tensor, options: SearchOptions, generator: torch.Generator 
     probs = torch.softmax(below / max(options.temperature, torch.finfo(below.dtype).tiny), 1)
     # A token stays if those before it do not yet reach top_p; the first always does.
     probs = probs.where(probs.cumsum(1) - probs < options.top_p, 0)
-    choice = torch.multinomial(probs, 1, generator=generator)
+    # As torch.multinomial draws, which would look at the probabilities and wait for their device:
+    # of exponential variates with these rates the smallest.
+    times = torch.empty_like(probs).exponential_(generator=generator)
+    choice = (probs / times).argmax(1, keepdim=True)
     return tokens.gather(1, choice).masked_fill(nothing, STOP).squeeze(1)
 
 

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import SearchError
-from ..types import PAD, START, STOP
+from ..types import PAD, STOP
 from .options import SearchOptions
+
+#: What is wrong with a model whose log-probabilities hold a NaN.
+NOT_FINITE = "the model's logits must be finite, got NaN or infinity"
 
 
 def widened(x: Tensor) -> Tensor:
@@ -41,12 +44,19 @@ def choose(logits: Tensor, draws: Tensor | None = None) -> Tensor:
     return torch.minimum(tokens, last) + STOP
 
 
+def refuse_nan(log_probs: Tensor) -> None:
+    """Raise a SearchError if there is a NaN, which no comparison would choose or refuse."""
+    if log_probs.isnan().any():
+        raise SearchError(NOT_FINITE)
+
+
 class Rules(NamedTuple):
     """What the options say of the next token."""
 
     min_length: int
     block_ngrams: int | None
     prefix: Tensor  # (B, P) int64, PAD beyond the end of a row's prefix
+    largest: int  # token of the prefix
 
     @classmethod
     def of(cls, options: SearchOptions, rows: int, device: torch.device) -> Rules:
@@ -55,42 +65,41 @@ class Rules(NamedTuple):
         if not padded:
             padded = [[]]
         prefix = torch.tensor(padded, dtype=torch.int64, device=device)
-        return cls(options.min_length, options.block_ngrams, prefix.expand(rows, longest))
+        largest = max((token for tokens in options.prefix for token in tokens), default=PAD)
+        return cls(options.min_length, options.block_ngrams, prefix.expand(rows, longest), largest)
 
     def apply(self, log_probs: Tensor, rows: Tensor, history: Tensor, emitted: int) -> Tensor:
         """``log_probs``, minus infinity for what must not be emitted.
 
         ``<pad>`` and ``<start>`` never are. The others keep their probabilities, so that
         scores stay those of the model; in float32 at least, whatever the model computes in.
+        Nothing waits for the device that the tensors are on.
 
         Args:
-            log_probs: (N, V), the model's.
+            log_probs: (N, V), the model's; see :func:`refuse_nan`.
             rows: (N,), the row of the batch that each hypothesis is of.
             history: (N, emitted), what each has emitted; not read without block_ngrams.
             emitted: tokens that each has emitted.
 
         Raises:
-            SearchError: there is a NaN, which no comparison would ever choose or refuse.
             ValueError: the prefix holds a token that the model does not have.
         """
-        if log_probs.isnan().any():
-            raise SearchError("the model's logits must be finite, got NaN or infinity")
+        if emitted == 0 and self.largest >= log_probs.shape[1]:
+            raise ValueError(
+                f"prefix must hold token ids below {log_probs.shape[1]}, got {self.largest}"
+            )
         log_probs = widened(log_probs)
         allowed = log_probs.clone()
-        allowed[:, [PAD, START]] = -math.inf
+        allowed[:, PAD:STOP] = -math.inf
         if emitted < self.min_length:
             allowed[:, STOP] = -math.inf
         if self.block_ngrams is not None and emitted >= self.block_ngrams:
             windows = history.unfold(1, self.block_ngrams, 1)  # (N, ngrams so far, n)
             last = history[:, emitted - self.block_ngrams + 1 :].unsqueeze(1)
-            which, where = (windows[:, :, :-1] == last).all(2).nonzero(as_tuple=True)
-            allowed[which, windows[which, where, -1]] = -math.inf
+            repeats = (windows[:, :, :-1] == last).all(2)
+            # What would repeat nothing forbids <pad>, which never is allowed.
+            allowed.scatter_(1, windows[:, :, -1].where(repeats, PAD), -math.inf)
         if emitted < self.prefix.shape[1]:
-            if emitted == 0 and self.prefix.max() >= log_probs.shape[1]:
-                raise ValueError(
-                    f"prefix must hold token ids below {log_probs.shape[1]}, "
-                    f"got {int(self.prefix.max())}"
-                )
             forced = self.prefix[rows, emitted].unsqueeze(1)
             own = torch.full_like(allowed, -math.inf)
             own.scatter_(1, forced, log_probs.gather(1, forced))

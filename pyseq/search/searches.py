@@ -14,6 +14,7 @@ from .followed import follow, follow_streaming
 from .fused import can_fuse, fused_search_of, search_fused
 from .options import Hypothesis, SearchOptions, StreamedToken
 from .protocols import SearchModel
+from .resident import search_resident
 from .rules import check_prefix_rows
 
 
@@ -53,6 +54,8 @@ def search(
         fused = fused_search_of(model)
         if fused is not None:
             return search_fused(model, fused, source, source_lengths, options)
+    if source.device.type != "cpu":
+        return search_resident(model, source, source_lengths, options, generator)
     if options.follows_one():
         return follow(model, source, source_lengths, options, generator)
     return beam_search(model, source, source_lengths, options)
