@@ -13,19 +13,11 @@ import pytest
 import torch
 from cuda_scan import GATES, KINDS, STATES, Backward, Forward, Layout, Scan
 from cuda_shim import build
+from tolerances import STORED
 from torch import Tensor
 
 from pyseq import reference
 from pyseq.types import LayerNormWeights
-
-#: Largest error, relative to the largest magnitude in the tensor but at least to 1. Of short
-#: numbers every step rounds the state and every sum, and the gradients add that up.
-TOLERANCES = {
-    torch.float32: 1e-5,
-    torch.float64: 1e-12,
-    torch.float16: 6e-3,
-    torch.bfloat16: 5e-2,
-}
 
 #: Units, rows of the batch and threads of a block: one block; several, of which the last ones
 #: are not full; more threads than the product needs; more units than threads.
@@ -189,7 +181,7 @@ def assert_near(
         value = actual[name].double()
         assert value.shape == target.shape, name
         error = (value - target).abs().max().item()
-        allowed = TOLERANCES[dtype] * max(1.0, target.abs().max().item())
+        allowed = STORED[dtype] * max(1.0, target.abs().max().item())
         # Written so that a NaN fails.
         assert error <= allowed, f"{name}: error {error:.3g} is over {allowed:.3g}"
 

@@ -9,6 +9,15 @@
 
 namespace pyseq::cpu {
 
+// What numbers of type T are added up and carried from step to step in. Kernels of devices know
+// types that are too short for it.
+template <class T>
+struct AccumulateOf {
+  using type = T;
+};
+template <class T>
+using Accumulate = typename AccumulateOf<T>::type;
+
 enum class CellKind {
   kRnnTanh,
   kRnnRelu,
@@ -220,6 +229,7 @@ constexpr int64_t kMaxLayers = 64;
 
 template <class T>
 struct DecoderLayer {
+  using A = Accumulate<T>;
   const T* w_in;  // from below, or the fed output: (G*H, H) with rows w_in_stride apart
   int64_t w_in_stride;
   const T* w_hh;        // (G*H, H)
@@ -228,7 +238,7 @@ struct DecoderLayer {
   T* gates;             // (T, B, G*H); above the first layer (1, B, G*H) without save
   T* apart;             // (T, B, H) or null
   T* states;            // (slots, B, H): two forward, T + 1 backward
-  T* cells;             // (slots, B, H) or null: likewise
+  A* cells;             // (slots, B, H) or null: likewise
   const T* mask;        // (T, B, H) or null: what its output is multiplied with going up
   // In place of w_in and w_hh, float32 and without `save` only.
   const QuantizedWeights* quantized_in;
@@ -236,14 +246,15 @@ struct DecoderLayer {
   // Backward only.
   T* d_x_gates;  // (T, B, G*H)
   T* d_r_gates;  // (T, B, G*H)
-  T* d_h;        // (B, H): in of the last state, out of the first
-  T* d_c;        // (B, H) or null
+  A* d_h;        // (B, H): in of the last state, out of the first
+  A* d_c;        // (B, H) or null
 
   bool reads_below() const { return w_in != nullptr || quantized_in != nullptr; }
 };
 
 template <class T>
 struct Decode {
+  using A = Accumulate<T>;
   CellKind cell;
   bool additive, feeding;
   bool save;           // what backward needs is left for every step, but for states and contexts
@@ -285,8 +296,8 @@ struct Decode {
   const T* w_history;         // (N, K, A/N)
   bool cumulative;            // the past is the sum of all steps, not the last one
   T* positions;               // (T or 1, B, P), tanh(W h)
-  T* centers;                 // (T or 1, B), of windows with w_position
-  T* past;                    // (slots, B*N, S), with taps
+  A* centers;                 // (T or 1, B), of windows with w_position
+  A* past;                    // (slots, B*N, S), with taps
 
   int64_t head_count() const { return heads == 0 ? 1 : heads; }
   int64_t fed_size() const { return feeds_context ? memory_size : hidden; }
@@ -297,6 +308,7 @@ struct Decode {
 
 template <class T>
 struct DecodeBackward {
+  using A = Accumulate<T>;
   Decode<T> forward;
   const T* d_output;  // (T, B, H)
   const T* d_attn;    // (T, B, S) or null
@@ -311,7 +323,7 @@ struct DecodeBackward {
   T* d_memory;        // (B, S, M), with a window only, zero at first
   T* d_positions;     // (T, B, P), with w_position: of W h
   T* d_shares;        // (T, B), with w_position: of what the sigmoid takes
-  T* d_past;          // (B*N, S), with taps: in of the last weights, out of the first
+  A* d_past;          // (B*N, S), with taps: in of the last weights, out of the first
   T* d_w_history;     // (B*N, K, A/N), with taps: zero at first, one summand per row
 };
 

@@ -195,7 +195,7 @@ history_gradients_kernel(KeyGradients<S> args) {
       of_row.past = args.past + query * S_;
       sum = Math<A>::multiply_add(
           additive_gradient(of_row, s, a, widen(forward.query[query * size + a]), d_score),
-          widen(of_row.past[neighbour]), sum);
+          of_row.past[neighbour], sum);
     }
   }
   A* const sums = static_cast<A*>(shared_memory());

@@ -25,12 +25,13 @@ cudaError_t attend_backward(const cpu::AttendBackward<S>& args, void* workspace,
 // past weights.
 template <class S>
 struct KeyGradients {
+  using A = Accumulate<S>;
   cpu::Attend<S> forward;
   const S* d_scores;   // (T, B, S)
   const S* d_context;  // (T, B, M)
   int64_t taps;        // K, or 0
   const S* w_history;  // (N, K, A)
-  const S* past;       // (T, B, S), before each step
+  const A* past;       // (T, B, S), before each step
   S* d_keys;           // (B, S, A)
   S* d_v;              // (B, A)
   S* d_memory;         // (B, S, M)

@@ -64,7 +64,7 @@ struct AttentionRow {
   // Where past weights enter an additive score, else zero and null.
   int64_t taps;
   const S* w_history;  // (K, A)
-  const S* past;       // (S), maybe written in this launch
+  const A* past;       // (S), maybe written in this launch
   A* weights;          // (S), to work in, of this block
   A* scratch;          // a number for each warp
 };
@@ -89,7 +89,7 @@ PYSEQ_DEVICE Accumulate<S> key_component(const AttentionRow<S>& row, int64_t s, 
   for (int64_t j = 0; j < row.taps; ++j) {
     const int64_t neighbour = s + j - row.taps / 2;
     if (neighbour < 0 || neighbour >= row.source) continue;
-    key = Math<A>::multiply_add(widen(load_shared_by_blocks(row.past + neighbour)),
+    key = Math<A>::multiply_add(load_shared_by_blocks(row.past + neighbour),
                                 widen(row.w_history[j * row.key_size + a]), key);
   }
   return key;
@@ -170,8 +170,8 @@ struct AttentionRowBackward {
   S* d_query;          // (A), written whole
   S* d_center;         // one number, or null
   // With past weights only: in of those after the step, out of those before it.
-  S* d_past;        // (S)
-  bool cumulative;  // whether they are the sum of all steps, not the last one's
+  Accumulate<S>* d_past;  // (S)
+  bool cumulative;        // whether they are the sum of all steps, not the last one's
 };
 
 // What the energies of position s say of component a of the moved key, and of the query.
@@ -202,7 +202,7 @@ PYSEQ_DEVICE void past_backward(const AttentionRow<S>& row, const AttentionRowBa
       }
     }
     sum = warp_sum(sum);
-    if (lane == 0) back.d_past[s] = narrow<S>(back.cumulative ? widen(back.d_past[s]) + sum : sum);
+    if (lane == 0) back.d_past[s] = back.cumulative ? back.d_past[s] + sum : sum;
   }
 }
 
@@ -223,7 +223,7 @@ PYSEQ_DEVICE void attend_row_backward(const AttentionRow<S>& row,
     sum = warp_sum(sum);
     if (lane == 0) {
       if (back.d_attn != nullptr) sum += widen(back.d_attn[begin + i]);
-      if (row.taps > 0) sum += widen(back.d_past[begin + i]);
+      if (row.taps > 0) sum += back.d_past[begin + i];
       d_scores[i] = sum;
     }
   }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A whole attention decoder on a CUDA device, all steps in one launch: what the launchers in
 // decode_forward.cu and decode_backward.cu take. Arguments are those of the CPU kernels, without
-// quantized weights; every pointer but `layers` is to the device's memory. float and double.
+// quantized weights; every pointer but `layers` is to the device's memory. S is the storage
+// type: float, double, Half, Bfloat16.
 #pragma once
 
 #include "../cpu/kernels.h"

@@ -123,7 +123,7 @@ struct BackwardLoop {
       d_center += widen(args.work.d_centers[head]);
     }
     const A length = A(valid_positions(decode.lengths, row, decode.source));
-    const A center = widen(decode.centers[t * B + row]);
+    const A center = decode.centers[t * B + row];
     const A d_share = length > 0 ? d_center * center * (1 - center / length) : A(0);
     if (thread_index() == 0) call.d_shares[t * B + row] = narrow<S>(d_share);
     const int64_t first = (t * B + row) * P;
@@ -140,11 +140,11 @@ struct BackwardLoop {
     const S* const asking = args.decode.layers[decode.layer_count - 1].states +
                             (decode.attends_first ? 0 : B * decode.hidden);
     const S* const queries = (decode.w_query == nullptr ? asking : decode.query) + t * B * A_;
-    const S* const past = decode.taps == 0 ? nullptr : decode.past + t * B * N * S_;
+    const A* const past = decode.taps == 0 ? nullptr : decode.past + t * B * N * S_;
     S* const d_query = Score::kAdditive ? call.d_query + t * B * A_ : args.work.d_top;
     for_attention_rows(decode, at, [&](int64_t row, int64_t head, int64_t end) {
-      const A center = decode.w_position == nullptr ? given_center(decode, t, row)
-                                                    : widen(decode.centers[t * B + row]);
+      const A center =
+          decode.w_position == nullptr ? given_center(decode, t, row) : decode.centers[t * B + row];
       for (; head < end; ++head) {
         const int64_t own = row * N + head, query = t * B * N + own;
         attend_row_backward<S, Score>(
@@ -188,14 +188,14 @@ struct BackwardLoop {
     if constexpr (Cell::kPre > G) saved[G] = widen(layer.apart[t * B * H + offset]);
     A c_prev[1] = {}, d_c[1] = {};
     if constexpr (Cell::kStates > 0) {
-      c_prev[0] = widen(layer.cells[t * B * H + offset]);
-      d_c[0] = widen(layer.d_c[offset]);
+      c_prev[0] = layer.cells[t * B * H + offset];
+      d_c[0] = layer.d_c[offset];
     }
     Cell::template backward<Math<A>>(saved, static_cast<const A*>(nullptr),
                                      widen(layer.states[t * B * H + offset]), c_prev, d_h, d_c,
                                      d_pre, static_cast<A*>(nullptr));
-    if constexpr (Cell::kStates > 0) layer.d_c[offset] = narrow<S>(d_c[0]);
-    layer.d_h[offset] = narrow<S>(d_h);
+    if constexpr (Cell::kStates > 0) layer.d_c[offset] = d_c[0];
+    layer.d_h[offset] = d_h;
     PYSEQ_UNROLL
     for (int g = 0; g < G; ++g) {
       layer.d_x_gates[gates + g * H] = narrow<S>(d_pre[g]);
@@ -239,7 +239,7 @@ struct BackwardLoop {
             A d_h = sums[0];
             if (by.direct != nullptr) d_h += widen(load_shared_by_blocks(by.direct + offset));
             if (mask != nullptr) d_h *= widen(mask[t * B * H + offset]);
-            d_h += sums[1] + widen(layer.d_h[offset]);
+            d_h += sums[1] + layer.d_h[offset];
             unit_gradient(layer, t, row, unit, d_h);
           });
       meet(barrier);
@@ -266,9 +266,9 @@ struct BackwardLoop {
           },
           [&](int64_t row, int64_t unit, const A(&sums)[1]) {
             const int64_t offset = row * H + unit;
-            A d_h = sums[0] + widen(layer.d_h[offset]);
+            A d_h = sums[0] + layer.d_h[offset];
             if (by.direct != nullptr) d_h += widen(load_shared_by_blocks(by.direct + offset));
-            layer.d_h[offset] = narrow<S>(d_h);
+            layer.d_h[offset] = d_h;
           });
     }
   }
@@ -295,20 +295,22 @@ decode_backward_kernel(DeviceBackward<S> args, unsigned* counters) {
   loop.first_gradients();
 }
 
-// Hands out pieces of the workspace; without memory it counts.
-template <class S>
+// Hands out pieces of the workspace; without memory it counts bytes.
 class WorkPieces {
  public:
-  explicit WorkPieces(void* memory) : memory_(static_cast<S*>(memory)) {}
-  S* take(int64_t count) {
-    S* const piece = memory_ == nullptr ? nullptr : memory_ + used_;
-    used_ += (count + 15) / 16 * 16;
-    return piece;
+  explicit WorkPieces(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
+  template <class Number>
+  Number* take(int64_t count) {
+    unsigned char* const piece = memory_ == nullptr ? nullptr : memory_ + used_;
+    constexpr int64_t kAlignment = 128;
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(Number));
+    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return reinterpret_cast<Number*>(piece);
   }
   int64_t used() const { return used_; }
 
  private:
-  S* memory_;
+  unsigned char* memory_;
   int64_t used_ = 0;
 };
 
@@ -320,22 +322,21 @@ constexpr int64_t gate_count(cpu::CellKind cell) {
 
 template <class S>
 BackwardWork<S> take_work(const cpu::Decode<S>& call, const DecodeTiles& tiles,
-                          WorkPieces<S>& pieces) {
-  static_assert(sizeof(S) == sizeof(Accumulate<S>));
+                          WorkPieces& pieces) {
   const int64_t H = call.hidden, rows = gate_count(call.cell) * H;
   BackwardWork<S> work{};
   for (int64_t l = 0; l < call.layer_count; ++l) {
     if (call.layers[l].reads_below()) {
-      work.w_in[l] = pieces.take(rows * (l == 0 ? call.fed_size() : H));
+      work.w_in[l] = pieces.take<S>(rows * (l == 0 ? call.fed_size() : H));
     }
-    work.w_hh[l] = pieces.take(rows * H);
+    work.w_hh[l] = pieces.take<S>(rows * H);
   }
-  work.combine = pieces.take((call.memory_size + H) * H);
-  if (call.w_query != nullptr) work.w_query = pieces.take(H * call.key_size);
-  if (call.w_position != nullptr) work.w_position = pieces.take(H * call.position_size);
-  work.d_top = pieces.take(call.batch * H);
-  work.d_centers = pieces.take(call.batch * call.head_count());
-  work.positions = pieces.take(decode_positions(call, tiles));
+  work.combine = pieces.take<S>((call.memory_size + H) * H);
+  if (call.w_query != nullptr) work.w_query = pieces.take<S>(H * call.key_size);
+  if (call.w_position != nullptr) work.w_position = pieces.take<S>(H * call.position_size);
+  work.d_top = pieces.take<S>(call.batch * H);
+  work.d_centers = pieces.take<S>(call.batch * call.head_count());
+  work.positions = pieces.take<Accumulate<S>>(decode_positions(call, tiles));
   return work;
 }
 
@@ -406,9 +407,9 @@ cudaError_t source_gradients(const cpu::DecodeBackward<S>& args, cudaStream_t st
 
 template <class S>
 DecodeNeeds decode_backward_needs(const cpu::Decode<S>& args, const DecodeTiles& tiles) {
-  WorkPieces<S> count(nullptr);
+  WorkPieces count(nullptr);
   take_work(args, tiles, count);
-  return {barrier_bytes(tiles.groups), count.used() * static_cast<int64_t>(sizeof(S))};
+  return {barrier_bytes(tiles.groups), count.used()};
 }
 
 template <class S>
@@ -424,7 +425,7 @@ cudaError_t decode_backward(const cpu::DecodeBackward<S>& args, const DecodeTile
                             unsigned* counters, void* workspace, cudaStream_t stream) {
   const cpu::Decode<S>& call = args.forward;
   if (call.batch == 0) return cudaSuccess;
-  WorkPieces<S> pieces(workspace);
+  WorkPieces pieces(workspace);
   DeviceBackward<S> all{args, with_layers(call), take_work(call, tiles, pieces)};
   all.call.forward.layers = nullptr;
   if (const cudaError_t error = transpose_weights(call, all.work, stream); error != cudaSuccess) {
@@ -446,6 +447,8 @@ cudaError_t decode_backward(const cpu::DecodeBackward<S>& args, const DecodeTile
                                           unsigned*, void*, cudaStream_t);
 PYSEQ_INSTANTIATE(float)
 PYSEQ_INSTANTIATE(double)
+PYSEQ_INSTANTIATE(Half)
+PYSEQ_INSTANTIATE(Bfloat16)
 #undef PYSEQ_INSTANTIATE
 
 }  // namespace pyseq::cuda

@@ -43,9 +43,9 @@ PYSEQ_DEVICE void cell_step(const cpu::Decode<S>& call, const cpu::DecoderLayer<
   }
   A h = widen(layer.states[step.before + offset]);
   A c[1] = {};
-  if constexpr (Cell::kStates > 0) c[0] = widen(layer.cells[step.before + offset]);
+  if constexpr (Cell::kStates > 0) c[0] = layer.cells[step.before + offset];
   Cell::template forward<Math<A>>(pre, static_cast<const A*>(nullptr), h, c);
-  if constexpr (Cell::kStates > 0) layer.cells[step.after + offset] = narrow<S>(c[0]);
+  if constexpr (Cell::kStates > 0) layer.cells[step.after + offset] = c[0];
   if (call.save) {
     PYSEQ_UNROLL
     for (int g = 0; g < G; ++g) gates[g * H] = narrow<S>(pre[g]);
@@ -141,8 +141,8 @@ PYSEQ_DEVICE void attend_step(const cpu::Decode<S>& call, const ForwardWork<S>& 
     barrier.arrive();
     barrier.wait();
   }
-  const S* past = nullptr;
-  S* past_after = nullptr;
+  const A* past = nullptr;
+  A* past_after = nullptr;
   if (call.taps > 0) {
     past = call.past + (call.save ? step.t : step.t & 1) * B * N * S_;
     past_after = call.past + (call.save ? step.t + 1 : (step.t + 1) & 1) * B * N * S_;
@@ -152,7 +152,7 @@ PYSEQ_DEVICE void attend_step(const cpu::Decode<S>& call, const ForwardWork<S>& 
     A center = given_center(call, step.t, row);
     if (call.w_position != nullptr) {
       center = predicted_center(call, step.slot, row);
-      if (thread_index() == 0) call.centers[step.slot * B + row] = narrow<S>(center);
+      if (thread_index() == 0) call.centers[step.slot * B + row] = center;
     }
     for (; head < end; ++head) {
       const int64_t own = row * N + head;
@@ -161,8 +161,8 @@ PYSEQ_DEVICE void attend_step(const cpu::Decode<S>& call, const ForwardWork<S>& 
                            context + own * (M / N));
       if (call.taps == 0) continue;
       for (int64_t s = thread_index(); s < S_; s += thread_count()) {
-        const A sum = call.cumulative ? widen(past[own * S_ + s]) : A(0);
-        past_after[own * S_ + s] = narrow<S>(sum + widen(attn[s]));
+        const A sum = call.cumulative ? past[own * S_ + s] : A(0);
+        past_after[own * S_ + s] = sum + widen(attn[s]);
       }
       sync_threads();
     }
@@ -267,6 +267,8 @@ cudaError_t decode_forward(const cpu::Decode<S>& args, const DecodeTiles& tiles,
                                          void*, cudaStream_t);
 PYSEQ_INSTANTIATE(float)
 PYSEQ_INSTANTIATE(double)
+PYSEQ_INSTANTIATE(Half)
+PYSEQ_INSTANTIATE(Bfloat16)
 #undef PYSEQ_INSTANTIATE
 
 }  // namespace pyseq::cuda

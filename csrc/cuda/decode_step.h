@@ -170,8 +170,8 @@ int64_t decode_positions(const cpu::Decode<S>& call, const DecodeTiles& tiles) {
 // The attention of `row` of B*N in a step. `center` is that of its window.
 template <class S>
 PYSEQ_DEVICE AttentionRow<S> decoder_row(const cpu::Decode<S>& call, int64_t row,
-                                         Accumulate<S> center, const S* queries, const S* past,
-                                         Accumulate<S>* positions) {
+                                         Accumulate<S> center, const S* queries,
+                                         const Accumulate<S>* past, Accumulate<S>* positions) {
   using A = Accumulate<S>;
   const int64_t N = call.heads, S_ = call.source, A_ = call.key_size / N, M = call.memory_size / N;
   const int64_t valid = valid_positions(call.lengths, row / N, S_);

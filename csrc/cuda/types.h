@@ -3,6 +3,8 @@
 // in, a stream, an error. Host code includes this without the compiler for devices.
 #pragma once
 
+#include "../cpu/kernels.h"
+
 #ifdef PYSEQ_CUDA_SHIM
 #include "shim.h"
 using cudaStream_t = void*;
@@ -24,16 +26,15 @@ using Half = __half;
 using Bfloat16 = __nv_bfloat16;
 #endif
 
-// What numbers of a storage type are computed and added up in.
-template <class S>
-struct AccumulateOf {
+using cpu::Accumulate;
+
+}  // namespace pyseq::cuda
+
+template <>
+struct pyseq::cpu::AccumulateOf<pyseq::cuda::Half> {
   using type = float;
 };
 template <>
-struct AccumulateOf<double> {
-  using type = double;
+struct pyseq::cpu::AccumulateOf<pyseq::cuda::Bfloat16> {
+  using type = float;
 };
-template <class S>
-using Accumulate = typename AccumulateOf<S>::type;
-
-}  // namespace pyseq::cuda

@@ -16,6 +16,7 @@ constexpr int kPerLayer = 13, kSizes = 20;
 template <class S>
 cpu::DecoderLayer<S> layer_of(void* const* data, int64_t stride) {
   const auto at = [&](int i) { return static_cast<S*>(data[i]); };
+  const auto carried = [&](int i) { return static_cast<cuda::Accumulate<S>*>(data[i]); };
   cpu::DecoderLayer<S> layer{};
   layer.w_in = at(0);
   layer.w_in_stride = stride;
@@ -25,12 +26,12 @@ cpu::DecoderLayer<S> layer_of(void* const* data, int64_t stride) {
   layer.gates = at(4);
   layer.apart = at(5);
   layer.states = at(6);
-  layer.cells = at(7);
+  layer.cells = carried(7);
   layer.mask = at(8);
   layer.d_x_gates = at(9);
   layer.d_r_gates = at(10);
-  layer.d_h = at(11);
-  layer.d_c = at(12);
+  layer.d_h = carried(11);
+  layer.d_c = carried(12);
   return layer;
 }
 
@@ -75,16 +76,18 @@ cpu::Decode<S> decode_of(const int64_t* sizes, void* const* data,
   args.position_v = at(13);
   args.w_history = at(14);
   args.positions = at(15);
-  args.centers = at(16);
-  args.past = at(17);
+  args.centers = static_cast<cuda::Accumulate<S>*>(data[16]);
+  args.past = static_cast<cuda::Accumulate<S>*>(data[17]);
   return args;
 }
 
 template <class S>
 cpu::DecodeBackward<S> backward_of(const cpu::Decode<S>& forward, void* const* data) {
   const auto at = [&](int i) { return static_cast<S*>(data[i]); };
-  return {forward, at(0), at(1), at(2),  at(3),  at(4),  at(5),  at(6),
-          at(7),   at(8), at(9), at(10), at(11), at(12), at(13), at(14)};
+  return {forward, at(0),  at(1),  at(2),  at(3),
+          at(4),   at(5),  at(6),  at(7),  at(8),
+          at(9),   at(10), at(11), at(12), static_cast<cuda::Accumulate<S>*>(data[13]),
+          at(14)};
 }
 
 struct Workspace {
@@ -117,11 +120,12 @@ int decode(const int64_t* sizes, int tiles, int groups, void* const* data, void*
 
 }  // namespace
 
-PYSEQ_EXPORT int decode_float32(const int64_t* sizes, int tiles, int groups, void* const* data,
-                                void* const* layers, void* const* backward) {
-  return decode<float>(sizes, tiles, groups, data, layers, backward);
-}
-PYSEQ_EXPORT int decode_float64(const int64_t* sizes, int tiles, int groups, void* const* data,
-                                void* const* layers, void* const* backward) {
-  return decode<double>(sizes, tiles, groups, data, layers, backward);
-}
+#define PYSEQ_EXPORT_DECODE(S, name)                                                             \
+  PYSEQ_EXPORT int decode_##name(const int64_t* sizes, int tiles, int groups, void* const* data, \
+                                 void* const* layers, void* const* backward) {                   \
+    return decode<S>(sizes, tiles, groups, data, layers, backward);                              \
+  }
+PYSEQ_EXPORT_DECODE(float, float32)
+PYSEQ_EXPORT_DECODE(double, float64)
+PYSEQ_EXPORT_DECODE(cuda::Half, float16)
+PYSEQ_EXPORT_DECODE(cuda::Bfloat16, bfloat16)
