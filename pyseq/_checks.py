@@ -73,3 +73,8 @@ def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for ``device``; there are devices that do not know it."""
     name = device.type
     return torch.amp.is_autocast_available(name) and torch.is_autocast_enabled(name)
+
+
+def numpy_reason(error: Exception) -> str:
+    """What numpy says of a file, without its advice to run what is in it."""
+    return str(error).partition(" If you trust the file")[0]

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._checks import numpy_reason
 from .errors import DataError
 from .text import SPECIALS, Vocab, read_lines
 from .types import PAD, START, STOP, UNK
@@ -559,7 +560,7 @@ def _open_matrix(path: str | Path) -> Array:
     except OSError:
         raise
     except Exception as error:  # numpy parses the header as Python: it may be any
-        raise DataError(f"{path}: not a numpy matrix: {error}") from error
+        raise DataError(f"{path}: not a numpy matrix: {numpy_reason(error)}") from error
     return _check_matrix(matrix, str(path))
 
 

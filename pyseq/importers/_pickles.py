@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,9 @@ def load_pickle(path: Path) -> Any:
     # Once, but for files of torch before 1.6, which tell one name at a time.
     for _ in range(_MOST_NAMES):
         try:
-            with torch.serialization.safe_globals(stand_ins):
+            with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+                # Of pickle's protocols torch writes one: what it says of others is for its authors.
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             unknown = _UNKNOWN.search(str(error))
@@ -72,7 +75,9 @@ def load_pickle(path: Path) -> Any:
                 raise _unreadable(path, error) from error
             name = unknown.group(1)
             stand_ins.append((Inert, name if "." in name else f"builtins.{name}"))
-        except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # a damaged file makes the unpickler fail anywhere
             raise _unreadable(path, error) from error
     raise CheckpointError(f"{path}: names more than {_MOST_NAMES} classes")
 
@@ -93,8 +98,13 @@ def _unknown_names(path: Path) -> list[str]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:300]
-    return CheckpointError(f"{path}: cannot be read without running what is in it: {reason}")
+    # torch puts advice around the reason: to run the file after all, and whom to write to.
+    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+    reason = reason.partition(". This is an internal")[0][:200] or type(error).__name__
+    return CheckpointError(
+        f"{path}: is no file of torch.save, is damaged, or cannot be read without running what is "
+        f"in it: {reason}"
+    )
 
 
 def load_dictionary(path: Path, part: str, *, layout: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy
 import torch
 
+from .._checks import numpy_reason
 from ..errors import CheckpointError
 from ..translator import Translator
 from ._layout import Parts, Stack, Weights, build, make_side, read_symbols, translator
@@ -50,7 +51,9 @@ def read(
     except OSError:
         raise
     except Exception as error:  # numpy parses archives and headers: it may be any
-        raise CheckpointError(f"{path}: not a file of numpy arrays: {error}") from error
+        raise CheckpointError(
+            f"{path}: not a file of numpy arrays: {numpy_reason(error)}"
+        ) from error
     weights = Weights(tensors, path=path, layout="g2p-en")
     source_table, target_table = weights.take("enc_emb"), weights.take("dec_emb")
     source = read_symbols(source_vocab) or list(GRAPHEMES)

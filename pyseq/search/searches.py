@@ -89,7 +89,8 @@ def stream(
     if not options.follows_one() or options.n_best != 1:
         raise ValueError(
             "a stream follows one hypothesis: beam_size and n_best must be 1 and the penalties 0, "
-            f"got {options}"
+            f"got beam_size={options.beam_size}, n_best={options.n_best}, "
+            f"length_penalty={options.length_penalty}, coverage_penalty={options.coverage_penalty}"
         )
     check_prefix_rows(options, source.shape[0])
     return follow_streaming(in_eval_mode(model), source, source_lengths, options, generator)

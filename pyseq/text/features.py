@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import numpy_reason
 from ..errors import DataError, require
 
 
@@ -71,7 +72,9 @@ class Features(Mapping[str, Tensor]):
             except OSError:
                 raise
             except Exception as error:  # numpy parses archives and headers: it may be any
-                raise DataError(f"{path}: not a file of numpy arrays: {error}") from error
+                raise DataError(
+                    f"{path}: not a file of numpy arrays: {numpy_reason(error)}"
+                ) from error
         else:
             safetensors = require("safetensors.torch", extra="train")
             try:

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, DataError
 from ..labeler import Labeler
 from ..labels import Labels, check_labels
 from ..seq2seq import Seq2Seq
-from ..text import Features, Pair, TextPair, Tokenizer, Vocab, parse_extra
+from ..text import SPECIALS, Features, Pair, TextPair, Tokenizer, Vocab, parse_extra
 from ..translator import Translator
 from .options import TASKS, LabelerOptions, ModelOptions, TaskName, TrainingOptions, check_option
 from .resuming import begun_options
@@ -80,6 +80,10 @@ def start(
     _check_features(model, features, source_embeddings)
     model = replace(model, source_features=None if features is None else features.size)
     target_vocab = Vocab.build((pair.target for pair in data.pairs), min_count=min_count)
+    for side, vocab in (("source", source_vocab), ("target", target_vocab)):
+        # A model that copies can do without a vocabulary.
+        if min_count > 1 and vocab is not None and len(vocab) == len(SPECIALS) and not model.copy:
+            raise DataError(f"{data.name}: no symbol of the {side} is there {min_count} times")
     pretrained = _read_embeddings(
         {"source": (source_embeddings, source_vocab), "target": (target_embeddings, target_vocab)},
         options.seed,
