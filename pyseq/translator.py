@@ -497,6 +497,7 @@ class Translator:
                     raise CheckpointError(
                         f"{other}: the models of an ensemble must have the same {what}, "
                         f"got another one than that of {path}"
+                        + ("; training on the same pairs gives it" if "vocab" in what else "")
                     )
             names = [
                 (each.source_tokenizer.name, each.target_tokenizer.name) for each in (first, one)

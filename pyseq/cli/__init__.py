@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from .. import info
+from .. import __version__, info
 from ..errors import PyseqError
 from ..training import Interrupted
 from . import convert, evaluate, predict, train
@@ -52,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has left; the interpreter's last flush must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        say("not enough memory: a smaller model, or a smaller --batch-size, would need less")
+        return _EXIT_ERROR
     except PyseqError as error:
         say(str(error))
         return _EXIT_ERROR
@@ -62,10 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _is_lack_of_memory(error: Exception) -> bool:
+    # torch's allocator of the CPU has no class of its own for it.
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pyseq", description="Recurrent sequence-to-sequence models with fused kernels."
     )
+    parser.add_argument("--version", action="version", version=f"pyseq {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train.add(commands)
     predict.add(commands)

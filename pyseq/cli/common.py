@@ -19,6 +19,9 @@ from ..text import Features, PairsFile, TextPair, read_pairs
 #: The task that a saved model was trained for, by what it is.
 TASK_OF: dict[str, training.TaskName] = {"Tagger": "tag", "Classifier": "classify"}
 
+# OpenMP ends the process, without a word in places, where the system cannot give that many threads.
+_MOST_THREADS = 1024
+
 EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
 
 
@@ -30,6 +33,20 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def thread_count(text: str) -> int:
+    value = positive(text)
+    if value > _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be at most {_MOST_THREADS}, got {value}")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 2**63, got {value}")
     return value
 
 
@@ -56,12 +73,14 @@ def layer_options(text: str) -> LayerOptions:
 
 # argparse prints the name of the function when a text is not a number.
 positive.__name__ = "positive integer"
+thread_count.__name__ = "number of threads"
+seed.__name__ = "integer"
 share.__name__ = "share"
 
 
 def add_threads(command: Any) -> None:
     command.add_argument(
-        "--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)"
+        "--threads", type=thread_count, metavar="N", help="CPU threads (default: torch's choice)"
     )
 
 

@@ -14,6 +14,11 @@ from ..recurrent import LayerOptions
 from ..scheduled import Schedule
 from .common import layer_options, positive, schedule
 
+#: What stands for an argument of some kinds in the help; for all others it is N.
+
+
+_METAVARS: dict[Callable[[str], Any], str] = {layer_options: "OPTIONS", schedule: "SCHEDULE"}
+
 
 class Need(NamedTuple):
     """The option without which another one means nothing."""
@@ -77,7 +82,7 @@ def add_fields(
             type=kind,
             choices=choices,
             default=argparse.SUPPRESS,
-            metavar=None if choices else "OPTIONS" if kind is layer_options else "N",
+            metavar=None if choices else _METAVARS.get(kind, "N"),
             help=told,
         )
 

@@ -14,7 +14,7 @@ import torch
 from ..errors import PyseqError
 from ..search import SearchOptions
 from ..translator import Translation, Translator
-from .common import given_features, positive
+from .common import given_features, positive, seed
 
 
 def add_search(command: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def add_search(command: argparse.ArgumentParser) -> None:
     add_search_option(
         group, "top_p", float, "draw from the likeliest tokens that make up this probability"
     )
-    group.add_argument("--seed", type=int, metavar="N", help="fixes what is drawn (default: 1)")
+    group.add_argument("--seed", type=seed, metavar="N", help="fixes what is drawn (default: 1)")
     command.set_defaults(of_search={name: command.get_default(name) for name in _OF_SEARCH})
 
 
@@ -145,10 +145,10 @@ class Searcher:
         self._arguments = arguments
         self._translator = translator
         self._generator = torch.Generator(next(translator.model.parameters()).device)
+        self._generator.manual_seed(1 if arguments.seed is None else arguments.seed)
         try:
             self._options = SearchOptions(**given)
-            self._generator.manual_seed(1 if arguments.seed is None else arguments.seed)
-        except (ValueError, RuntimeError) as error:  # what argparse cannot judge
+        except ValueError as error:  # what argparse cannot judge
             raise PyseqError(str(error)) from error
         self([])
 

@@ -21,7 +21,7 @@ from ..training import Data, Interrupted, LabelerOptions, ModelOptions, Trainer,
 from ..translator import Translator
 from .common import EXIT_SIGNAL, TASK_OF, begin, given_features, read_texts, require_one_source, say
 from .fields import flag
-from .train_arguments import VALID_SHARE, add_arguments, check_given, given_options
+from .train_arguments import VALID_SEED, VALID_SHARE, add_arguments, check_given, given_options
 
 
 def add(commands: Any) -> None:
@@ -78,7 +78,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _refuse_files(arguments: argparse.Namespace) -> None:
     """Refuse what is about a file of pairs, for the task that brings its own."""
     split = ("tokens", "source_tokens", "target_tokens", "features")
-    for name in ("valid", "valid_share", "skip_bad_lines", *split):
+    for name in ("valid", "valid_share", "valid_seed", "skip_bad_lines", *split):
         if getattr(arguments, name) not in (None, False):
             raise PyseqError(
                 "--task g2p brings its own words, and their split: leave "
@@ -140,7 +140,7 @@ def _start(arguments: argparse.Namespace, out: Path, log: Callable[[str], None] 
     _refuse_embedding_size(arguments, model_given)
     try:
         options = TrainingOptions(**training_given)
-        data, validation = _data(arguments, tokens, options.seed, model_given, log)
+        data, validation = _data(arguments, tokens, model_given, log)
         if validation is None and "select" in training_given:
             raise PyseqError("--select goes with validation pairs, and there are none")
         if arguments.task in training.TASKS:
@@ -217,8 +217,7 @@ def _resume(arguments: argparse.Namespace, out: Path, log: Callable[[str], None]
         raise PyseqError(
             "--resume goes on with the vocabularies of that run: leave --min-count out"
         )
-    seed = state.record["options"]["seed"]
-    data, validation = _data(arguments, tokens, seed, saved.model.config, log)
+    data, validation = _data(arguments, tokens, saved.model.config, log)
     return training.resume(
         data,
         validation,
@@ -260,7 +259,6 @@ def _refuse_changes(
 def _data(
     arguments: argparse.Namespace,
     tokens: tuple[str, str],
-    seed: int,
     options: Mapping[str, Any],
     log: Callable[[str], None] | None,
 ) -> tuple[Data, Data | None]:
@@ -290,10 +288,13 @@ def _data(
             name=path,
         )
 
+    if arguments.valid is not None and arguments.valid_seed is not None:
+        raise PyseqError("--valid-seed goes with pairs held out, not with --valid")
     pairs = read(arguments.pairs)
     if arguments.valid is not None:
         held = read(arguments.valid)
         return Data(pairs, arguments.pairs), Data(held, arguments.valid)
     share = VALID_SHARE if arguments.valid_share is None else arguments.valid_share
+    seed = VALID_SEED if arguments.valid_seed is None else arguments.valid_seed
     pairs, held = hold_out(pairs, share, seed=seed)
     return Data(pairs, arguments.pairs), Data(held, arguments.pairs) if held else None

@@ -15,7 +15,7 @@ from ..extra import EXTRA_MODES, EXTRA_PLACES
 from ..text import TOKENS
 from ..training import LabelerOptions, ModelOptions, TrainingOptions
 from ..types import FEEDS, HISTORIES, ORDERS, SCAN_GATES, SCORES, WINDOWS
-from .common import add_features, add_threads, positive, share
+from .common import add_features, add_threads, positive, seed, share
 from .fields import Need, add_fields, given_fields, require_switches
 
 MODEL: dict[str, str] = {
@@ -192,10 +192,18 @@ def _add_data(group: Any) -> None:
         help="share of the sources held out for validation if there is no --valid "
         f"(default: {VALID_SHARE})",
     )
+    group.add_argument(
+        "--valid-seed",
+        type=seed,
+        metavar="N",
+        help="fixes which are held out, whatever --seed is, so that runs with several seeds have "
+        f"the same vocabularies and are judged by the same pairs (default: {VALID_SEED})",
+    )
 
 
-#: Of the sources, held out for validation.
+#: Of the sources, held out for validation, and what fixes which of them.
 VALID_SHARE = 0.05
+VALID_SEED = 1
 
 
 def _add_embeddings(group: Any) -> None:

@@ -403,7 +403,8 @@ class Trainer:
         if record["data"] != self._data_fingerprint:
             raise CheckpointError(
                 f"{self.examples.name}: these are not the training pairs that the run to be "
-                "resumed was begun with: give the same file, and the same --valid or --valid-share"
+                "resumed was begun with: give the same file, and the same --valid or --valid-share "
+                "and --valid-seed (of a run that version 0.1.0 began, its --seed)"
             )
         if record["validation"] != self._validation_fingerprint:
             before = "" if record["validation"] else ", which had none"

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of pyseq.cli: what a stranger tries, and limits of the machine, as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyseq
+from pyseq import cli
+from pyseq.cli.train_arguments import add_arguments
+from pyseq.importers._pickles import load_pickle
+
+pytest.importorskip("safetensors", reason="training needs the extra 'train'")
+
+SMALL = ["--hidden-size", "8", "--embedding-size", "4", "--epochs", "1", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def restore_threads(set_threads: Callable[[int], None]) -> None:
+    """Commands set the number of threads for the whole process."""
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of which no two symbols, and hardly two lines, are equally frequent."""
+    path = tmp_path_factory.mktemp("data") / "pairs.tsv"
+    words = [letter * count for count, letter in enumerate("abcdefghij", 1)]
+    path.write_text("".join(f"{word}\t{word.upper()}\n" for word in words))
+    return path
+
+
+def train(pairs: Path, out: Path, *options: str) -> int:
+    return cli.main(["train", str(pairs), "--out", str(out), *SMALL, *options])
+
+
+def test_runs_with_several_seeds_make_an_ensemble(
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for seed in ("1", "2"):
+        assert train(pairs, tmp_path / seed, "--seed", seed, "--valid-share", "0.3") == 0
+    other = ["--valid-seed", "2", "--valid-share", "0.3"]
+    assert train(pairs, tmp_path / "other", *other) == 0
+    capsys.readouterr()
+    first, second, third = (str(tmp_path / name) for name in ("1", "2", "other"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\n")))
+    assert cli.main(["predict", first, "--with", second]) == 0
+    assert cli.main(["predict", first, "--with", third]) == 1
+    assert "training on the same pairs gives it" in capsys.readouterr().err
+    # The pairs of a run that is resumed are those that it was begun with.
+    assert train(pairs, tmp_path / "other", *other, "--resume", "--epochs", "2") == 0
+    assert train(pairs, tmp_path / "other", *other[2:], "--resume", "--epochs", "3") == 1
+    assert "--valid-seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "code"),
+    [
+        (["--threads", "100000"], "must be at most 1024, got 100000", 2),
+        (["--min-count", "1000"], "no symbol of the source is there 1000 times", 1),
+        (["--valid", "PAIRS", "--valid-seed", "2"], "--valid-seed goes with pairs held out", 1),
+        (["--valid-seed", "-1"], "must be at least 0 and below 2**63, got -1", 2),
+        (["--hidden-size", "99999999998"], "not enough memory", 1),
+    ],
+    ids=["threads", "min-count", "valid-seed", "negative-seed", "memory"],
+)
+def test_refused(
+    options: list[str],
+    expected: str,
+    code: int,
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = [str(pairs) if option == "PAIRS" else option for option in options]
+    assert train(pairs, tmp_path / "out", *options) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert expected in lines[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_copies_needs_no_vocabulary(pairs: Path, tmp_path: Path) -> None:
+    assert train(pairs, tmp_path / "out", "--min-count", "1000", "--copy", "pointer") == 0
+
+
+def test_other_errors_of_the_machine_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> list[str]:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(cli.info, "lines", fails)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["info"])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pyseq {pyseq.__version__}\n"
+
+
+def test_a_schedule_is_no_number() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert "--scheduled-sampling SCHEDULE" in parser.format_help()
+
+
+def _damaged() -> dict[str, bytes]:
+    whole = io.BytesIO()
+    torch.save({"model": {"w": torch.ones(2)}}, whole, _use_new_zipfile_serialization=False)
+    return {
+        "empty": b"",
+        "noise": b"\x80\x02R.",
+        "cut": whole.getvalue()[:-5],
+        "pickle": pickle.dumps({"model": {}}),
+        "text": b"a\tb\n",
+    }
+
+
+@pytest.mark.parametrize("kind", _damaged())
+def test_files_that_are_no_checkpoints(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    path.write_bytes(_damaged()[kind])
+    with pytest.raises(pyseq.errors.CheckpointError, match=r"no file of torch\.save") as refused:
+        load_pickle(path)
+    text = str(refused.value)
+    assert not text.endswith(": ")
+    assert "\n" not in text
+    # torch's advice is to run what is in the file.
+    assert "weights_only" not in text
