@@ -8,6 +8,7 @@ with before, and at what modules know better.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -67,6 +68,20 @@ def check_number(name: str, value: object) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(cast(float, value)):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def check_all(valid: Tensor, short: str, said: Callable[[], str]) -> None:
+    """Raise a RuntimeError unless ``valid`` is true everywhere.
+
+    On the CPU the text is what is ``said`` of the values. A device asserts it by itself when it
+    gets there, since to look at them would be to wait for it; so does a graph of the compiler,
+    which can neither branch on a value nor spell out a size. What they say is ``short``.
+    """
+    if valid.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        if not valid.all():
+            raise RuntimeError(said())
+    else:
+        torch._assert_async(valid.all(), short)
 
 
 def autocasts(device: torch.device) -> bool:

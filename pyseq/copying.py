@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._checks import check_smoothing
+from ._checks import check_all, check_smoothing
 from .nn._common import Device
 from .search.rules import widened
 from .types import PAD, UNK, Copies
@@ -166,22 +166,24 @@ class Copying(torch.nn.Module):
 
 def _check_target(target: Tensor, copies: Copies, vocab: int) -> None:
     """Raise unless each token is in the vocabulary, or may be copied from the row's own source."""
-    highest = int(target.max()) if target.numel() else 0
-    if highest >= vocab + copies.extra:
-        raise RuntimeError(
-            f"target_out must be below {vocab + copies.extra}, the vocabulary and what may be "
-            f"copied, got {highest}"
-        )
-    if highest < vocab:
-        return
+    bound = vocab + copies.extra
+    check_all(
+        target < bound,
+        "target_out must be below V + S, the vocabulary and what may be copied",
+        lambda: (
+            f"target_out must be below {bound}, the vocabulary and what may be copied, got "
+            f"{int(target.max())}"
+        ),
+    )
     present = (copies.ids.unsqueeze(1) == target.unsqueeze(2)).any(2)
-    missing = ((target >= vocab) & ~present).nonzero()
-    if len(missing):
-        row, step = missing[0].tolist()
-        raise RuntimeError(
-            f"target_out must hold, from {vocab} on, what the source of its own row has to copy, "
-            f"got {int(target[row, step])} in row {row}, of another row or of none"
-        )
+    missing = (target >= vocab) & ~present
+    must = f"target_out must hold, from {vocab} on, what the source of its own row has to copy"
+
+    def said() -> str:
+        row, step = missing.nonzero()[0].tolist()
+        return f"{must}, got {int(target[row, step])} in row {row}, of another row or of none"
+
+    check_all(~missing, must, said)
 
 
 def _log_sum(generated: Tensor, known: Tensor, copied: Tensor, same: Tensor) -> Tensor:

@@ -243,7 +243,7 @@ class Copies(NamedTuple):
     #: (B, S) int64: ids of the target's vocabulary, and from V on those of the tokens that it
     #: lacks, counted in each row; below ``UNK`` where nothing may be copied, as in the padding.
     ids: Tensor
-    extra: int  # X: such tokens have ids V to V + X - 1
+    extra: int  # X: such tokens have ids below V + X
 
     def select(self, rows: Tensor) -> Copies:
         """Those of the given rows (N,) int64, which may repeat."""

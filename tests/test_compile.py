@@ -43,6 +43,19 @@ class Loss(torch.nn.Module):
         return self.model.loss(source, lengths, tokens, tokens.roll(-1, 1))
 
 
+class CopyingLoss(torch.nn.Module):
+    """That of a model that copies some of its source; smoothed, so that it needs all
+    probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = model(dropout=0.0, copy="pointer")
+
+    def forward(self, source: Tensor, lengths: Tensor, tokens: Tensor, copies: Tensor) -> Tensor:
+        target = tokens.roll(-1, 1)
+        return self.model.loss(source, lengths, tokens, target, copies=copies, label_smoothing=0.1)
+
+
 def model(**options: Any) -> Seq2Seq:
     return Seq2Seq(31, 33, embedding_size=13, hidden_size=16, num_layers=2, **options)
 
@@ -66,6 +79,14 @@ def queries(steps: int, batch: int) -> tuple[Tensor, ...]:
 def sentences(steps: int, batch: int) -> tuple[Tensor, ...]:
     source = torch.randint(4, 31, (batch, steps))
     return source, torch.randint(1, steps + 1, (batch,)), torch.randint(4, 33, (batch, steps + 10))
+
+
+def copied_sentences(steps: int, batch: int) -> tuple[Tensor, ...]:
+    copies = torch.randint(0, 33, (batch, steps))
+    copies[:, 0] = 33  # beyond the vocabulary, as is a token of each target
+    source, lengths, target = sentences(steps, batch)
+    target[:, 2] = 33
+    return source, lengths, target, copies
 
 
 class Subject(NamedTuple):
@@ -96,6 +117,7 @@ SUBJECTS = {
     ),
     "seq2seq": Subject(lambda: model(dropout=0.0), sentences, ((0, 1), (0,), (0, 1))),
     "loss": Subject(Loss, sentences, ((0, 1), (0,), (0, 1))),
+    "copying": Subject(CopyingLoss, copied_sentences, ((0, 1), (0,), (0, 1), (0, 1))),
 }
 
 
@@ -168,6 +190,24 @@ def test_dropout_is_drawn_at_each_call(make: Callable[[], torch.nn.Module]) -> N
     torch.manual_seed(3)
     assert torch.equal(compiled(x)[0], third)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_models_refuse_what_cannot_be_copied() -> None:
+    module = CopyingLoss().eval()
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for copied, target, match in (
+        (33 + 7, 4, r"copies must hold ids .* below V \+ S"),
+        (-1, 4, "copies must hold ids of at least 0"),
+        (33, 34, "target_out must hold, from 33 on, what the source of its own row has to copy"),
+    ):
+        source, _, tokens, copies = copied_sentences(7, 3)
+        arguments = source, torch.full((3,), 7), tokens, copies
+        with torch.no_grad():
+            assert compiled(*arguments).isfinite()
+            copies[1, 2], tokens[1, 4] = copied, target
+            for call in (module, compiled):
+                with pytest.raises(RuntimeError, match=match):
+                    call(*arguments)
 
 
 def test_compiled_dropout_keeps_the_mean() -> None:
@@ -251,7 +291,18 @@ def test_an_exported_program_serves_all_lengths(subject: Subject, grad: bool) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["rnn", "gru", "lstm", "lstm-bfloat16", "gru-cell", "lstm-cell", "seq2seq", "loss"]
+    "name",
+    [
+        "rnn",
+        "gru",
+        "lstm",
+        "lstm-bfloat16",
+        "gru-cell",
+        "lstm-cell",
+        "seq2seq",
+        "loss",
+        "copying",
+    ],
 )
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
 def test_a_traced_module_serves_all_lengths(name: str, grad: bool) -> None:

@@ -172,7 +172,8 @@ def model_and_batch(kind: str, **options: Any) -> tuple[Seq2Seq, tuple[Tensor, .
 def test_the_loss_is_that_of_forward(kind: str) -> None:
     model, batch, copies = model_and_batch(kind, dropout=0.0)
     log_probs = model(*batch[:3], copies=copies)
-    assert log_probs.shape == (4, 4, V + 3)
+    assert log_probs.shape == (4, 4, V + 5)
+    assert (log_probs[:, :, V + 3 :] == float("-inf")).all()  # which no source has
     target = batch[3]
     valid = target != PAD
     picked = log_probs.gather(2, target.unsqueeze(2)).squeeze(2)[valid]
@@ -268,11 +269,20 @@ def test_what_does_not_go_together_is_refused() -> None:
         (lambda: model(*batch[:3]), ValueError, "expected a tensor, got NoneType"),
         (lambda: model(*batch[:3], copies=copies[:, :3]), RuntimeError, r"copies must be \(B, S\)"),
         (lambda: model(*batch[:3], copies=copies.int()), RuntimeError, "copies must be int64"),
-        (lambda: model(*batch[:3], copies=copies - 4), RuntimeError, "ids of at least 0, got -"),
+        (
+            lambda: model(*batch[:3], copies=copies - 4),
+            RuntimeError,
+            "at least 0 and below V .* got -4 to 5",
+        ),
+        (
+            lambda: model(*batch[:3], copies=copies + 3),
+            RuntimeError,
+            r"ids of at least 0 and below V \+ S = 7 \+ 5, got 0 to 12",
+        ),
         (
             lambda: model.loss(*batch[:3], batch[3] + 20, copies=copies),
             RuntimeError,
-            "target_out must be below 10",
+            "target_out must be below 12, the vocabulary and what may be copied, got 27",
         ),
         (lambda: Seq2Seq(9, 9, copy="cat"), ValueError, "copy must be one of pointer, joint or"),
         (lambda: Seq2Seq(9, 9, copy="joint", score=None), ValueError, "copy needs a score"),

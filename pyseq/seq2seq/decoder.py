@@ -188,7 +188,7 @@ class Decoder(torch.nn.Module):
 
         Returns:
             The logits (B, T, V), or of a decoder that copies the log-probabilities
-            (B, T, V + X), and what the recurrent decoder gave.
+            (B, T, V + S), and what the recurrent decoder gave.
 
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import search
-from .._checks import check_shape
+from .._checks import check_all, check_shape
 from ..bridge import Bridge
 from ..extra import Conditions
 from ..scheduled import Sampling
@@ -93,8 +93,8 @@ class Seq2Seq(torch.nn.Module):
         copy: ``"pointer"`` or ``"joint"``: the model may copy tokens of the source, those too
             that the target's vocabulary lacks; see :class:`pyseq.copying.Copying`. All its
             methods then take ``copies`` (B, S) int64: what each source position is as a target
-            token, ids from V on (V, V + 1, ... in each row) standing for tokens that the
-            vocabulary lacks, and those below ``<unk>`` for what may not be copied. Targets
+            token, ids from V on (V, V + 1, ... in each row, so below V + S) standing for tokens
+            that the vocabulary lacks, and those below ``<unk>`` for what may not be copied. Targets
             and results may hold such ids; :meth:`pyseq.Vocab.extend` makes them.
         memory_bias: give every vector of the memory one more feature, which is 1, so that the
             combination ``tanh(W_c [c; h])`` and the keys have biases: its columns of their
@@ -230,7 +230,8 @@ class Seq2Seq(torch.nn.Module):
 
         Returns:
             (B, T, V), where ``[:, t]`` predicts the token after ``target_in[:, t]``. Of a
-            model that copies the log-probabilities (B, T, V + X), in nats.
+            model that copies the log-probabilities (B, T, V + S), in nats: minus infinity for
+            ids beyond V that a row's source does not have.
 
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
@@ -360,10 +361,18 @@ class Seq2Seq(torch.nn.Module):
             raise RuntimeError(f"copies must be int64, got {ids.dtype}")
         ids = ids.to(source.device)
         ids = ids.masked_fill(~valid_steps(lengths, ids), PAD)
-        if ids.numel() and int(ids.min()) < 0:
-            raise RuntimeError(f"copies must hold ids of at least 0, got {int(ids.min())}")
+        # No row has more tokens beyond the vocabulary than positions.
+        extra = ids.shape[1]
         vocab = self.decoder.embedding.num_embeddings
-        return Copies(ids, max(0, int(ids.max()) + 1 - vocab) if ids.numel() else 0)
+        check_all(
+            (ids >= 0) & (ids < vocab + extra),
+            "copies must hold ids of at least 0 and below V + S",
+            lambda: (
+                f"copies must hold ids of at least 0 and below V + S = {vocab} + {extra}, got "
+                f"{int(ids.min())} to {int(ids.max())}"
+            ),
+        )
+        return Copies(ids, extra)
 
     def _encode(
         self,
