@@ -101,7 +101,7 @@ def cuda_device(device: str | int | torch.device | Mapping[str, float] | CudaDev
                 f"device must hold {', '.join(CudaDevice._fields)}, got "
                 + (f"no {', '.join(sorted(missing))}" if missing else f"{', '.join(unknown)} too")
             )
-        facts = CudaDevice(**device)  # type: ignore[arg-type]
+        facts = CudaDevice(**device)  # type: ignore[arg-type]  # names checked above
     elif isinstance(device, str) and not device.startswith("cuda"):
         if device not in CUDA_DEVICES:
             raise ValueError(
@@ -249,4 +249,4 @@ def cuda_plan(
         dtype=name,
         path=path or "",
     )
-    return CudaPlan(**plan)  # type: ignore[arg-type]
+    return CudaPlan(**plan)  # type: ignore[arg-type]  # a mapping of values of several types

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,13 @@ from torch import Tensor
 from . import checkpoint
 from .errors import CheckpointError, DataError
 from .labels import LabelExamples, Labels
+from .search.evaluation import in_eval_mode, search_mode
+from .seq2seq.inputs import weight_of
 from .tagger import Classifier, Tagger
-from .text import Extra, Features, Pair, Tokenizer, Vocab, check_features, extra_tensor
+from .text import Extra, Features, Pair, Tokenizer, Vocab, extra_tensor
 from .text.batches import pad_rows
 from .text.extra import check_extra, read_line
+from .text.features import ReadsFeatures
 from .types import PAD
 
 __all__ = ["Labeler", "Labelling"]
@@ -39,7 +42,7 @@ class Labelling(NamedTuple):
         return " ".join(self.labels)
 
 
-class Labeler:
+class Labeler(ReadsFeatures):
     """A model that reads text and gives labels.
 
     ``labeler("the cat sat")`` is ``"DET NOUN VERB"``, say, or of a classifier ``"animals"``.
@@ -76,19 +79,8 @@ class Labeler:
         self.source_tokenizer = Tokenizer(source_tokens)
         self.features = features
 
-    @property
-    def features(self) -> Features | None:
-        """The arrays that lines are the names of, for a model that reads features.
-
-        Raises:
-            ValueError: when set, to those of another size than the model reads.
-        """
-        return self._features
-
-    @features.setter
-    def features(self, features: Features | None) -> None:
-        check_features(features, [self.model.config])
-        self._features = features
+    def _configs(self) -> list[dict[str, Any]]:
+        return [self.model.config]
 
     @property
     def per_token(self) -> bool:
@@ -165,22 +157,21 @@ class Labeler:
         blank = [PAD] if isinstance(encoder, Vocab) else torch.zeros(1, encoder.size)
         return [encoder.encode(source) if source else blank for source in sources]
 
-    @torch.no_grad()
     def _predict_batch(self, sources: list[list[str]], extras: list[Extra]) -> list[Labelling]:
-        device = self.model.output.weight.device
+        weight = weight_of(self.model)
         source, _ = pad_rows(self._rows(sources))
         if source.is_floating_point():
-            source = source.to(self.model.output.weight.dtype)
+            source = source.to(weight.dtype)
         steps = [self._steps(tokens) for tokens in sources]
         lengths = torch.tensor(steps)
         extra = extra_tensor(
             [each.source for each in extras], self.extra_size, steps=source.shape[1]
         )
-        told = {} if extra is None else {"source_extra": extra.to(self.model.output.weight)}
-        training = self.model.training
-        self.model.eval()
-        probabilities = self.model(source.to(device), lengths.to(device), **told).softmax(-1)
-        self.model.train(training)
+        told = {} if extra is None else {"source_extra": extra.to(weight)}
+        model = in_eval_mode(self.model)
+        with search_mode(model):
+            logits = model(source.to(weight.device), lengths.to(weight.device), **told)
+        probabilities = logits.softmax(-1)
         best, numbers = probabilities.max(-1)
         results = []
         for row, tokens in enumerate(sources):

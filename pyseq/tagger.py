@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from ._arguments import constructor_takes
 from ._checks import check_positive, check_shape
 from ._dropout import apply_dropout
 from .nn._common import changed_options
@@ -23,7 +24,6 @@ from .seq2seq.options import (
     Placing,
     TaggerArguments,
     config_of,
-    takes,
 )
 from .types import IGNORE, state_parts
 
@@ -105,7 +105,7 @@ class Tagger(_Labelling):
         Huang et al. 2015, arXiv 1508.01991, section 2.3 (without the CRF).
     """
 
-    @takes(TaggerArguments)
+    @constructor_takes(TaggerArguments)
     def __init__(self, options: TaggerArguments) -> None:
         super().__init__(options)
 
@@ -189,7 +189,7 @@ class Classifier(_Labelling):
         Conneau et al. 2017, arXiv 1705.02364, section 3.2 (last, mean and max).
     """
 
-    @takes(ClassifierArguments)
+    @constructor_takes(ClassifierArguments)
     def __init__(self, options: ClassifierArguments) -> None:
         if options.pooling not in POOLINGS:
             raise ValueError(

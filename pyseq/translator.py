@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from . import search as searches
 from .errors import CheckpointError, DataError
 from .search import Ensemble, Hypothesis, SearchModel, SearchOptions
 from .seq2seq import Seq2Seq
+from .seq2seq.inputs import weight_of
 from .text import (
     SOURCE_MARKS,
     Examples,
@@ -28,13 +29,13 @@ from .text import (
     SourceMarks,
     Tokenizer,
     Vocab,
-    check_features,
     encode_copies,
     encode_sources,
     extra_tensor,
 )
 from .text.batches import pad_features
 from .text.extra import check_extra, read_line, reversed_steps
+from .text.features import ReadsFeatures
 from .types import UNK
 
 
@@ -60,7 +61,7 @@ class _Encoded(NamedTuple):
     extra: list[list[str]]  # of each, the tokens beyond the vocabulary that may be copied
 
 
-class Translator:
+class Translator(ReadsFeatures):
     """A model that reads and writes text.
 
     ``translator("早上好")`` is the best output for one line.
@@ -137,19 +138,8 @@ class Translator:
     def _copies(model: Seq2Seq) -> bool:
         return model.config["copy"] is not None
 
-    @property
-    def features(self) -> Features | None:
-        """The arrays that lines are the names of, for a model that reads features.
-
-        Raises:
-            ValueError: when set, to those of another size than the model reads.
-        """
-        return self._features
-
-    @features.setter
-    def features(self, features: Features | None) -> None:
-        check_features(features, [model.config for model in (self.model, *self.others)])
-        self._features = features
+    def _configs(self) -> list[dict[str, Any]]:
+        return [model.config for model in (self.model, *self.others)]
 
     def __call__(self, line: str, *, beam_size: int = 1) -> str:
         """The output text for one line; :meth:`translate` does many at once."""
@@ -324,18 +314,18 @@ class Translator:
     def _encode(
         self, sources: Sequence[list[str]], information: Sequence[Extra], *, max_length: int
     ) -> _Encoded:
-        device = next(self.model.parameters()).device
+        like = weight_of(self.model)
         lines = [self.in_reading_order(source) for source in sources]
         if self.source_vocab is None:
             source, lengths = pad_features([self._named().encode(line) for line in lines])
-            source = source.to(self.model.decoder.output.weight.dtype)
+            source = source.to(like.dtype)
         else:
             source, lengths = encode_sources(self.source_vocab, lines, marks=self.source_marks)
         copies: Tensor | None = None
         extra: list[list[str]] = [[] for _ in lines]
         if self.copies:
             copies, extra = encode_copies(self.target_vocab, lines)
-            copies = copies.to(device)
+            copies = copies.to(like.device)
         told = [
             self._told_in_reading_order(each, len(line))
             for each, line in zip(information, sources, strict=True)
@@ -345,7 +335,7 @@ class Translator:
         z_target = extra_tensor([each.target for each in told], of_target, steps=max_length)
         models: list[SearchModel] = []
         for model in (self.model, *self.others):
-            weight = model.decoder.output.weight
+            weight = weight_of(model)
             models.append(
                 model.given(
                     source_extra=None if z_source is None else z_source.to(weight),
@@ -354,7 +344,7 @@ class Translator:
                 )
             )
         searched = Ensemble(models) if self.others else models[0]
-        return _Encoded(searched, source.to(device), lengths.to(device), extra)
+        return _Encoded(searched, source.to(like.device), lengths.to(like.device), extra)
 
     def _translation(
         self, source: list[str], extra: list[str], hypothesis: Hypothesis, replace_unknown: bool

@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from pyseq.labeler import Labeler
 from pyseq.labels import Labels
 from pyseq.scheduled import Constant
 from pyseq.tagger import Classifier, Tagger
-from pyseq.text import Pair, Vocab, make_pair
+from pyseq.text import Features, Pair, Vocab, make_pair
 from pyseq.training import LabelerOptions, TrainingOptions
 from pyseq.translator import Translator
 
@@ -183,6 +184,51 @@ def test_pretrained_embeddings(tmp_path: Path) -> None:
     assert table[labeler.source_vocab.encode(["cat"])].tolist() == [[4, 5, 6]]
 
 
+def test_predicting_leaves_the_mode_of_each_part_as_it_is() -> None:
+    labeler = Labeler(Tagger(6, 2, dropout=0.9), Vocab("ab"), Labels("xy"), source_tokens="char")
+    labeler.model.encoder.embedding.eval()
+    modes = [each.training for each in labeler.model.modules()]
+    assert labeler.predict(["abab"]) == labeler.predict(["abab"])
+    assert [each.training for each in labeler.model.modules()] == modes
+    assert not all(modes)
+
+
+class Adapter(torch.nn.Module):
+    """A layer with something added, which has no weight by the layer's own name."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.layer(x)
+
+
+@pytest.mark.parametrize("source", ["tokens", "features"])
+def test_parts_may_be_wrapped_by_adapters(source: str) -> None:
+    features = Features({"a": torch.randn(3, 5), "b": torch.randn(2, 5)})
+    options: dict[str, Any] = {"hidden_size": 6, "embedding_size": 4, "source_extra_size": 2}
+    sides: dict[str, Any] = {"source_tokens": "char"}
+    if source == "features":
+        options["source_features"], sides["features"] = 5, features
+        sides["source_tokens"] = "line"
+    vocab = None if source == "features" else Vocab("ab")
+    size = None if vocab is None else len(vocab)
+    model = Tagger(size, 2, **options).double()
+    labeler = Labeler(model, vocab, Labels("xy"), **sides)
+    lines = ["a\t1 2", "b\t0 1"]
+    before = labeler.predict(lines)
+    model.output = Adapter(model.output)  # type: ignore[assignment]
+    model.encoder.embedding = Adapter(model.encoder.embedding)  # type: ignore[assignment]
+    after = labeler.predict(lines)
+    assert [row.probabilities for row in after] != [row.probabilities for row in before]
+    del options["source_extra_size"]
+    translator_model = pyseq.Seq2Seq(size, 6, **options, target_extra_size=2).double()
+    translator = Translator(translator_model, vocab, Vocab("ab"), max_length=4, **sides)
+    translator_model.decoder.output = Adapter(translator_model.decoder.output)  # type: ignore[assignment]
+    assert [each.score < 0 for each in translator.translate(lines)] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -191,11 +237,12 @@ def test_pretrained_embeddings(tmp_path: Path) -> None:
         ({"validation": [("the cat", "DET")]}, DataError, "validation:1: expected one label for"),
         ({"validation": [("the", " ")]}, DataError, "validation:1: the target is empty"),
         ({"hidden_size": 7}, ValueError, "hidden_size must be even"),
+        ({"size": 7}, TypeError, r"^train_labeler\(\) got an unexpected keyword argument 'size'"),
     ],
 )
-def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        pyseq.train_labeler(tagged(5, 1), **{"task": "tag", **options})  # type: ignore[arg-type]
+        pyseq.train_labeler(tagged(5, 1), **{"task": "tag", **options})
 
 
 @pytest.mark.parametrize(

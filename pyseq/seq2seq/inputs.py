@@ -10,12 +10,19 @@ from .._checks import check_like, check_positive, check_shape
 from ..types import UNK
 
 
-def check_source(source: Tensor, embedding: torch.nn.Embedding | torch.nn.Linear) -> None:
-    """Raise unless ``source`` is what ``embedding`` reads: token ids or features."""
+def weight_of(model: torch.nn.Module) -> Tensor:
+    """A parameter with the device and dtype of the model. None is asked for by name: a part may
+    be wrapped by another module, an adapter for example, or hold weights that are quantized."""
+    return next(each for each in model.parameters() if each.is_floating_point())
+
+
+def check_source(source: Tensor, embedding: torch.nn.Module) -> None:
+    """Raise unless ``source`` is what ``embedding`` reads: token ids or features; what was put
+    in its place reads what it wants."""
     if isinstance(embedding, torch.nn.Linear):
         check_shape("source", source, "(B, S, D)", (-1, -1, embedding.in_features))
         check_like("source", source, "the encoder's weights", embedding.weight)
-    else:
+    elif isinstance(embedding, torch.nn.Embedding):
         check_tokens("source", source)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import search
+from .._arguments import constructor_takes
 from .._checks import check_all, check_shape
 from ..bridge import Bridge
 from ..extra import Conditions
@@ -29,7 +30,7 @@ from .decoder import Decoder
 from .encoder import Encoder
 from .given import Given
 from .inputs import check_vocab_size, valid_steps
-from .options import Placing, Seq2SeqArguments, config_of, takes
+from .options import Placing, Seq2SeqArguments, config_of
 
 __all__ = ["Seq2Seq"]
 
@@ -116,7 +117,7 @@ class Seq2Seq(torch.nn.Module):
         there the output layer reads it too). Press & Wolf 2017, arXiv 1608.05859 (tying).
     """
 
-    @takes(Seq2SeqArguments)
+    @constructor_takes(Seq2SeqArguments)
     def __init__(self, options: Seq2SeqArguments) -> None:
         super().__init__()
         if options.source_vocab_size is not None:  # else the encoder asks for features

@@ -7,11 +7,8 @@ The constructors, training and the command line take them from here, and a saved
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import torch
 
@@ -20,7 +17,7 @@ from ..nn import AttentionOptions
 from ..nn._common import Device
 from ..recurrent import LayerOptions, layer_cell
 
-__all__ = ["ClassifierOptions", "EncoderOptions", "Seq2SeqOptions", "TaggerOptions", "takes"]
+__all__ = ["ClassifierOptions", "EncoderOptions", "Seq2SeqOptions", "TaggerOptions"]
 
 
 class Placing(TypedDict):
@@ -29,10 +26,6 @@ class Placing(TypedDict):
     device: Device
     dtype: torch.dtype | None
 
-
-_P = ParamSpec("_P")
-_Model = TypeVar("_Model")
-_Arguments = TypeVar("_Arguments")
 
 _NO_OPTIONS = LayerOptions()
 
@@ -175,34 +168,3 @@ def config_of(
         if name in config:
             config[name] = getattr(arguments, name).changed()
     return config
-
-
-def takes(
-    arguments: Callable[_P, _Arguments],
-) -> Callable[[Callable[[_Model, _Arguments], None]], Callable[Concatenate[_Model, _P], None]]:
-    """A constructor that is called with the arguments of the class ``arguments``, and is given
-    one of that class. Readers of signatures and checkers of types see all of them by name."""
-
-    def decorate(
-        init: Callable[[_Model, _Arguments], None],
-    ) -> Callable[Concatenate[_Model, _P], None]:
-        @wraps(init)
-        def constructor(self: _Model, *args: _P.args, **kwargs: _P.kwargs) -> None:
-            try:
-                given = arguments(*args, **kwargs)
-            except TypeError as error:
-                # Of an unknown or missing argument: it was not that class that was called.
-                told = str(error)
-                own = told.replace(f"{arguments.__qualname__}.__init__", init.__qualname__)
-                if own == told:
-                    raise
-                raise TypeError(own) from None
-            init(self, given)
-
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        signature = inspect.signature(arguments)
-        signature = signature.replace(parameters=[own, *signature.parameters.values()])
-        constructor.__signature__ = signature  # type: ignore[attr-defined]
-        return constructor
-
-    return decorate

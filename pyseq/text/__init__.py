@@ -17,7 +17,7 @@ from .batches import (
     pad,
 )
 from .extra import Extra, extra_tensor, parse_extra
-from .features import Features, check_features
+from .features import Features
 from .pairs import (
     Pair,
     PairsFile,
@@ -48,7 +48,6 @@ __all__ = [
     "Tokenizer",
     "TokensName",
     "Vocab",
-    "check_features",
     "encode_copies",
     "encode_sources",
     "extra_tensor",

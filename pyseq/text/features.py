@@ -111,12 +111,31 @@ def given_features(given: Features | Mapping[str, Any] | str | Path | None) -> F
     return Features.read(given) if isinstance(given, (str, Path)) else Features(given)
 
 
-def check_features(features: Features | None, configs: Sequence[Mapping[str, Any]]) -> None:
-    """Raise a ValueError unless models with these options read such features."""
-    for config in configs if features is not None else ():
-        size = config["source_features"]
-        if features is not None and features.size != size:
-            raise ValueError(
-                f"{features.name}: features must have {size} columns like the model's, got "
-                f"{features.size}"
-            )
+class ReadsFeatures:
+    """What holds models, and the features that these read, if they read any."""
+
+    _features: Features | None
+
+    def _configs(self) -> list[dict[str, Any]]:
+        """The options of the models."""
+        raise NotImplementedError
+
+    @property
+    def features(self) -> Features | None:
+        """The arrays that lines are the names of, for a model that reads features.
+
+        Raises:
+            ValueError: when set, to those of another size than the model reads.
+        """
+        return self._features
+
+    @features.setter
+    def features(self, features: Features | None) -> None:
+        if features is not None:
+            for size in (config["source_features"] for config in self._configs()):
+                if features.size != size:
+                    raise ValueError(
+                        f"{features.name}: features must have {size} columns like the model's, "
+                        f"got {features.size}"
+                    )
+        self._features = features

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
+from .._arguments import takes
 from ..embeddings import EmbeddingsFile
 from ..errors import DataError
 from ..labeler import Labeler
@@ -100,31 +99,7 @@ class TrainLabelerArguments(LabelerOptions, _RunArguments):
     tokens: str | None = field(default=None, kw_only=True)
 
 
-_P = ParamSpec("_P")
-_Arguments = TypeVar("_Arguments")
-_Result = TypeVar("_Result")
 _Options = TypeVar("_Options", ModelOptions, LabelerOptions, TrainingOptions)
-
-
-def _takes(
-    arguments: Callable[_P, _Arguments],
-) -> Callable[[Callable[[_Arguments], _Result]], Callable[_P, _Result]]:
-    """A function that is called with the arguments of the class ``arguments``, and is given one
-    of that class, so that each option has one place."""
-
-    def decorate(function: Callable[[_Arguments], _Result]) -> Callable[_P, _Result]:
-        @wraps(function)
-        def called(*args: _P.args, **kwargs: _P.kwargs) -> _Result:
-            return function(arguments(*args, **kwargs))
-
-        signature = inspect.signature(arguments)
-        result = inspect.signature(function).return_annotation
-        called.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            return_annotation=result
-        )
-        return called
-
-    return decorate
 
 
 def _part(arguments: TrainArguments | TrainLabelerArguments, options: type[_Options]) -> _Options:
@@ -140,7 +115,7 @@ def _both(tokens: str | tuple[str, str]) -> tuple[str, str]:
     return given[0], given[1]
 
 
-@_takes(TrainArguments)
+@takes(TrainArguments)
 def train(arguments: TrainArguments) -> Translator:
     """Train a translator from pairs of strings.
 
@@ -220,7 +195,7 @@ def train(arguments: TrainArguments) -> Translator:
     return found
 
 
-@_takes(TrainLabelerArguments)
+@takes(TrainLabelerArguments)
 def train_labeler(arguments: TrainLabelerArguments) -> Labeler:
     """Train a labeler from labelled lines.
 
