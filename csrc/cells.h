@@ -12,6 +12,9 @@
 
 namespace pyseq {
 
+// An array of no elements is one that is not used.
+PYSEQ_INLINE constexpr int at_least_one(int count) { return count > 0 ? count : 1; }
+
 // Every cell has
 //   kGates             rows of weight per unit, in torch.nn's order;
 //   kPre               pre-activation sums per unit: one per gate, and one more where the

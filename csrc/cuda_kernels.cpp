@@ -16,10 +16,6 @@ namespace {
 using at::Tensor;
 using on_cuda::as_counters;
 
-int64_t gates_of(cpu::CellKind cell) {
-  return cell == cpu::CellKind::kLstm ? 4 : cell == cpu::CellKind::kGru ? 3 : 1;
-}
-
 // ---- Attention -------------------------------------------------------------------------
 
 template <class T>
@@ -49,7 +45,7 @@ cuda::DecodeTiles decode_tiles(const cpu::Decode<T>& args, int blocks, bool back
                                                    .batch = args.batch,
                                                    .hidden = args.hidden,
                                                    .layers = args.layer_count,
-                                                   .gates = gates_of(args.cell),
+                                                   .gates = cell_shape(args.cell).gates,
                                                    .source = args.source,
                                                    .key_size = args.key_size,
                                                    .memory_size = args.memory_size,

@@ -18,35 +18,6 @@ namespace pyseq {
 namespace {
 
 using at::Tensor;
-using cpu::CellKind;
-
-struct CellTraits {
-  int64_t gates, states = 0, unit_weights = 0;
-  bool apart = false;  // the recurrent part of the last gate stays apart
-  bool gated = false;  // the last gate's weights multiply what the first gate leaves of h
-  bool recurrent = true;
-};
-
-CellTraits traits_of(CellKind cell) {
-  switch (cell) {
-    case CellKind::kLstm:
-      return {.gates = 4, .states = 1};
-    case CellKind::kLstmPeephole:
-      return {.gates = 4, .states = 1, .unit_weights = 3};
-    case CellKind::kGru:
-      return {.gates = 3, .apart = true};
-    case CellKind::kGruResetBefore:
-      return {.gates = 3, .gated = true};
-    case CellKind::kSlstmSigmoid:
-    case CellKind::kSlstmExp:
-      return {.gates = 4, .states = 3};
-    case CellKind::kIndRnnTanh:
-    case CellKind::kIndRnnRelu:
-      return {.gates = 1, .unit_weights = 1, .recurrent = false};
-    default:
-      return {.gates = 1};
-  }
-}
 
 template <class T>
 cuda::Strided<T> strided(const cpu::Strided<T>& from) {
@@ -62,7 +33,7 @@ cuda::ScanNorm<T> norm_of(const cpu::ScanNorm<T>& norm, const T* bias) {
 // How a persistent launch shares the work out, or nothing where steps alternate with products.
 template <class T, class Call>
 std::optional<cuda::ScanTiles> scan_tiles(const Call& call, bool backward) {
-  const CellTraits cell = traits_of(call.cell);
+  const CellShape cell = cell_shape(call.cell);
   const cuda::Choice choice = cuda::choice_from_environment();
   if (call.norm) {
     TORCH_CHECK(choice != cuda::Choice::kPersistent,
@@ -90,12 +61,12 @@ std::optional<cuda::ScanTiles> scan_tiles(const Call& call, bool backward) {
                                                  .hidden = call.hidden,
                                                  .state_size = call.state_size,
                                                  .gates = cell.gates,
-                                                 .sums = cell.gates + (cell.apart ? 1 : 0),
+                                                 .sums = cell.gates + (cell.has_apart ? 1 : 0),
                                                  .states = cell.states,
                                                  .heads = heads,
                                                  .directions = 1,
                                                  .recurrent = cell.recurrent,
-                                                 .gates_state = cell.gated,
+                                                 .gates_state = cell.gates_state,
                                                  .backward = backward},
                                                 on_cuda::kStorage<T>);
   const cuda::StepPlan plan = cuda::plan_step(on_cuda::facts(), shape, choice, bytes);
@@ -144,7 +115,7 @@ struct StepProducts {
 };
 
 template <class T, class Call>
-StepProducts products_of(const Call& call, const CellTraits& cell) {
+StepProducts products_of(const Call& call, const CellShape& cell) {
   const int64_t heads = std::max<int64_t>(1, call.heads);
   return {
       on_cuda::view(call.w_hh, {heads, cell.gates * call.hidden / heads, call.state_size / heads}),
@@ -158,7 +129,7 @@ const T* numbers(const Tensor& tensor) {
 
 template <class T>
 void alternate_forward(const cpu::ScanForward<T>& call, const cuda::ScanForward<T>& args,
-                       const CellTraits& cell) {
+                       const CellShape& cell) {
   const int64_t T_ = call.steps, B = call.batch, H = call.hidden, P = call.state_size;
   const StepProducts products = products_of<T>(call, cell);
   const Tensor states = on_cuda::view(call.states, {call.save ? T_ + 1 : 2, B, P});
@@ -174,7 +145,7 @@ void alternate_forward(const cpu::ScanForward<T>& call, const cuda::ScanForward<
       sums =
           products.of_state(masked.defined() ? masked.select(0, n & 1) : states.select(0, before));
     }
-    if (cell.gated) {
+    if (cell.gates_state) {
       C10_CUDA_CHECK(cuda::scan_gate_forward(args, n, numbers<T>(sums), stream));
       Tensor last = sums.narrow(1, (cell.gates - 1) * H, H);
       last.copy_(at::mm(inner.select(0, kept), products.last_rows().t()));
@@ -196,7 +167,7 @@ struct GateGradients {
 
 template <class T>
 void alternate_backward(const cpu::ScanBackward<T>& call, const cuda::ScanBackward<T>& args,
-                        const CellTraits& cell, const GateGradients& d) {
+                        const CellShape& cell, const GateGradients& d) {
   const int64_t T_ = call.steps, H = call.hidden;
   const StepProducts products = products_of<T>(call, cell);
   const cudaStream_t stream = on_cuda::stream();
@@ -206,16 +177,16 @@ void alternate_backward(const cpu::ScanBackward<T>& call, const cuda::ScanBackwa
     if (cell.recurrent && n + 1 < T_) {
       const Tensor after = d.r.select(0, call.reverse ? t - 1 : t + 1);
       const int64_t first_rows = (cell.gates - 1) * H;
-      sums = cell.gated ? at::mm(after.narrow(1, 0, first_rows),
-                                 products.w_hh.select(0, 0).narrow(0, 0, first_rows))
-                        : products.of_gates(after);
+      sums = cell.gates_state ? at::mm(after.narrow(1, 0, first_rows),
+                                       products.w_hh.select(0, 0).narrow(0, 0, first_rows))
+                              : products.of_gates(after);
     }
     C10_CUDA_CHECK(cuda::scan_state_backward(args, n, numbers<T>(sums), stream));
     if (call.w_hr != nullptr) {
       const Tensor back = n >= 0 ? at::mm(d.projected.select(0, t), products.w_hr) : Tensor();
       C10_CUDA_CHECK(cuda::scan_project_backward(args, n, numbers<T>(back), stream));
     }
-    if (cell.gated && n >= 0) {
+    if (cell.gates_state && n >= 0) {
       const Tensor last =
           at::mm(d.r.select(0, t).narrow(1, (cell.gates - 1) * H, H), products.last_rows());
       C10_CUDA_CHECK(cuda::scan_gate_backward(args, n, numbers<T>(last), stream));
@@ -228,7 +199,7 @@ Tensor flat(const Tensor& tensor) { return tensor.reshape({-1, tensor.size(2)});
 
 // The gradient of W_hh, in the layout in which the loop reads it.
 template <class T>
-void recurrent_gradient(const cpu::ScanBackward<T>& call, const CellTraits& cell, const Tensor& d_r,
+void recurrent_gradient(const cpu::ScanBackward<T>& call, const CellShape& cell, const Tensor& d_r,
                         const Tensor& inner) {
   const int64_t T_ = call.steps, B = call.batch, P = call.state_size, G = cell.gates;
   const int64_t heads = std::max<int64_t>(1, call.heads), rows = G * call.hidden;
@@ -243,7 +214,7 @@ void recurrent_gradient(const cpu::ScanBackward<T>& call, const CellTraits& cell
         d_r.view({T_ * B, G, heads, size}).permute({2, 1, 3, 0}).reshape({heads, G * size, T_ * B});
     Tensor to = d_w.view({heads, G * size, size});
     to.copy_(at::bmm(by_head, before.view({T_ * B, heads, size}).transpose(0, 1)));
-  } else if (cell.gated) {
+  } else if (cell.gates_state) {
     const int64_t first = rows - call.hidden;
     d_w.narrow(0, 0, first).copy_(at::mm(flat(d_r).narrow(1, 0, first).t(), before));
     d_w.narrow(0, first, call.hidden)
@@ -263,7 +234,7 @@ struct NormRows {
 template <class T>
 void cuda_scan_forward(const cpu::ScanForward<T>& call) {
   if (call.batch == 0) return;
-  const CellTraits cell = traits_of(call.cell);
+  const CellShape cell = cell_shape(call.cell);
   const cuda::ScanForward<T> args{
       .cell = call.cell,
       .steps = call.steps,
@@ -306,13 +277,13 @@ void cuda_scan_forward(const cpu::ScanForward<T>& call) {
 
 template <class T>
 void cuda_scan_backward(const cpu::ScanBackward<T>& call) {
-  const CellTraits cell = traits_of(call.cell);
+  const CellShape cell = cell_shape(call.cell);
   const int64_t T_ = call.steps, B = call.batch, H = call.hidden, P = call.state_size,
                 rows = cell.gates * H;
   const at::TensorOptions options = on_cuda::options(c10::CppTypeToScalarType<T>::value);
   GateGradients d;
   d.x = at::empty({T_, B, rows}, options);
-  d.r = cell.apart || call.norm ? at::empty({T_, B, rows}, options) : d.x;
+  d.r = cell.has_apart || call.norm ? at::empty({T_, B, rows}, options) : d.x;
   if (call.w_hr != nullptr) d.projected = at::empty({T_, B, P}, options);
   const auto each_row = [&](int64_t size) {
     return call.norm ? at::zeros({B, size}, options) : Tensor();
@@ -391,7 +362,7 @@ void cuda_scan_backward(const cpu::ScanBackward<T>& call) {
   if (call.norm) {
     d_b_ih.copy_(norm.bias.sum(0));
     d_b_hh.copy_(d_b_ih);
-    if (cell.apart) d_b_hh.narrow(0, rows - H, H).copy_(norm.apart.sum(0));
+    if (cell.has_apart) d_b_hh.narrow(0, rows - H, H).copy_(norm.apart.sum(0));
     out(call.d_gain_ih, {rows}).copy_(norm.gain_ih.sum(0));
     out(call.d_gain_hh, {rows}).copy_(norm.gain_hh.sum(0));
     if (call.d_gain_c != nullptr) {

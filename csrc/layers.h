@@ -18,61 +18,40 @@
 
 namespace pyseq {
 
-using cpu::CellKind;
-
-struct CellShape {
-  CellKind kind;
-  int64_t gates;
-  int64_t states = 0;        // numbers that a unit hands on beside h
-  bool has_apart = false;    // the recurrent part of the last gate stays apart
-  int64_t unit_weights = 0;  // weights of a unit itself
-  bool recurrent = true;     // a matrix multiplies the state
-  bool gates_state = false;  // the last gate's part of it, the state times the first gate
-  bool has_heads = false;    // it is a matrix for each head
-  bool has_cell = states > 0;
-
-  // Whether its gates alone give its states once more.
-  bool replays() const {
-    return kind == CellKind::kLstm || kind == CellKind::kLstmPeephole || kind == CellKind::kGru;
-  }
-};
-
 // The cells that decoders take.
-inline std::optional<CellShape> decoder_cell(std::string_view name) {
-  if (name == "lstm") return CellShape{CellKind::kLstm, 4, 1};
-  if (name == "gru") return CellShape{CellKind::kGru, 3, 0, true};
-  if (name == "rnn_tanh") return CellShape{CellKind::kRnnTanh, 1};
-  if (name == "rnn_relu") return CellShape{CellKind::kRnnRelu, 1};
+inline std::optional<CellKind> decoder_cell(std::string_view name) {
+  if (name == "lstm") return CellKind::kLstm;
+  if (name == "gru") return CellKind::kGru;
+  if (name == "rnn_tanh") return CellKind::kRnnTanh;
+  if (name == "rnn_relu") return CellKind::kRnnRelu;
   return std::nullopt;
 }
 
 inline CellShape cell_shape(std::string_view name) {
-  const std::optional<CellShape> cell = decoder_cell(name);
+  const std::optional<CellKind> cell = decoder_cell(name);
   TORCH_CHECK_VALUE(cell.has_value(), "cell must be one of rnn_tanh, rnn_relu, gru, lstm, got ",
                     name);
-  return *cell;
+  return cell_shape(*cell);
 }
 
 // The cells of a scan: those and more.
+inline std::optional<CellKind> scan_cell(std::string_view name, bool peepholes) {
+  if (name == "lstm" && peepholes) return CellKind::kLstmPeephole;
+  if (name == "indrnn_tanh") return CellKind::kIndRnnTanh;
+  if (name == "indrnn_relu") return CellKind::kIndRnnRelu;
+  if (name == "gru_reset_before") return CellKind::kGruResetBefore;
+  if (name == "slstm_sigmoid") return CellKind::kSlstmSigmoid;
+  if (name == "slstm_exp") return CellKind::kSlstmExp;
+  return decoder_cell(name);
+}
+
 inline CellShape scan_cell_shape(std::string_view name, bool peepholes) {
-  if (name == "lstm" && peepholes) return {CellKind::kLstmPeephole, 4, 1, false, 3};
-  if (name == "indrnn_tanh") return {CellKind::kIndRnnTanh, 1, 0, false, 1, false};
-  if (name == "indrnn_relu") return {CellKind::kIndRnnRelu, 1, 0, false, 1, false};
-  if (name == "gru_reset_before") {
-    return {.kind = CellKind::kGruResetBefore, .gates = 3, .gates_state = true};
-  }
-  if (name == "slstm_sigmoid" || name == "slstm_exp") {
-    return {.kind = name == "slstm_exp" ? CellKind::kSlstmExp : CellKind::kSlstmSigmoid,
-            .gates = 4,
-            .states = 3,
-            .has_heads = true};
-  }
-  const std::optional<CellShape> cell = decoder_cell(name);
+  const std::optional<CellKind> cell = scan_cell(name, peepholes);
   TORCH_CHECK_VALUE(cell.has_value(),
                     "cell must be one of rnn_tanh, rnn_relu, gru, lstm, indrnn_tanh, indrnn_relu, "
                     "gru_reset_before, slstm_sigmoid, slstm_exp, got ",
                     name);
-  return *cell;
+  return cell_shape(*cell);
 }
 
 inline bool is_additive(std::string_view score) {

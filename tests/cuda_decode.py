@@ -15,7 +15,7 @@ from torch import Tensor
 from pyseq import reference
 from pyseq.types import CellName, FeedName, HistoryName, OrderName, ScoreName
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of cpu::CellKind
+CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of CellKind
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 #: What is added up and carried from step to step is held in; other types in themselves.
 CARRIED = {torch.float16: torch.float32, torch.bfloat16: torch.float32}

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../cell_kinds.h"
+
 namespace pyseq::cpu {
 
 // What numbers of type T are added up and carried from step to step in. Kernels of devices know
@@ -17,20 +19,6 @@ struct AccumulateOf {
 };
 template <class T>
 using Accumulate = typename AccumulateOf<T>::type;
-
-enum class CellKind {
-  kRnnTanh,
-  kRnnRelu,
-  kGru,
-  kLstm,
-  // Of a scan only.
-  kIndRnnTanh,
-  kIndRnnRelu,
-  kLstmPeephole,
-  kGruResetBefore,
-  kSlstmSigmoid,
-  kSlstmExp
-};
 
 // Weights of 8 or 16 bits, packed for the tier in use: this, and the panels behind it. They are
 // rows (gate, unit) of k. See quantized.h.

@@ -3,7 +3,7 @@
 // and the two epilogues that turn the sums of a tile into a cell step, forward and backward.
 #pragma once
 
-#include "../cells.h"
+#include "../cell_kinds.h"
 #include "activations.h"
 #include "threads.h"
 #include "tile.h"
@@ -130,9 +130,6 @@ PYSEQ_FORCE_INLINE Segment<T> column_segment(const T* a, int64_t stride,
   return {a, stride, weights, {0, 0, 0, 0}};
 }
 
-// An array of no elements is one that is not used.
-constexpr int at_least_one(int count) { return count > 0 ? count : 1; }
-
 // One vector of units of one row, at one step: where its values lie. Pointers are to the
 // first of `count` units; gate g is at gates + g * hidden, and so are the states beside h and the
 // units' own weights.
@@ -247,44 +244,6 @@ PYSEQ_FORCE_INLINE void cell_backward(const UnitBackward<T>& unit, Vec<T> d_h) {
     if constexpr (Cell::kPre > Cell::kGates) {
       store(unit.d_r_gates + g * unit.hidden, d_pre[Cell::recurrent_slot(g)], unit.count);
     }
-  }
-}
-
-// Calls body with the cell's type, for the cells that decoders take.
-template <class Body>
-void with_cell(CellKind cell, const Body& body) {
-  switch (cell) {
-    case CellKind::kRnnTanh:
-      return body(RnnTanh{});
-    case CellKind::kRnnRelu:
-      return body(RnnRelu{});
-    case CellKind::kGru:
-      return body(Gru{});
-    case CellKind::kLstm:
-      return body(Lstm{});
-    default:
-      __builtin_unreachable();
-  }
-}
-
-// The same for every cell.
-template <class Body>
-void with_any_cell(CellKind cell, const Body& body) {
-  switch (cell) {
-    case CellKind::kIndRnnTanh:
-      return body(IndRnnTanh{});
-    case CellKind::kIndRnnRelu:
-      return body(IndRnnRelu{});
-    case CellKind::kLstmPeephole:
-      return body(LstmPeephole{});
-    case CellKind::kGruResetBefore:
-      return body(GruResetBefore{});
-    case CellKind::kSlstmSigmoid:
-      return body(SlstmSigmoid{});
-    case CellKind::kSlstmExp:
-      return body(SlstmExp{});
-    default:
-      return with_cell(cell, body);
   }
 }
 

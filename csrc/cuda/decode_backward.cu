@@ -314,16 +314,10 @@ class WorkPieces {
   int64_t used_ = 0;
 };
 
-constexpr int64_t gate_count(cpu::CellKind cell) {
-  return cell == cpu::CellKind::kLstm  ? Lstm::kGates
-         : cell == cpu::CellKind::kGru ? Gru::kGates
-                                       : 1;
-}
-
 template <class S>
 BackwardWork<S> take_work(const cpu::Decode<S>& call, const DecodeTiles& tiles,
                           WorkPieces& pieces) {
-  const int64_t H = call.hidden, rows = gate_count(call.cell) * H;
+  const int64_t H = call.hidden, rows = cell_shape(call.cell).gates * H;
   BackwardWork<S> work{};
   for (int64_t l = 0; l < call.layer_count; ++l) {
     if (call.layers[l].reads_below()) {
@@ -354,7 +348,7 @@ cudaError_t transpose(const S* from, int64_t stride, int64_t rows, int64_t colum
 template <class S>
 cudaError_t transpose_weights(const cpu::Decode<S>& call, const BackwardWork<S>& work,
                               cudaStream_t stream) {
-  const int64_t H = call.hidden, M = call.memory_size, rows = gate_count(call.cell) * H;
+  const int64_t H = call.hidden, M = call.memory_size, rows = cell_shape(call.cell).gates * H;
   cudaError_t error = transpose(call.combine, M + H, H, M + H, work.combine, stream);
   const auto next = [&](const S* from, int64_t stride, int64_t count, int64_t columns, S* to) {
     if (error == cudaSuccess) error = transpose(from, stride, count, columns, to, stream);

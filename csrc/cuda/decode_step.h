@@ -34,20 +34,10 @@ PYSEQ_DEVICE int64_t fed_size(const cpu::Decode<S>& call) {
 
 // Calls body with the types of cell and score.
 template <class Body>
-auto with_cell_and_score(cpu::CellKind cell, bool additive, const Body& body) {
-  const auto with_score = [&](auto of_cell) {
+auto with_cell_and_score(CellKind cell, bool additive, const Body& body) {
+  return with_cell(cell, [&](auto of_cell) {
     return additive ? body(of_cell, AdditiveScore{}) : body(of_cell, DotScore{});
-  };
-  switch (cell) {
-    case cpu::CellKind::kRnnTanh:
-      return with_score(RnnTanh{});
-    case cpu::CellKind::kRnnRelu:
-      return with_score(RnnRelu{});
-    case cpu::CellKind::kGru:
-      return with_score(Gru{});
-    default:
-      return with_score(Lstm{});
-  }
+  });
 }
 
 struct Span {

@@ -15,8 +15,6 @@
 
 namespace pyseq::cuda {
 
-using cpu::CellKind;
-
 // As cpu::Strided.
 template <class T>
 struct Strided {

@@ -115,13 +115,13 @@ ScanNeeds backward_needs(const ScanSizes& sizes, const ScanTiles& tiles) {
 
 template <class S>
 ScanNeeds scan_backward_needs(const ScanSizes& sizes, const ScanTiles& tiles) {
-  return with_cell(sizes.cell,
-                   [&](auto cell) { return backward_needs<S, decltype(cell)>(sizes, tiles); });
+  return with_any_cell(sizes.cell,
+                       [&](auto cell) { return backward_needs<S, decltype(cell)>(sizes, tiles); });
 }
 
 template <class S>
 cudaError_t scan_backward_resident(const ScanSizes& sizes, const ScanTiles& tiles, int* blocks) {
-  return with_cell(sizes.cell, [&](auto cell) {
+  return with_any_cell(sizes.cell, [&](auto cell) {
     const ScanNeeds own = backward_needs<S, decltype(cell)>(sizes, tiles);
     return resident_blocks(scan_backward_kernel<S, decltype(cell)>, tiles.threads, own.shared,
                            blocks);
@@ -132,7 +132,7 @@ template <class S>
 cudaError_t scan_backward(const ScanBackward<S>& args, const ScanTiles& tiles, unsigned* counters,
                           cudaStream_t stream) {
   if (args.batch == 0) return cudaSuccess;
-  return with_cell(args.cell, [&](auto cell) {
+  return with_any_cell(args.cell, [&](auto cell) {
     using Cell = decltype(cell);
     const ScanSizes sizes{args.cell,       args.batch, args.hidden,
                           args.state_size, args.heads, args.w_hr != nullptr};

@@ -136,22 +136,7 @@ Grid rows_of(Index batch) {
   return {static_cast<int>(batch), 1, kStepThreads, kStepThreads / kWarp * int64_t{sizeof(S)}};
 }
 
-// Calls body with the type of a cell that can be normalised.
-template <class Body>
-cudaError_t with_normed_cell(CellKind cell, const Body& body) {
-  switch (cell) {
-    case CellKind::kRnnTanh:
-      return body(RnnTanh{});
-    case CellKind::kRnnRelu:
-      return body(RnnRelu{});
-    case CellKind::kGru:
-      return body(Gru{});
-    default:
-      return body(Lstm{});
-  }
-}
-
-// With the type of a cell that a projection may follow.
+// Calls body with the type of a cell that a projection may follow.
 template <class Body>
 cudaError_t with_projected_cell(CellKind cell, const Body& body) {
   return cell == CellKind::kLstm ? body(Lstm{}) : body(LstmPeephole{});
@@ -172,12 +157,12 @@ cudaError_t scan_step_forward(const ScanForward<S>& args, int64_t n, const Accum
                               cudaStream_t stream) {
   if (args.batch == 0) return cudaSuccess;
   if (args.norm.gain_ih != nullptr) {
-    return with_normed_cell(args.cell, [&](auto cell) {
+    return with_cell(args.cell, [&](auto cell) {
       return launch(scan_norm_forward_kernel<S, decltype(cell)>, rows_of<Accumulate<S>>(args.batch),
                     stream, args, n);
     });
   }
-  return with_cell(args.cell, [&](auto cell) {
+  return with_any_cell(args.cell, [&](auto cell) {
     return launch(scan_step_forward_kernel<S, decltype(cell)>, grid_of(args.batch * args.hidden),
                   stream, args, n, sums);
   });
@@ -197,12 +182,12 @@ cudaError_t scan_state_backward(const ScanBackward<S>& args, int64_t n, const Ac
   if (args.batch == 0) return cudaSuccess;
   // With a projection only what lies behind it is normalised.
   if (args.norm.gain_ih != nullptr && args.w_hr == nullptr) {
-    return with_normed_cell(args.cell, [&](auto cell) {
+    return with_cell(args.cell, [&](auto cell) {
       return launch(scan_norm_backward_kernel<S, decltype(cell)>,
                     rows_of<Accumulate<S>>(args.batch), stream, args, n, sums);
     });
   }
-  return with_cell(args.cell, [&](auto cell) {
+  return with_any_cell(args.cell, [&](auto cell) {
     return launch(scan_state_backward_kernel<S, decltype(cell)>,
                   grid_of(args.batch * args.state_size), stream, args, n, sums);
   });

@@ -13,9 +13,6 @@ namespace pyseq::cuda {
 // Sizes are multiplied in 64 bits: a buffer may hold more than 2^31 numbers.
 using Index = int64_t;
 
-// An array of no elements is one that is not used.
-PYSEQ_INLINE constexpr int at_least_one(int count) { return count > 0 ? count : 1; }
-
 // The n-th step processed: its time, and the slots of the states before and after it. As
 // slot_before and slot_after on the CPU.
 struct Step {
@@ -418,35 +415,6 @@ PYSEQ_DEVICE void gate_back(const ScanBackward<S>& args, const Step& step, Index
   Cell::backward_gated(widen(args.gates[gate]), widen(narrow<S>(mask * widen(h))), d_seen, sum);
   args.d_h[offset] += mask * d_seen;
   args.d_x_gates[gate] = narrow<S>(sum);
-}
-
-// ---- Cells -----------------------------------------------------------------------------
-
-// Calls body with the cell's type.
-template <class Body>
-auto with_cell(CellKind cell, const Body& body) {
-  switch (cell) {
-    case CellKind::kRnnTanh:
-      return body(RnnTanh{});
-    case CellKind::kRnnRelu:
-      return body(RnnRelu{});
-    case CellKind::kGru:
-      return body(Gru{});
-    case CellKind::kLstm:
-      return body(Lstm{});
-    case CellKind::kIndRnnTanh:
-      return body(IndRnnTanh{});
-    case CellKind::kIndRnnRelu:
-      return body(IndRnnRelu{});
-    case CellKind::kLstmPeephole:
-      return body(LstmPeephole{});
-    case CellKind::kGruResetBefore:
-      return body(GruResetBefore{});
-    case CellKind::kSlstmSigmoid:
-      return body(SlstmSigmoid{});
-    default:
-      return body(SlstmExp{});
-  }
 }
 
 }  // namespace pyseq::cuda

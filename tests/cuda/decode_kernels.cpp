@@ -40,7 +40,7 @@ cpu::Decode<S> decode_of(const int64_t* sizes, void* const* data,
                          const std::vector<cpu::DecoderLayer<S>>& layers) {
   const auto at = [&](int i) { return static_cast<S*>(data[i]); };
   cpu::Decode<S> args{};
-  args.cell = static_cast<cpu::CellKind>(sizes[0]);
+  args.cell = static_cast<CellKind>(sizes[0]);
   args.additive = sizes[1] != 0;
   args.feeding = sizes[2] != 0;
   args.save = sizes[3] != 0;
