@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+// The steps of a decoder that reads its own tokens: input of the last tokens, cells, attention,
+// output layer. Who chooses the tokens is search_beam.h, or search_scheduled.h.
+#pragma once
+
+#include "search_memory.h"
+
+namespace pyseq::cpu::PYSEQ_TIER {
+
+// One thread's part in the steps of its team, which share the units and the vocabulary. Members
+// make the same choices from the same numbers, each in memory of its own, so that they wait for
+// one another only where one reads what the other computed.
+template <class T>
+class OwnTokens {
+ public:
+  OwnTokens(const Generate<T>& args, const GenerateParts<T>& parts, const GenerateMemory<T>& memory,
+            const Decode<T>& decoder, const Place& at, T* inputs, int thread)
+      : args_(args),
+        parts_(parts),
+        memory_(memory),
+        decoder_(decoder),
+        layers_given_(decoder.layers),
+        at_(at),
+        thread_(thread),
+        begin_(at.rows.begin * args.beam_size),
+        units_(at.part(vectors<T>(decoder.hidden))),
+        chunks_(at.part(memory.chunks)),
+        columns_{units_.begin * kLanes<T>, smaller(units_.end * kLanes<T>, decoder.hidden)},
+        inputs_(inputs),
+        fresh_(memory.fresh + thread * kFresh * args.embedding_size),
+        places_(memory.places + thread * args.vocab),
+        fed_(memory.fed) {
+    const int64_t N = decoder.batch;
+    T* const scores = memory.scores + thread * 2 * N;
+    int32_t* const numbers = memory.numbers + thread * 5 * N;
+    now_ = {0, scores, numbers, numbers + N};
+    next_ = {0, scores + N, numbers + 2 * N, numbers + 3 * N};
+    parents_ = numbers + 4 * N;
+    // Masks of dropout are those of a step, so that each thread has layers of its own.
+    for (int64_t l = 0; l < decoder.layer_count; ++l) layers_[l] = decoder.layers[l];
+    decoder_.layers = layers_;
+  }
+
+ protected:
+  // The part of a row of H numbers that belongs to this thread's units.
+  void copy_units(const T* from, T* to) const {
+    if (columns_.size() <= 0) return;
+    __builtin_memcpy(to + columns_.begin, from + columns_.begin,
+                     static_cast<size_t>(columns_.size()) * sizeof(T));
+  }
+
+  // One hypothesis for each row: <start>.
+  void begin() {
+    const int64_t H = decoder_.hidden;
+    for (int64_t token = 0; token < args_.vocab; ++token) places_[token] = -1;
+    for (int64_t row = at_.rows.begin; row < at_.rows.end; ++row) {
+      const int64_t i = now_.count++;
+      now_.scores[i] = 0;
+      now_.tokens[i] = kStart;
+      now_.rows[i] = static_cast<int32_t>(row);
+      for (int64_t l = 0; l < decoder_.layer_count; ++l) {
+        const int64_t from = (l * args_.rows + row) * H, to = (begin_ + i) * H;
+        copy_units(args_.h_0 + from, memory_.states[l] + to);
+        if (parts_.has_cell) copy_units(args_.c_0 + from, memory_.cells[l] + to);
+      }
+      copy_units(args_.feed + row * H, memory_.fed + (begin_ + i) * H);
+    }
+    at_.wait();
+  }
+
+  // The input parts of the gates: computed once for each token, since hypotheses share tokens
+  // and repeat them.
+  void read_tokens() {
+    const int64_t width = parts_.gates * decoder_.hidden, E = args_.embedding_size;
+    if (input_count_ + now_.count > memory_.input_rows && memory_.input_rows < args_.vocab) {
+      for (int64_t token = 0; token < args_.vocab; ++token) places_[token] = -1;
+      input_count_ = 0;
+    }
+    int64_t fresh = 0;
+    const auto compute = [&] {
+      parts_.inputs(memory_.w_x, decoder_.layers[0].bias, fresh_, fresh, units_,
+                    inputs_ + (input_count_ - fresh) * width);
+      fresh = 0;
+    };
+    for (int64_t i = 0; i < now_.count; ++i) {
+      const int32_t token = now_.tokens[i];
+      if (places_[token] >= 0) continue;
+      places_[token] = static_cast<int32_t>(input_count_++);
+      __builtin_memcpy(fresh_ + fresh * E, args_.embedding + token * E,
+                       static_cast<size_t>(E) * sizeof(T));
+      if (++fresh == kFresh) compute();
+    }
+    compute();
+    for (int64_t i = 0; i < now_.count; ++i) {
+      const T* const from = inputs_ + places_[now_.tokens[i]] * width;
+      T* const to = memory_.gates[0] + (begin_ + i) * width;
+      for (int64_t gate = 0; gate < width; gate += decoder_.hidden) {
+        copy_units(from + gate, to + gate);
+      }
+    }
+  }
+
+  // Returns what the output layer reads.
+  const T* step() {
+    const int64_t slot_size = decoder_.batch * decoder_.hidden;
+    const DecoderStep<T> step{0,
+                              backwards_,
+                              slot_ * slot_size,
+                              (1 - slot_) * slot_size,
+                              decoder_.feeding ? fed_ : nullptr,
+                              memory_.output,
+                              memory_.attn,
+                              now_.rows - begin_,
+                              memory_.folded != nullptr};
+    const T* const top = parts_.cells(decoder_, memory_.weights, memory_.scratch, step, at_);
+    if (!decoder_.attends()) return top;
+    parts_.attention(decoder_, memory_.weights, memory_.scratch, step, at_, thread_, top);
+    return memory_.output;
+  }
+
+  // The logits, and for each chunk of them the maximum and the sum of exp(x - maximum).
+  void predict(const T* output) {
+    const int64_t V = args_.vocab;
+    const Segment<T> segment = plain_segment(output, memory_.w_output);
+    for (int64_t n = 0; n < chunks_.size(); ++n) {
+      const int64_t chunk = backwards_ ? chunks_.end - 1 - n : chunks_.begin + n;
+      const Range panels{chunk * kChunk, smaller((chunk + 1) * kChunk, vectors<T>(V))};
+      product<T, 1, 1>(&segment, 1, at_.rows.begin, at_.rows.end, panels.begin, panels.end,
+                       backwards_, [&](int64_t row, int64_t panel, const T* sums) {
+                         const int64_t token = panel * kLanes<T>;
+                         const int lanes = lanes_inside<T>(V, panel);
+                         Vec<T> logits = load(sums);
+                         if (args_.output_bias != nullptr)
+                           logits += load(args_.output_bias + token, lanes);
+                         for (int lane = lanes; lane < kLanes<T>; ++lane)
+                           logits[lane] = -__builtin_inf();
+                         store(memory_.logits + row * memory_.logit_stride + token, logits);
+                       });
+      for (int64_t row = at_.rows.begin; row < at_.rows.end; ++row) {
+        const T* const logits = memory_.logits + row * memory_.logit_stride;
+        Vec<T> largest = broadcast(static_cast<T>(-__builtin_inf()));
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+          const Vec<T> x = load(logits + panel * kLanes<T>);
+          largest = x > largest ? x : largest;
+        }
+        const T peak = max_lanes<T>(largest);
+        // Where all are forbidden: anything finite.
+        const T zero = peak == -__builtin_inf() ? 0 : peak;
+        Vec<T> mass = {};
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+          mass += Math<T>::exp_nonpositive(load(logits + panel * kLanes<T>) - zero);
+        }
+        memory_.peaks[row * memory_.chunks + chunk] = peak;
+        memory_.masses[row * memory_.chunks + chunk] = sum_lanes<T>(mass);
+      }
+    }
+    at_.wait();
+  }
+
+  // Every hypothesis takes over the state of its parent.
+  void go_on() {
+    const Hypotheses<T> before = now_;
+    now_ = next_;
+    next_ = before;
+    bool same = now_.count == before.count;
+    for (int64_t i = 0; same && i < now_.count; ++i) same = parents_[i] == i;
+    if (same) {
+      slot_ = 1 - slot_;
+      fed_ = memory_.output;
+      return;
+    }
+    const int64_t H = decoder_.hidden, N = decoder_.batch;
+    const int64_t from_slot = (1 - slot_) * N, to_slot = slot_ * N;
+    for (int64_t i = 0; i < now_.count; ++i) {
+      const int64_t from = (begin_ + parents_[i]) * H, to = (begin_ + i) * H;
+      for (int64_t l = 0; l < decoder_.layer_count; ++l) {
+        copy_units(memory_.states[l] + from_slot * H + from, memory_.states[l] + to_slot * H + to);
+        if (parts_.has_cell) {
+          copy_units(memory_.cells[l] + from_slot * H + from, memory_.cells[l] + to_slot * H + to);
+        }
+      }
+      if (decoder_.feeding) copy_units(memory_.output + from, memory_.fed + to);
+    }
+    fed_ = memory_.fed;
+    at_.wait();
+  }
+
+  const Generate<T>& args_;
+  const GenerateParts<T>& parts_;
+  const GenerateMemory<T>& memory_;
+  Decode<T> decoder_;
+  const DecoderLayer<T>* const layers_given_;
+  DecoderLayer<T> layers_[kMaxLayers];
+  Place at_;  // its rows: first those of the batch, then the unfinished hypotheses
+  const int thread_;
+  const int64_t begin_;  // the team's first hypothesis in the tensors of all
+  const Range units_, chunks_, columns_;
+  T* const inputs_;
+  T* const fresh_;
+  int32_t* const places_;
+  const T* fed_;
+  Hypotheses<T> now_, next_;
+  int32_t* parents_;  // which of the hypotheses before each of the next ones continues
+  int64_t input_count_ = 0, slot_ = 0;
+  bool backwards_ = false;  // every other step: see `product`
+};
+
+}  // namespace pyseq::cpu::PYSEQ_TIER
