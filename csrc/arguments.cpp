@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The arguments of scan and decode: checked once, and brought into the layout that kernels read.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
 
 #include <initializer_list>
+#include <limits>
 #include <string>
 
 #include "decode.h"
@@ -227,7 +229,7 @@ void check_choice(const char* name, std::string_view value,
 }
 
 // What goes with one another, and the tensors of what was chosen.
-void check_attending(const DecodeInputs& how, DecodeShape& shape) {
+void check_attending(const DecodeInputs& how, DecodeShape& shape, const char* like) {
   const Tensor& x = how.x;
   check_choice("history", how.history, {"none", "previous", "cumulative"});
   check_choice("order", how.order, {"luong", "bahdanau"});
@@ -250,9 +252,9 @@ void check_attending(const DecodeInputs& how, DecodeShape& shape) {
     check_dim(*how.weight_position, "weight_position", 2, "(P, H)");
     shape.position_size = how.weight_position->size(0);
     check_tensor(*how.weight_position, "weight_position", "(P, H)",
-                 {shape.position_size, shape.hidden}, x, "x");
+                 {shape.position_size, shape.hidden}, x, like);
     check_tensor(*how.weight_position_v, "weight_position_v", "(P,)", {shape.position_size}, x,
-                 "x");
+                 like);
   }
   if (how.remembers()) {
     check_dim(*how.weight_history, "weight_history", 2, "(A, K)");
@@ -260,41 +262,81 @@ void check_attending(const DecodeInputs& how, DecodeShape& shape) {
     TORCH_CHECK(shape.taps % 2 == 1, "weight_history must be (A, K) with an odd K, got ",
                 shape_text(how.weight_history->sizes()));
     check_tensor(*how.weight_history, "weight_history", "(A, K)", {shape.key_size, shape.taps}, x,
-                 "x");
-    check_tensor(how.past, "past", "(B, N, S)", {shape.batch, shape.heads, shape.source}, x, "x");
+                 like);
+    check_tensor(how.past, "past", "(B, N, S)", {shape.batch, shape.heads, shape.source}, x, like);
   }
-  check_step(how.step, shape.batch, x, "x");
+  check_step(how.step, shape.batch, x, like);
 }
 
-DecodeShape check_shape(const DecodeInputs& in) {
+// The rows of keys and memory that rows attend to, (B,), as the kernels read them.
+Tensor check_memory_rows(const Tensor& rows, int64_t batch, int64_t sources, const Tensor& x) {
+  TORCH_CHECK(rows.scalar_type() == at::kLong && rows.sizes().equals({batch}),
+              "memory_rows must be int64 (B,) = (", batch, ",), got ", rows.scalar_type(), " ",
+              shape_text(rows.sizes()));
+  TORCH_CHECK(rows.device() == x.device(), "memory_rows must be on the device of x, ", x.device(),
+              ", got ", rows.device());
+  TORCH_CHECK(sources <= std::numeric_limits<int32_t>::max(),
+              "memory must have at most 2^31 - 1 rows, got ", sources);
+  if (!rows.is_cpu()) return rows;
+  const Tensor own = rows.contiguous(), narrow = at::empty({batch}, rows.options().dtype(at::kInt));
+  const int64_t* const from = own.const_data_ptr<int64_t>();
+  int32_t* const to = narrow.data_ptr<int32_t>();
+  for (int64_t row = 0; row < batch; ++row) {
+    TORCH_CHECK(from[row] >= 0 && from[row] < sources, "memory_rows must be between 0 and ",
+                sources - 1, ", got ", from[row], " at row ", row);
+    to[row] = static_cast<int32_t>(from[row]);
+  }
+  return narrow;
+}
+
+}  // namespace
+
+DecodeShape check_decoder(const DecodeInputs& in, int64_t batch, int64_t input, const char* like) {
   const Tensor& x = in.x;
   const CellShape cell = cell_shape(in.cell);
   const bool additive = is_additive(in.score);
-  check_floating(x, "x");
-  check_dim(x, "x", 3, "(T, B, I)");
   check_dim(in.combine, "combine", 2, "(H, M + H)");
-  const int64_t steps = x.size(0), batch = x.size(1), input = x.size(2);
-  TORCH_CHECK(steps > 0, "x must be (T, B, I) with T at least 1, got ", shape_text(x.sizes()));
   const int64_t hidden = in.combine.size(0);
   TORCH_CHECK(hidden > 0, "combine must be (H, M + H) with H at least 1, got ",
               shape_text(in.combine.sizes()));
-  check_attention({in.keys, in.memory, in.combine, in.weight_query, in.weight_v}, additive, batch,
-                  hidden, x, "x");
+  check_dim(in.memory, "memory", 3, "(S, B, M)");
+  const int64_t sources = in.memory_rows.has_value() ? in.memory.size(1) : batch;
+  check_attention({in.keys, in.memory, in.combine, in.weight_query, in.weight_v}, additive, sources,
+                  hidden, x, like);
   const int64_t source = in.memory.size(0), key_size = in.keys.size(2),
                 memory_size = in.memory.size(2);
   const int64_t fed_size = in.feeds_context() ? memory_size : hidden;
   const int64_t count =
-      check_layers(in.layers, cell, input, in.input_feeding ? fed_size : 0, hidden, x, "x");
+      check_layers(in.layers, cell, input, in.input_feeding ? fed_size : 0, hidden, x, like);
   check_attention_kind(in.combine, in.weight_query, in.layers[1]);
-  check_tensor(in.h_0, "h_0", "(L, B, H)", {count, batch, hidden}, x, "x");
-  check_tensor(in.c_0, "c_0", "(L, B, H)", {count, batch, hidden}, x, "x");
+  check_tensor(in.h_0, "h_0", "(L, B, H)", {count, batch, hidden}, x, like);
+  check_tensor(in.c_0, "c_0", "(L, B, H)", {count, batch, hidden}, x, like);
   check_tensor(in.feed, "feed", in.feeds_context() ? "(B, M)" : "(B, H)", {batch, fed_size}, x,
-               "x");
-  check_tensor(in.dropout_masks, "dropout_masks", "(L - 1, T, B, H)",
-               {count - 1, steps, batch, hidden}, x, "x");
-  DecodeShape shape{cell,   additive, steps,       batch, input,    hidden, count,
+               like);
+  DecodeShape shape{cell,   additive, 0,           batch, input,    hidden, count,
                     source, key_size, memory_size, 1,     fed_size, 0,      0};
-  check_attending(in, shape);
+  check_attending(in, shape, like);
+  return shape;
+}
+
+Tensor taps_first(const Tensor& weight_history, const DecodeShape& shape) {
+  return weight_history.reshape({shape.heads, shape.key_size / shape.heads, shape.taps})
+      .transpose(1, 2)
+      .contiguous();
+}
+
+namespace {
+
+DecodeShape check_shape(const DecodeInputs& in) {
+  const Tensor& x = in.x;
+  check_floating(x, "x");
+  check_dim(x, "x", 3, "(T, B, I)");
+  const int64_t steps = x.size(0), batch = x.size(1);
+  TORCH_CHECK(steps > 0, "x must be (T, B, I) with T at least 1, got ", shape_text(x.sizes()));
+  DecodeShape shape = check_decoder(in, batch, x.size(2), "x");
+  shape.steps = steps;
+  check_tensor(in.dropout_masks, "dropout_masks", "(L - 1, T, B, H)",
+               {shape.layers - 1, steps, batch, shape.hidden}, x, "x");
   return shape;
 }
 
@@ -302,6 +344,17 @@ DecodeShape check_shape(const DecodeInputs& in) {
 
 DecodeArguments check_decode(const DecodeInputs& in) {
   const DecodeShape shape = check_shape(in);
+  OptionalTensor source_rows, lengths = in.lengths;
+  Tensor keys = in.keys, memory = in.memory;
+  if (in.memory_rows.has_value()) {
+    source_rows = check_memory_rows(*in.memory_rows, shape.batch, memory.size(1), in.x);
+    if (!in.x.is_cpu()) {  // whose kernels give every row its own
+      keys = keys.index_select(1, *source_rows);
+      memory = memory.index_select(1, *source_rows);
+      if (lengths.has_value()) lengths = lengths->index_select(0, *source_rows);
+      source_rows = std::nullopt;
+    }
+  }
   DecodeArguments all{
       .shape = shape,
       .feeding = in.input_feeding,
@@ -315,14 +368,14 @@ DecodeArguments check_decode(const DecodeInputs& in) {
       .w_ih = {},
       .w_hh = {},
       .bias = {},
-      .keys = rows_first(in.keys, shape.heads),
-      .memory = rows_first(in.memory, shape.heads),
+      .keys = rows_first(keys, shape.heads),
+      .memory = rows_first(memory, shape.heads),
       .combine = in.combine.contiguous(),
       .weight_query = contiguous(in.weight_query),
       .weight_v = contiguous(in.weight_v),
       .h_0 = in.h_0,
       .c_0 = in.c_0,
-      .lengths = check_lengths(in.lengths, shape.batch, shape.source, "S"),
+      .lengths = check_lengths(lengths, memory.size(1), shape.source, "S"),
       .masks = contiguous(in.dropout_masks),
       .weight_history = {},
       .weight_position = contiguous(in.weight_position),
@@ -330,6 +383,7 @@ DecodeArguments check_decode(const DecodeInputs& in) {
       .step = contiguous(in.step),
       .past = in.past,
       .feed = or_zero(in.feed, {shape.batch, shape.fed_size}, in.x),
+      .source_rows = source_rows,
   };
   for (int64_t l = 0; l < shape.layers; ++l) {
     const Tensor* weights = &in.layers[l * kPerLayer];
@@ -337,13 +391,7 @@ DecodeArguments check_decode(const DecodeInputs& in) {
     all.w_hh.push_back(weights[1].contiguous());
     all.bias.push_back(fold_bias(weights[2], weights[3], shape.cell, shape.hidden));
   }
-  if (all.remembers) {
-    // The kernels add up what the taps of a position say.
-    all.weight_history =
-        in.weight_history->reshape({shape.heads, shape.key_size / shape.heads, shape.taps})
-            .transpose(1, 2)
-            .contiguous();
-  }
+  if (all.remembers) all.weight_history = taps_first(*in.weight_history, shape);
   return all;
 }
 

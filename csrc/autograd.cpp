@@ -15,7 +15,6 @@
 #include "layers.h"
 #include "loss.h"
 #include "scan_both.h"
-#include "search.h"
 #include "second_order.h"
 
 namespace pyseq::autograd {
@@ -587,7 +586,7 @@ Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const
                const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
                const OptionalTensor& step, const OptionalTensor& past, int64_t heads,
                int64_t window, std::string_view history, std::string_view order,
-               std::string_view fed) {
+               std::string_view fed, const OptionalTensor& memory_rows) {
   const OptionalTensor x_(x), keys_(keys), memory_(memory), combine_(combine);
   if (!needs_grad("decode",
                   {&x_, &keys_, &memory_, &combine_, &weight_query, &weight_v, &h_0, &c_0, &feed,
@@ -598,14 +597,23 @@ Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const
     return op.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
                    lengths, dropout_masks, cell, score, input_feeding, need_weights, weight_history,
                    weight_position, weight_position_v, step, past, heads, window, history, order,
-                   fed);
+                   fed, memory_rows);
+  }
+  if (memory_rows.has_value()) {
+    // So that the gradients of all that attend to a row are added up.
+    return decode(
+        x, layers, keys.index_select(1, *memory_rows), memory.index_select(1, *memory_rows),
+        combine, weight_query, weight_v, h_0, c_0, feed,
+        lengths.has_value() ? OptionalTensor(lengths->index_select(0, *memory_rows)) : std::nullopt,
+        dropout_masks, cell, score, input_feeding, need_weights, weight_history, weight_position,
+        weight_position_v, step, past, heads, window, history, order, fed, std::nullopt);
   }
   if (is_transformed()) {
     static const auto reference = find_operator<&pyseq::decode>("pyseq::decode_reference");
     return reference.call(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
                           lengths, dropout_masks, cell, score, input_feeding, need_weights,
                           weight_history, weight_position, weight_position_v, step, past, heads,
-                          window, history, order, fed);
+                          window, history, order, fed, std::nullopt);
   }
   const variable_list result =
       Decode::apply(x, layers, keys, memory, combine, weight_query, weight_v, h_0, c_0, feed,
@@ -649,38 +657,6 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
   const at::AutoDispatchBelowADInplaceOrView below;
   static const auto op = find_operator<&pyseq::scan_both>("pyseq::scan_both");
   return op.call(x, weights, h_0, c_0, lengths, resets, cell);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
-    const Tensor& embedding, at::TensorList layers, const OptionalTensor& keys,
-    const OptionalTensor& memory, const OptionalTensor& combine, const Tensor& output_weight,
-    const OptionalTensor& output_bias, const OptionalTensor& weight_query,
-    const OptionalTensor& weight_v, const Tensor& h_0, const OptionalTensor& c_0,
-    const OptionalTensor& feed, const OptionalTensor& lengths, std::string_view cell,
-    std::string_view score, bool input_feeding, int64_t max_length, int64_t beam_size,
-    double length_penalty, bool need_weights, int64_t min_length, int64_t n_best,
-    int64_t block_ngrams, const OptionalTensor& prefix) {
-  const at::AutoDispatchBelowADInplaceOrView below;
-  static const auto op = find_operator<&pyseq::generate>("pyseq::generate");
-  return op.call(embedding, layers, keys, memory, combine, output_weight, output_bias, weight_query,
-                 weight_v, h_0, c_0, feed, lengths, cell, score, input_feeding, max_length,
-                 beam_size, length_penalty, need_weights, min_length, n_best, block_ngrams, prefix);
-}
-
-Tensor scheduled_inputs(const Tensor& tokens, const Tensor& coins, const OptionalTensor& draws,
-                        const Tensor& embedding, at::TensorList layers, const OptionalTensor& keys,
-                        const OptionalTensor& memory, const OptionalTensor& combine,
-                        const Tensor& output_weight, const OptionalTensor& output_bias,
-                        const OptionalTensor& weight_query, const OptionalTensor& weight_v,
-                        const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
-                        const OptionalTensor& lengths, const OptionalTensor& embedding_masks,
-                        const OptionalTensor& dropout_masks, const OptionalTensor& output_masks,
-                        std::string_view cell, std::string_view score, bool input_feeding) {
-  const at::AutoDispatchBelowADInplaceOrView below;
-  static const auto op = find_operator<&pyseq::scheduled_inputs>("pyseq::scheduled_inputs");
-  return op.call(tokens, coins, draws, embedding, layers, keys, memory, combine, output_weight,
-                 output_bias, weight_query, weight_v, h_0, c_0, feed, lengths, embedding_masks,
-                 dropout_masks, output_masks, cell, score, input_feeding);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {

@@ -34,7 +34,7 @@ Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const
                const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
                const OptionalTensor& step, const OptionalTensor& past, int64_t heads,
                int64_t window, std::string_view history, std::string_view order,
-               std::string_view fed);
+               std::string_view fed, const OptionalTensor& memory_rows);
 
 Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                             const OptionalTensor& bias, int64_t ignore_index,
@@ -46,27 +46,6 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
                                              const OptionalTensor& h_0, const OptionalTensor& c_0,
                                              const OptionalTensor& lengths,
                                              const OptionalTensor& resets, std::string_view cell);
-
-// A search has no derivative: its scores are constants.
-std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
-    const Tensor& embedding, at::TensorList layers, const OptionalTensor& keys,
-    const OptionalTensor& memory, const OptionalTensor& combine, const Tensor& output_weight,
-    const OptionalTensor& output_bias, const OptionalTensor& weight_query,
-    const OptionalTensor& weight_v, const Tensor& h_0, const OptionalTensor& c_0,
-    const OptionalTensor& feed, const OptionalTensor& lengths, std::string_view cell,
-    std::string_view score, bool input_feeding, int64_t max_length, int64_t beam_size,
-    double length_penalty, bool need_weights, int64_t min_length, int64_t n_best,
-    int64_t block_ngrams, const OptionalTensor& prefix);
-
-Tensor scheduled_inputs(const Tensor& tokens, const Tensor& coins, const OptionalTensor& draws,
-                        const Tensor& embedding, at::TensorList layers, const OptionalTensor& keys,
-                        const OptionalTensor& memory, const OptionalTensor& combine,
-                        const Tensor& output_weight, const OptionalTensor& output_bias,
-                        const OptionalTensor& weight_query, const OptionalTensor& weight_v,
-                        const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
-                        const OptionalTensor& lengths, const OptionalTensor& embedding_masks,
-                        const OptionalTensor& dropout_masks, const OptionalTensor& output_masks,
-                        std::string_view cell, std::string_view score, bool input_feeding);
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 

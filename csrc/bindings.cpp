@@ -21,6 +21,7 @@
 #include "scan_both.h"
 #include "search.h"
 #include "widened.h"
+#include "without_gradient.h"
 
 TORCH_LIBRARY(pyseq, m) {
   m.def(
@@ -59,8 +60,8 @@ TORCH_LIBRARY(pyseq, m) {
       "bool need_weights, "
       "Tensor? weight_history=None, Tensor? weight_position=None, Tensor? weight_position_v=None, "
       "Tensor? step=None, Tensor? past=None, int heads=1, int window=0, str history=\"none\", "
-      "str order=\"luong\", str fed=\"output\") -> (Tensor output, Tensor attn, Tensor h_n, "
-      "Tensor c_n, Tensor feed_n, Tensor past_n)");
+      "str order=\"luong\", str fed=\"output\", Tensor? memory_rows=None) -> (Tensor output, "
+      "Tensor attn, Tensor h_n, Tensor c_n, Tensor feed_n, Tensor past_n)");
   m.def(
       "decode_forward(Tensor x, Tensor[] layers, Tensor keys, Tensor memory, Tensor combine, "
       "Tensor? weight_query, Tensor? weight_v, Tensor? h_0, Tensor? c_0, Tensor? feed, "
@@ -90,13 +91,19 @@ TORCH_LIBRARY(pyseq, m) {
       "Tensor? weight_v, Tensor h_0, Tensor? c_0, Tensor? feed, Tensor? lengths, str cell, "
       "str score, bool input_feeding, int max_length, int beam_size, float length_penalty, "
       "bool need_weights, int min_length=0, int n_best=1, int block_ngrams=0, "
-      "Tensor? prefix=None) -> (Tensor tokens, Tensor lengths, Tensor scores, Tensor attn)");
+      "Tensor? prefix=None, Tensor? weight_history=None, Tensor? weight_position=None, "
+      "Tensor? weight_position_v=None, Tensor? step=None, Tensor? past=None, int heads=1, "
+      "int window=0, str history=\"none\", str order=\"luong\", str fed=\"output\") -> "
+      "(Tensor tokens, Tensor lengths, Tensor scores, Tensor attn)");
   m.def(
       "scheduled_inputs(Tensor tokens, Tensor coins, Tensor? draws, Tensor embedding, "
       "Tensor[] layers, Tensor? keys, Tensor? memory, Tensor? combine, Tensor output_weight, "
       "Tensor? output_bias, Tensor? weight_query, Tensor? weight_v, Tensor h_0, Tensor? c_0, "
       "Tensor? feed, Tensor? lengths, Tensor? embedding_masks, Tensor? dropout_masks, "
-      "Tensor? output_masks, str cell, str score, bool input_feeding) -> Tensor");
+      "Tensor? output_masks, str cell, str score, bool input_feeding, "
+      "Tensor? weight_history=None, Tensor? weight_position=None, Tensor? weight_position_v=None, "
+      "Tensor? step=None, Tensor? past=None, int heads=1, int window=0, str history=\"none\", "
+      "str order=\"luong\", str fed=\"output\") -> Tensor");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
       "int ignore_index, float label_smoothing) -> Tensor");
@@ -143,8 +150,8 @@ TORCH_LIBRARY_IMPL(pyseq, Autograd, m) {
   m.impl("linear_cross_entropy",
          pyseq::Widened<&pyseq::autograd::linear_cross_entropy>::of("pyseq::linear_cross_entropy"));
   m.impl("scan_both", pyseq::Widened<&pyseq::autograd::scan_both>::of("pyseq::scan_both"));
-  m.impl("generate", pyseq::Widened<&pyseq::autograd::generate>::of("pyseq::generate"));
-  m.impl("scheduled_inputs", pyseq::Widened<&pyseq::autograd::scheduled_inputs, kEmbedding>::of(
+  m.impl("generate", pyseq::WithoutGradient<&pyseq::generate>::of("pyseq::generate"));
+  m.impl("scheduled_inputs", pyseq::WithoutGradient<&pyseq::scheduled_inputs, kEmbedding>::of(
                                  "pyseq::scheduled_inputs"));
   m.impl("linear", pyseq::Widened<&pyseq::autograd::linear>::of("pyseq::linear"));
 }
@@ -239,8 +246,8 @@ PYBIND11_MODULE(_C, m) {
         arg("input_feeding"), arg("need_weights"), arg("weight_history") = std::nullopt,
         arg("weight_position") = std::nullopt, arg("weight_position_v") = std::nullopt,
         arg("step") = std::nullopt, arg("past") = std::nullopt, arg("heads") = 1, arg("window") = 0,
-        arg("history") = "none", arg("order") = "luong", arg("fed") = "output", without_gil,
-        "torch.ops.pyseq.decode");
+        arg("history") = "none", arg("order") = "luong", arg("fed") = "output",
+        arg("memory_rows") = std::nullopt, without_gil, "torch.ops.pyseq.decode");
   m.def("linear_cross_entropy",
         Bound<&pyseq::linear_cross_entropy>::to("pyseq::linear_cross_entropy"), without_gil,
         "torch.ops.pyseq.linear_cross_entropy");

@@ -79,6 +79,7 @@ cpu::Decode<T> decode_arguments(const DecodeArguments& args, const DecodeTensors
       .quantized_query = quantized(args.weight_query),
       .v = data<T>(args.weight_v),
       .lengths = data<int64_t>(args.lengths),
+      .source_rows = data<int32_t>(args.source_rows),
       .attn_step = step_of(all.attn),
       .attn = all.attn.data_ptr<T>(),
       .query = data_if<T>(all.query),
@@ -329,13 +330,13 @@ Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const
                const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
                const OptionalTensor& step, const OptionalTensor& past, int64_t heads,
                int64_t window, std::string_view history, std::string_view order,
-               std::string_view fed) {
+               std::string_view fed, const OptionalTensor& memory_rows) {
   const DecodeArguments args = check_decode(
-      {x,        layers, keys,          memory,         combine,         weight_query,
-       weight_v, h_0,    c_0,           feed,           lengths,         dropout_masks,
-       cell,     score,  input_feeding, weight_history, weight_position, weight_position_v,
-       step,     past,   heads,         window,         history,         order,
-       fed});
+      {x,        layers,     keys,          memory,         combine,         weight_query,
+       weight_v, h_0,        c_0,           feed,           lengths,         dropout_masks,
+       cell,     score,      input_feeding, weight_history, weight_position, weight_position_v,
+       step,     past,       heads,         window,         history,         order,
+       fed,      memory_rows});
   return run_decode(args, /*save=*/false, need_weights).results;
 }
 

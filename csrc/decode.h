@@ -19,6 +19,7 @@ struct DecodeInputs {
   const OptionalTensor &weight_history, &weight_position, &weight_position_v, &step, &past;
   int64_t heads, window;
   std::string_view history, order, fed;
+  OptionalTensor memory_rows = std::nullopt;
 
   bool remembers() const { return history != "none"; }
   bool feeds_context() const { return fed == "context"; }
@@ -49,6 +50,7 @@ struct DecodeArguments {
   OptionalTensor weight_history;  // tap by tap, (N, K, A/N)
   OptionalTensor weight_position, weight_position_v, step, past;
   Tensor feed;
+  OptionalTensor source_rows;  // (B,) int32: the row of keys, memory and lengths that each reads
 
   // Whether the gradients of keys and memory are added up in the loop; else each is one product for
   // all steps. With windows that would multiply mostly zeros.
@@ -61,5 +63,13 @@ struct DecodeArguments {
 };
 
 DecodeArguments check_decode(const DecodeInputs& inputs);
+
+// The same of what does not depend on the steps, for an operator that makes its own: `x` then
+// gives no more than dtype and device, and is called `like`.
+DecodeShape check_decoder(const DecodeInputs& inputs, int64_t batch, int64_t input,
+                          const char* like);
+
+// The convolution of past weights (A, K) as the kernels read it, tap by tap: (N, K, A/N).
+Tensor taps_first(const Tensor& weight_history, const DecodeShape& shape);
 
 }  // namespace pyseq

@@ -100,7 +100,7 @@ Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const
                const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
                const OptionalTensor& step, const OptionalTensor& past, int64_t heads,
                int64_t window, std::string_view history, std::string_view order,
-               std::string_view fed);
+               std::string_view fed, const OptionalTensor& memory_rows = std::nullopt);
 
 // The same, attn always, and then what backward needs besides.
 std::vector<Tensor> decode_forward(

@@ -16,7 +16,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     const OptionalTensor& feed, const OptionalTensor& lengths, std::string_view cell,
     std::string_view score, bool input_feeding, int64_t max_length, int64_t beam_size,
     double length_penalty, bool need_weights, int64_t min_length, int64_t n_best,
-    int64_t block_ngrams, const OptionalTensor& prefix);
+    int64_t block_ngrams, const OptionalTensor& prefix, const OptionalTensor& weight_history,
+    const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
+    const OptionalTensor& step, const OptionalTensor& past, int64_t heads, int64_t window,
+    std::string_view history, std::string_view order, std::string_view fed);
 
 // What scheduled sampling reads, (T, B); functional.py says what the arguments mean. Has no
 // derivative.
@@ -28,6 +31,10 @@ Tensor scheduled_inputs(const Tensor& tokens, const Tensor& coins, const Optiona
                         const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& feed,
                         const OptionalTensor& lengths, const OptionalTensor& embedding_masks,
                         const OptionalTensor& dropout_masks, const OptionalTensor& output_masks,
-                        std::string_view cell, std::string_view score, bool input_feeding);
+                        std::string_view cell, std::string_view score, bool input_feeding,
+                        const OptionalTensor& weight_history, const OptionalTensor& weight_position,
+                        const OptionalTensor& weight_position_v, const OptionalTensor& step,
+                        const OptionalTensor& past, int64_t heads, int64_t window,
+                        std::string_view history, std::string_view order, std::string_view fed);
 
 }  // namespace pyseq

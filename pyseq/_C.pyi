@@ -86,6 +86,7 @@ def decode(
     history: str = "none",
     order: str = "luong",
     fed: str = "output",
+    memory_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``torch.ops.pyseq.decode``: output, weights, h_n, c_n, feed_n, past_n."""
 

@@ -319,6 +319,7 @@ def _decode(
     history: str = "none",
     order: str = "luong",
     fed: str = "output",
+    memory_rows: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
     source, _, size = memory.shape
@@ -506,17 +507,28 @@ def _generate(
     n_best: int = 1,
     block_ngrams: int = 0,
     prefix: Tensor | None = None,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    step: Tensor | None = None,
+    past: Tensor | None = None,
+    heads: int = 1,
+    window: int = 0,
+    history: str = "none",
+    order: str = "luong",
+    fed: str = "output",
 ) -> tuple[Tensor, ...]:
     batch = h_0.shape[1] * n_best
     longest = get_ctx().new_dynamic_size()
-    kept = need_weights and memory is not None
+    per_head = () if heads == 1 else (heads,)
+    attn: tuple[int | torch.SymInt, ...] = (0,)
+    if need_weights and memory is not None:
+        attn = (batch, longest, *per_head, memory.shape[0])
     return (
         embedding.new_empty((batch, longest), dtype=torch.int64),
         embedding.new_empty(batch, dtype=torch.int64),
         embedding.new_empty(batch),
-        embedding.new_empty(
-            (batch, longest, memory.shape[0]) if kept and memory is not None else 0
-        ),
+        embedding.new_empty(attn),
     )
 
 
@@ -544,6 +556,16 @@ def _scheduled_inputs(
     cell: str,
     score: str,
     input_feeding: bool,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    step: Tensor | None = None,
+    past: Tensor | None = None,
+    heads: int = 1,
+    window: int = 0,
+    history: str = "none",
+    order: str = "luong",
+    fed: str = "output",
 ) -> Tensor:
     return tokens.new_empty(tokens.shape)
 

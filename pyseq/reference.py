@@ -482,9 +482,14 @@ def decode(
     history: HistoryName | None = None,
     dropout_masks: Tensor | None = None,
     need_weights: bool = False,
+    memory_rows: Tensor | None = None,
 ) -> DecoderOutput:
     """A whole attention decoder; see :func:`pyseq.functional.decode`."""
     weights_of = [LayerWeights(*layer) for layer in layers]
+    if memory_rows is not None:
+        keys = None if keys is None else keys[:, memory_rows]
+        memory = memory[:, memory_rows]
+        lengths = None if lengths is None else lengths[memory_rows]
     (source, batch, _), size = memory.shape, combine.shape[0]
     keys = score_keys(score, keys, memory, lengths, weight, heads)
     lengths = with_weight(score, lengths, weight, memory)

@@ -19,14 +19,32 @@ from .reference import decode, linear, score_keys, stack_step, with_weight
 from .search import EncodedSource, Hypothesis, SearchOptions, Step
 from .types import (
     PAD,
+    AttentionState,
     CellName,
+    DecoderStart,
     DecoderState,
+    FeedName,
     GenerateOutput,
+    HistoryName,
     LayerWeights,
+    OrderName,
     ScoreName,
-    State,
+    attention_parts,
     decoder_parts,
+    join_parts,
 )
+
+
+def _start(cell: CellName, state: DecoderStart, memory: Tensor | None) -> DecoderState:
+    """The whole of ``state``; what is fed is of the size of ``memory``, if there is one."""
+    parts, feed = decoder_parts(cell, state)
+    batch, size = parts[0].shape[1:]
+    if feed is None:
+        feed = parts[0].new_zeros(batch, size if memory is None else memory.shape[2])
+    step, past = attention_parts(state)
+    if step is None:
+        step = torch.zeros(batch, dtype=torch.int64, device=feed.device)
+    return DecoderState(join_parts(parts), feed, AttentionState(step, past))
 
 
 def _plain_step(
@@ -67,7 +85,7 @@ class _Steps(NamedTuple):
 def generate(
     embedding: Tensor,
     layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
-    state: DecoderState | tuple[State, Tensor | None],
+    state: DecoderStart,
     output_weight: Tensor,
     output_bias: Tensor | None = None,
     keys: Tensor | None = None,
@@ -89,15 +107,23 @@ def generate(
     n_best: int = 1,
     block_ngrams: int | None = None,
     prefix: Tensor | None = None,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    order: OrderName = "luong",
+    feed: FeedName = "output",
+    heads: int = 1,
+    window: int | None = None,
+    history: HistoryName | None = None,
 ) -> GenerateOutput:
     """Greedy or beam search, step by step; see :func:`pyseq.functional.generate`."""
     weights_of = [LayerWeights(*layer) for layer in layers]
-    parts, feed = decoder_parts(cell, state)
-    batch, size = parts[0].shape[1:]
+    first = _start(cell, state, memory if feed == "context" else None)
+    batch = first.feed.shape[0]
     core: ScoreName = "concat" if score == "concat" else "dot"
     if score is not None:
         assert memory is not None
-        keys = score_keys(score, keys, memory, lengths, weight, 1)
+        keys = score_keys(score, keys, memory, lengths, weight, heads)
         lengths = with_weight(score, lengths, weight, memory)
     if memory is not None and lengths is None:
         lengths = torch.full((batch,), memory.shape[0], device=memory.device)
@@ -125,14 +151,21 @@ def generate(
                 lengths=encoded.lengths,
                 input_feeding=input_feeding,
                 need_weights=need_weights,
+                weight_history=weight_history,
+                weight_position=weight_position,
+                weight_position_v=weight_position_v,
+                order=order,
+                feed=feed,
+                heads=heads,
+                window=window,
+                history=history,
             )
             output, after = decoded.output[0], decoded.state
             weights = None if decoded.weights is None else decoded.weights[0]
         log_probs = torch.log_softmax(linear(output, output_weight, output_bias), -1)
         return Step(log_probs, weights, after)
 
-    first = parts[0].new_zeros(batch, size) if feed is None else feed
-    model = _Steps(EncodedSource(memory, keys, lengths), DecoderState(state[0], first), advance)
+    model = _Steps(EncodedSource(memory, keys, lengths), first, advance)
     source_lengths = torch.zeros(batch, dtype=torch.int64) if lengths is None else lengths
     source = source_lengths.new_zeros(batch, 0)  # which is encoded already
     options = SearchOptions(
@@ -154,11 +187,12 @@ def generate(
     tokens = torch.full((len(found), max(sizes, default=0)), PAD)
     kept = None
     if need_weights and memory is not None:
-        kept = memory.new_zeros(*tokens.shape, memory.shape[0])
+        per_head = (heads,) if heads > 1 else ()
+        kept = memory.new_zeros(*tokens.shape, *per_head, memory.shape[0])
     for row, hypothesis in enumerate(found):
         tokens[row, : sizes[row]] = torch.tensor(hypothesis.tokens, dtype=torch.int64)
         if kept is not None and hypothesis.weights is not None:
-            kept[row, : sizes[row], : source_lengths[row // n_best]] = hypothesis.weights
+            kept[row, : sizes[row], ..., : source_lengths[row // n_best]] = hypothesis.weights
     scores = embedding.new_tensor([hypothesis.score for hypothesis in found])
     return GenerateOutput(tokens, torch.tensor(sizes, dtype=torch.int64), scores, kept)
 
@@ -168,7 +202,7 @@ def scheduled_inputs(
     coins: Tensor,
     embedding: Tensor,
     layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
-    state: DecoderState | tuple[State, Tensor | None],
+    state: DecoderStart,
     output_weight: Tensor,
     output_bias: Tensor | None = None,
     keys: Tensor | None = None,
@@ -186,13 +220,19 @@ def scheduled_inputs(
     embedding_masks: Tensor | None = None,
     dropout_masks: Tensor | None = None,
     output_masks: Tensor | None = None,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    order: OrderName = "luong",
+    feed: FeedName = "output",
+    heads: int = 1,
+    window: int | None = None,
+    history: HistoryName | None = None,
 ) -> Tensor:
     """What scheduled sampling reads, step by step; see
     :func:`pyseq.functional.scheduled_inputs`."""
     weights_of = [LayerWeights(*layer) for layer in layers]
-    parts, feed = decoder_parts(cell, state)
-    batch, size = parts[0].shape[1:]
-    before = DecoderState(state[0], parts[0].new_zeros(batch, size) if feed is None else feed)
+    before = _start(cell, state, memory if feed == "context" else None)
     fed = tokens.clone()
     for t in range(len(tokens) - 1):
         x = embedding[fed[t]]
@@ -219,6 +259,14 @@ def scheduled_inputs(
                 lengths=lengths,
                 input_feeding=input_feeding,
                 dropout_masks=None if masks is None else masks.unsqueeze(1),
+                weight_history=weight_history,
+                weight_position=weight_position,
+                weight_position_v=weight_position_v,
+                order=order,
+                feed=feed,
+                heads=heads,
+                window=window,
+                history=history,
             )
             output, before = decoded.output[0], decoded.state
         if output_masks is not None:

@@ -195,6 +195,7 @@ def _decode(
     history: str = "none",
     order: str = "luong",
     fed: str = "output",
+    memory_rows: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     stack = [LayerWeights(*layers[first : first + 4]) for first in range(0, len(layers), 4)]
     zero = x.new_zeros(len(stack), x.shape[1], combine.shape[0])
@@ -225,6 +226,7 @@ def _decode(
         history=None if history == "none" else cast(HistoryName, history),
         dropout_masks=dropout_masks,
         need_weights=need_weights,
+        memory_rows=memory_rows,
     )
     nothing = x.new_empty(_NOTHING)
     last = None if state.attention is None else state.attention.weights
@@ -293,9 +295,9 @@ _BATCH_AXES = {
 }
 
 
-#: Arguments of ``scan`` that are for the rows of one batch, or for all of them: no larger batch
-#: goes with them.
-_OF_ONE_BATCH = ("h_mask", "zoneout_h", "zoneout_c", "reset_h", "reset_c")
+#: Arguments that are for the rows of one batch, or for all of them: no larger batch goes with
+#: them.
+_OF_ONE_BATCH = ("h_mask", "zoneout_h", "zoneout_c", "reset_h", "reset_c", "memory_rows")
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int, axis: int) -> Tensor:

@@ -7,12 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from operator_cases import leaves, make_lengths, map_leaves
+from operator_cases import leaves, make_lengths, map_leaves, pairwise
 from tolerances import assert_same_bits
 from torch import Tensor
 
 from pyseq import functional, reference
-from pyseq.types import GATES, PAD, UNK, CellName, GenerateOutput, ScoreName
+from pyseq.types import (
+    GATES,
+    PAD,
+    UNK,
+    CellName,
+    FeedName,
+    GenerateOutput,
+    HistoryName,
+    OrderName,
+    ScoreName,
+)
 
 #: Largest difference of scores and attention weights: both carry the errors of all steps.
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -20,7 +30,10 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 @dataclass(frozen=True)
 class GenerateCase:
-    """One call of ``generate``; ``sizes`` are S, B, E, H, A, M and V."""
+    """One call of ``generate``; ``sizes`` are S, B, E, H, A, M and V.
+
+    How it attends is as in ``DecodeCase``.
+    """
 
     cell: CellName = "lstm"
     score: ScoreName | None = "general"
@@ -40,6 +53,12 @@ class GenerateCase:
     n_best: int = 1  # but for beam_size
     block_ngrams: int | None = None
     prefix: str | None = None  # "ragged" or "long"
+    heads: int = 1  # H, A and M are so many times as large
+    window: int | None = None
+    predict: bool = False
+    history: HistoryName | None = None
+    order: OrderName = "luong"
+    fed: FeedName = "output"
 
     def _prefix(self, batch: int, vocab: int) -> Tensor | None:
         return make_prefix(self.prefix, batch, vocab, self.max_length)
@@ -63,6 +82,12 @@ class GenerateCase:
                 *([f"best{self.n_best}"] if self.n_best > 1 else []),
                 *([f"block{self.block_ngrams}"] if self.block_ngrams else []),
                 *([f"prefix_{self.prefix}"] if self.prefix else []),
+                *([f"N{self.heads}"] if self.heads > 1 else []),
+                *([f"D{self.window}"] if self.window else []),
+                *(["predict"] if self.predict else []),
+                *([self.history] if self.history else []),
+                *([self.order] if self.order != "luong" else []),
+                *([self.fed] if self.fed != "output" else []),
             )
         )
 
@@ -70,6 +95,7 @@ class GenerateCase:
         """Tensors and options that depend on nothing but the case."""
         torch.manual_seed(0)
         source, batch, features, hidden, size, width, vocab = self.sizes
+        hidden, size, width = (self.heads * n for n in (hidden, size, width))
 
         def random(*shape: int) -> Tensor:
             """A weight, or a bias, that keeps the magnitude of what it multiplies."""
@@ -80,7 +106,8 @@ class GenerateCase:
         rows, attends = GATES[self.cell] * hidden, self.score is not None
         projected = self.score == "general" or (self.score == "concat" and self.project_query)
         size = size if projected else hidden
-        fed = hidden if attends and self.input_feeding else 0
+        fed_size = hidden if self.fed == "output" else width
+        fed = fed_size if attends and self.input_feeding else 0
         layers = []
         for layer in range(self.layers):
             columns = hidden if layer else features + fed
@@ -88,11 +115,17 @@ class GenerateCase:
             w_ih, w_hh = random(rows, columns), random(rows, hidden)
             layers.append((w_ih * self.sharpness, w_hh * self.sharpness, *biases))
         h = random(self.layers, batch, hidden)
-        state = (h, random(self.layers, batch, hidden)) if self.cell == "lstm" else h
+        state: tuple[Any, ...] = (
+            (h, random(self.layers, batch, hidden)) if self.cell == "lstm" else h,
+            random(batch, fed_size) if self.feed else None,
+        )
+        if self.window is not None or self.history is not None:
+            past = None if self.history is None else random(batch, self.heads, source).abs()
+            state = (*state, (torch.arange(batch) % 3, past))
         arguments: dict[str, Any] = {
             "embedding": random(vocab, features) * features**0.5 * self.sharpness,
             "layers": layers,
-            "state": (state, random(batch, hidden) if self.feed else None),
+            "state": state,
             "output_weight": random(vocab, hidden) * 4,
             "output_bias": random(vocab) if self.bias else None,
             "cell": self.cell,
@@ -119,7 +152,67 @@ class GenerateCase:
         if self.score == "concat":
             arguments["weight_v"] = random(size) * 4
             arguments["weight_query"] = random(size, hidden) if self.project_query else None
+        if self.predict:
+            arguments["weight_position"] = random(size + 1, hidden)
+            arguments["weight_position_v"] = random(size + 1) * size**0.5
+        if self.history is not None:
+            arguments["weight_history"] = random(size, 3)
+        plain = GenerateCase()
+        for name in ("heads", "window", "history", "order"):
+            if getattr(self, name) != getattr(plain, name):
+                arguments[name] = getattr(self, name)
+        if self.fed != "output":
+            arguments["feed"] = self.fed
         return arguments
+
+
+#: Options of models that attend otherwise than to all of a source by what is there alone.
+MODEL_KINDS: dict[str, dict[str, Any]] = {
+    "location": {"score": "location", "max_positions": 4},
+    "local-m": {"window": "local-m", "window_size": 1},
+    "local-p": {"window": "local-p", "window_size": 2, "cell": "gru"},
+    "location-sensitive": {"score": "concat", "history": "previous", "history_size": 3},
+    "coverage": {"score": "concat", "history": "cumulative", "history_size": 1, "num_layers": 2},
+    "heads": {"heads": 2, "window": "local-m", "window_size": 2},
+    "bahdanau": {"score": "concat", "order": "bahdanau", "cell": "gru"},
+    "context": {"feed": "context"},
+}
+
+#: Windows, whether they are predicted, and history; and in which order what is fed.
+ATTENTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"window": 1},
+    {"window": 2, "predict": True},
+    {"history": "previous"},
+    {"history": "cumulative"},
+    {"window": 2, "history": "cumulative"},
+    {"window": 1, "predict": True, "history": "previous"},
+)
+FEEDINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"input_feeding": False},
+    {"fed": "context"},
+    {"fed": "context", "order": "bahdanau"},
+)
+
+
+def kinds(options: dict[str, tuple[Any, ...]]) -> list[GenerateCase]:
+    """Cases of every kind of attention, with each pair of ``options`` and of those."""
+    own: dict[str, tuple[Any, ...]] = {
+        "cell": tuple(GATES),
+        "score": ("dot", "general", "concat"),
+        "attention": ATTENTIONS,
+        "feeding": FEEDINGS,
+        "heads": (1, 2, 3),
+        "project_query": (True, False),
+    }
+    found = []
+    for row in pairwise(own | options):
+        row |= row.pop("attention") | row.pop("feeding")
+        if row.get("history") is not None:
+            row["score"] = "concat"
+        found.append(GenerateCase(**row))
+    return found
 
 
 def make_prefix(kind: str | None, batch: int, vocab: int, limit: int) -> Tensor | None:
@@ -163,7 +256,7 @@ def scheduled_arguments(
     for name in ("min_length", "n_best", "block_ngrams", "prefix"):
         del arguments[name]
     _, batch, features, hidden, _, _, vocab = case.sizes
-    steps = case.max_length
+    steps, hidden = case.max_length, case.heads * hidden
 
     def mask(*shape: int) -> Tensor:
         return torch.randint(0, 3, shape).to(case.dtype)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from generate_cases import MODEL_KINDS
 from torch import Tensor
 
 from pyseq import Ensemble, SearchOptions, Seq2Seq, Translator, Vocab, cli, search, training
@@ -232,12 +233,16 @@ def test_scores_are_those_of_forward(kind: str, how: str) -> None:
     assert beyond > 0
 
 
-def test_streams_and_scheduled_sampling_copy_too() -> None:
-    model, (source, lengths, target_in, _), copies = model_and_batch("pointer")
-    options = SearchOptions(max_length=5)
+@pytest.mark.parametrize("name", ["global", *MODEL_KINDS])
+def test_streams_and_scheduled_sampling_copy_too(name: str) -> None:
+    options = MODEL_KINDS.get(name, {})
+    model, (source, lengths, target_in, _), copies = model_and_batch("pointer", **options)
+    with torch.no_grad():
+        model.decoder.copying.gate.bias -= 4  # so that it copies most of the time
+    found = SearchOptions(max_length=5)
     greedy = model.generate(source, lengths, max_length=5, copies=copies)
     tokens: list[list[int]] = [[] for _ in greedy]
-    for item in model.stream(source, lengths, options, copies=copies):
+    for item in model.stream(source, lengths, found, copies=copies):
         tokens[item.row].append(item.token)
     assert tokens == [h.tokens for h in greedy]
     model.eval()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from generate_cases import GenerateCase, check
+from generate_cases import GenerateCase, check, kinds
 from operator_cases import CELLS, DTYPES, leaves, map_leaves, pairwise
 from tolerances import assert_close, assert_same_bits
 from torch import Tensor
@@ -60,7 +60,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
+KINDS = kinds(
+    {
+        "sizes": SIZES[:5],
+        "dtype": DTYPES,
+        "layers": (1, 2),
+        "lengths": (None, "ragged", "holes", "full"),
+        "feed": (True, False),
+        "max_length": (1, 2, 8, 13),
+        "beam_size": (1, 2, 4, 20),
+        "length_penalty": (0.0, 0.6),
+        "n_best": (1, 3),
+        "block_ngrams": (None, 2),
+        "prefix": (None, "ragged"),
+    }
+)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in [*CASES, *KINDS]])
 def test_as_step_by_step(case: GenerateCase) -> None:
     check(case)
 
@@ -98,6 +115,24 @@ LARGE = [
         min_length=3,
         block_ngrams=2,
         prefix="ragged",
+    ),
+    GenerateCase(
+        sizes=(33, 5, 16, 130, 67, 64, 300),
+        score="concat",
+        history="cumulative",
+        fed="context",
+        beam_size=4,
+        max_length=9,
+    ),
+    GenerateCase(sizes=(33, 17, 8, 32, 16, 16, 60), window=3, heads=3, beam_size=3, max_length=9),
+    GenerateCase(
+        sizes=(20, 2, 8, 67, 35, 33, 60),
+        window=4,
+        predict=True,
+        fed="context",
+        order="bahdanau",
+        beam_size=3,
+        max_length=9,
     ),
 ]
 

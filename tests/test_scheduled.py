@@ -15,7 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from generate_cases import GenerateCase, check_scheduled, scheduled_arguments
+from generate_cases import (
+    MODEL_KINDS,
+    GenerateCase,
+    check_scheduled,
+    kinds,
+    scheduled_arguments,
+)
 from operator_cases import CELLS, DTYPES, pairwise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -174,9 +180,23 @@ OPERATOR_CASES = [
 ]
 
 
+KINDS = kinds(
+    {
+        "sizes": ((4, 3, 5, 7, 6, 8, 9), (1, 1, 1, 1, 1, 1, 5), (9, 5, 17, 33, 31, 15, 40)),
+        "dtype": DTYPES,
+        "layers": (1, 2),
+        "lengths": (None, "ragged", "holes", "full"),
+        "feed": (True, False),
+        "max_length": (1, 2, 8),
+    }
+)
+
+
 @pytest.mark.parametrize("drawn", [False, True], ids=["argmax", "draws"])
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in OPERATOR_CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.id) for case in [*OPERATOR_CASES, *KINDS]]
+)
 def test_the_operator_goes_step_by_step(case: GenerateCase, masked: bool, drawn: bool) -> None:
     check_scheduled(case, masked=masked, drawn=drawn)
 
@@ -201,6 +221,22 @@ def test_the_operator_chooses() -> None:
             GenerateCase(sizes=(7, 17, 16, 67, 33, 35, 131), max_length=9, layers=2),
             GenerateCase(sizes=(7, 2, 16, 130, 130, 64, 700), max_length=9),
             GenerateCase(sizes=(1, 1, 64, 256, 1, 1, 500), score=None, max_length=9, layers=2),
+            GenerateCase(
+                sizes=(33, 5, 16, 130, 67, 64, 300),
+                score="concat",
+                history="cumulative",
+                fed="context",
+                max_length=9,
+            ),
+            GenerateCase(
+                sizes=(20, 3, 8, 22, 11, 10, 60),
+                window=4,
+                predict=True,
+                heads=3,
+                fed="context",
+                order="bahdanau",
+                max_length=9,
+            ),
         )
     ],
 )
@@ -307,6 +343,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lstm-none": {"score": None, "num_layers": 2},
     "gru-concat-L3": {"cell": "gru", "score": "concat", "num_layers": 3},
     "rnn-dot-unfed": {"cell": "rnn_tanh", "score": "dot", "input_feeding": False},
+    **MODEL_KINDS,
 }
 CHOICES = [("argmax", "token"), ("sample", "token"), ("argmax", "sequence")]
 

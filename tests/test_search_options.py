@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from chains import LENGTHS, SOURCE, Chain, chain
+from generate_cases import MODEL_KINDS
 from torch import Tensor
 
 from pyseq import Ensemble, Seq2Seq, functional, search
@@ -276,6 +277,7 @@ def forward_score(model: Seq2Seq, source: Tensor, length: Tensor, tokens: list[i
     return log_probs[range(len(tokens)), tokens].sum().item()
 
 
+MODELS: dict[str, dict[str, Any]] = {"general": {}, "none": {"score": None}, **MODEL_KINDS}
 HOW: dict[str, dict[str, Any]] = {
     "greedy": {},
     "draws": {"sample": True, "n_best": 3, "top_k": 5, "temperature": 0.7},
@@ -305,11 +307,11 @@ def test_scores_are_those_of_forward(how: str, rules: str) -> None:
 
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("how", ["greedy", "beam"])
-@pytest.mark.parametrize("score", ["general", None])
+@pytest.mark.parametrize("name", MODELS)
 def test_one_operator_or_many_steps(
-    score: str | None, how: str, rules: str, monkeypatch: pytest.MonkeyPatch
+    name: str, how: str, rules: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, source, lengths = model_and_sources(score=score)
+    model, source, lengths = model_and_sources(**MODELS[name])
     calls: list[dict[str, Any]] = []
     operator = functional.generate
 
@@ -328,15 +330,15 @@ def test_one_operator_or_many_steps(
         assert [h.tokens for h in ours] == [h.tokens for h in theirs]
         assert [h.score for h in ours] == pytest.approx([h.score for h in theirs], abs=1e-9)
         for one, other in zip(ours, theirs, strict=True):
-            assert (one.weights is None) == (other.weights is None) == (score is None)
+            assert (one.weights is None) == (other.weights is None) == (name == "none")
             if one.weights is not None and other.weights is not None:
                 torch.testing.assert_close(one.weights, other.weights)
 
 
-@pytest.mark.parametrize("score", ["general", None])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("how", ["greedy", "draws"])
-def test_a_stream_gives_what_search_gives(how: str, score: str | None) -> None:
-    model, source, lengths = model_and_sources(score=score)
+def test_a_stream_gives_what_search_gives(how: str, name: str) -> None:
+    model, source, lengths = model_and_sources(**MODELS[name])
     options = SearchOptions(
         max_length=MAX_LENGTH, min_length=1, block_ngrams=3, **{**HOW[how], "n_best": 1}
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from generate_cases import MODEL_KINDS
 
 from pyseq import Ensemble, SearchOptions, checkpoint, search
 from pyseq.errors import CheckpointError, DataError
@@ -131,8 +132,10 @@ def test_a_stream_is_the_text_in_pieces(tokens: str) -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_unknown_symbols_are_replaced_by_what_was_looked_at(reverse: bool) -> None:
-    model = Seq2Seq(4 + 5, 4 + 3, embedding_size=8, hidden_size=12).double()
+@pytest.mark.parametrize("name", ["global", *MODEL_KINDS])
+def test_unknown_symbols_are_replaced_by_what_was_looked_at(name: str, reverse: bool) -> None:
+    kind = MODEL_KINDS.get(name, {})
+    model = Seq2Seq(4 + 5, 4 + 3, embedding_size=8, hidden_size=12, **kind).double()
     with torch.no_grad():
         model.decoder.output.bias[UNK] = 5  # so that nearly all it says is <unk>
     translator = Translator(model, Vocab("abcde"), Vocab("xyz"), reverse_source=reverse)

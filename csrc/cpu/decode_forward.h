@@ -97,6 +97,9 @@ void decode_forward_cell(const Decode<T>& args) {
       const T* const fed = t == 0               ? args.feed
                            : args.feeds_context ? context - args.context_step
                                                 : output - B * H;
+      const auto past = [&](int64_t slot) {
+        return args.taps == 0 ? nullptr : args.past + slot * B * args.head_count() * args.source;
+      };
       DecoderStep<T> step{t,
                           t % 2 != 0,
                           slot_before(t, args.steps, false, /*all=*/false) * slot_size,
@@ -104,7 +107,8 @@ void decode_forward_cell(const Decode<T>& args) {
                           args.feeding ? fed : nullptr,
                           output,
                           args.attn + t * args.attn_step,
-                          nullptr,
+                          past(slot_before(t, args.steps, false, args.save)),
+                          past(slot_after(t, args.steps, false, args.save)),
                           /*folded=*/false};
       if (args.attends_first) {
         attend_step<T, Score>(own, weights, scratch, step, at, thread,
@@ -112,11 +116,10 @@ void decode_forward_cell(const Decode<T>& args) {
         step.fed = context;
       }
       const T* const top = step_cells<T, Cell>(own, weights, scratch, step, at);
-      if (args.attends_first) {
-        combine_step(own, weights, step, at, top);
-      } else {
-        step_attention<T, Score>(own, weights, scratch, step, at, thread, top);
+      if (!args.attends_first) {
+        attend_step<T, Score>(own, weights, scratch, step, at, thread, top);
       }
+      combine_step(own, weights, step, at, top);
     }
     if (keeps_apart) apart.leave(at, args, own);
   });

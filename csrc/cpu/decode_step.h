@@ -94,8 +94,8 @@ struct DecoderStep {
   const T* fed;           // (B, F), the output or context before; null without feeding
   T* output;              // (B, H), which may be the memory of `fed`
   T* attn;                // (B, S)
-  // (B): the row of keys, memory and lengths that each row attends to; null: its own.
-  const int32_t* source_rows;
+  const T* past;          // with taps: (B*N, S), what enters the scores
+  T* past_after;          // and what will enter those of the next step
   // Whether the combination was applied to the memory already, whose weighted sum is then not
   // the context but what the combination makes of it.
   bool folded;
@@ -187,13 +187,26 @@ inline Range attention_rows(const Place& at, int64_t heads) {
   return {at.rows.begin * heads + mine.begin, at.rows.begin * heads + mine.end};
 }
 
+// The row of keys, memory and lengths that a row attends to.
+template <class T>
+int64_t source_row(const Decode<T>& args, int64_t row) {
+  return args.source_rows == nullptr ? row : args.source_rows[row];
+}
+
+// The positions that a row may attend to.
+template <class T>
+int64_t attended_positions(const Decode<T>& args, int64_t row) {
+  return valid_positions<T>(args.lengths, source_row(args, row), args.source);
+}
+
 // The attention of one row of a step, whose queries lie in `queries`, (B, A).
 template <class T>
 AttentionRow<T> decoder_row(const Decode<T>& args, int64_t row, T center, const T* queries,
                             const T* past, T* attn, T* context, T* workspace) {
   const int64_t N = args.head_count(), S = args.source, A = args.key_size / N,
                 M = args.memory_size / N;
-  const int64_t valid = valid_positions<T>(args.lengths, row / N, S);
+  const int64_t from = source_row(args, row / N) * N + row % N;
+  const int64_t valid = attended_positions(args, row / N);
   const View<T> view = args.window > 0
                            ? window_view(center, args.window, args.w_position != nullptr, valid)
                            : View<T>{{0, valid}, T(0), T(0)};
@@ -202,8 +215,8 @@ AttentionRow<T> decoder_row(const Decode<T>& args, int64_t row, T center, const 
           M,
           view,
           queries + row * A,
-          args.keys + row * S * A,
-          args.memory + row * S * M,
+          args.keys + from * S * A,
+          args.memory + from * S * M,
           args.v == nullptr ? nullptr : args.v + row % N * A,
           attn + row * S + view.seen.begin,
           context == nullptr ? nullptr : context + row * M,
@@ -226,7 +239,7 @@ T predicted_center(const Decode<T>& args, int64_t slot, int64_t row) {
   T share;
   scores<T, DotScore, 1>(args.positions + (slot * args.batch + own) * P, 0, args.position_v, 1, P,
                          nullptr, &share, 0);
-  const T length = T(valid_positions<T>(args.lengths, own, args.source));
+  const T length = T(attended_positions(args, own));
   return length * Math<T>::sigmoid(broadcast(share))[0];
 }
 
@@ -236,12 +249,6 @@ void step_rows(const Decode<T>& args, const DecoderScratch<T>& scratch, const De
                const Place& at, int thread, const T* queries) {
   const int64_t B = args.batch, S = args.source, N = args.head_count(), t = step.t;
   const int64_t slot = args.save ? t : 0;
-  const T* past = nullptr;
-  T* past_after = nullptr;
-  if (args.taps > 0) {
-    past = args.past + slot_before(t, args.steps, false, args.save) * B * N * S;
-    past_after = args.past + slot_after(t, args.steps, false, args.save) * B * N * S;
-  }
   const Range mine = attention_rows(at, N);
   for (int64_t row = mine.begin; row < mine.end; ++row) {
     T center = given_center(args, t, row);
@@ -250,7 +257,7 @@ void step_rows(const Decode<T>& args, const DecoderScratch<T>& scratch, const De
       if (row % N == 0) args.centers[slot * B + row / N] = center;
     }
     const AttentionRow<T> seen =
-        decoder_row(args, row, center, queries, past, step.attn,
+        decoder_row(args, row, center, queries, step.past, step.attn,
                     args.context + t * args.context_step, scratch.rows + thread * scratch.row_size);
     attend_row<T, Score>(seen);
     T* const attn = step.attn + row * S;
@@ -259,7 +266,7 @@ void step_rows(const Decode<T>& args, const DecoderScratch<T>& scratch, const De
     if (!last_alone || args.taps > 0) clear_unseen(seen.view.seen, S, attn);
     if (args.taps == 0) continue;
     for (int64_t s = row * S; s < (row + 1) * S; ++s) {
-      past_after[s] = args.cumulative ? past[s] + attn[s - row * S] : attn[s - row * S];
+      step.past_after[s] = args.cumulative ? step.past[s] + attn[s - row * S] : attn[s - row * S];
     }
   }
   at.wait();
@@ -302,20 +309,17 @@ void attend_step(const Decode<T>& args, const DecoderWeights<T>& weights,
   }
   if (args.by_rows()) return step_rows<T, Score>(args, scratch, step, at, thread, query);
 
-  const auto source_row = [&](int64_t row) {
-    return step.source_rows == nullptr ? row : step.source_rows[row];
-  };
   // Scores are shared out by position, the context by component; between the two every
   // member takes the whole softmax, which costs less than to wait once more. So do all scores
   // of a few rows, if no member needs what another makes of its own part of the context.
   const auto score_row = [&](int64_t row, Range part, T* row_scores) {
-    scores<T, Score, 1>(query + row * A, 0, args.keys + (source_row(row) * S + part.begin) * A,
-                        part.size(), A, args.v, row_scores + part.begin, 0);
+    scores<T, Score, 1>(query + row * A, 0,
+                        args.keys + (source_row(args, row) * S + part.begin) * A, part.size(), A,
+                        args.v, row_scores + part.begin, 0);
   };
   T* const context = args.context + step.t * args.context_step;
   const auto attend_row = [&](int64_t row, const T* row_scores) {
-    const int64_t from = source_row(row);
-    const int64_t valid = valid_positions<T>(args.lengths, from, S);
+    const int64_t from = source_row(args, row), valid = attended_positions(args, row);
     softmax(row_scores, valid, own_attn);
     for (int64_t s = valid; s < S; ++s) own_attn[s] = 0;
     weighted_sum<T, 1>(own_attn, 0, args.memory + from * S * M, valid, M, memory_part,
@@ -324,18 +328,15 @@ void attend_step(const Decode<T>& args, const DecoderWeights<T>& weights,
     T* const attn = step.attn + row * S;
     for (int64_t s = part.begin; s < part.end; ++s) attn[s] = own_attn[s];
   };
-  const auto valid_of = [&](int64_t row) {
-    return valid_positions<T>(args.lengths, source_row(row), S);
-  };
   const int64_t score_work = at.rows.size() * S * A * (Score::kAdditive ? kTanhWork : 1);
   if (at.members == 1 || (step.folded && score_work <= kWaitWork)) {
     for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
-      score_row(row, {0, valid_of(row)}, own_attn);
+      score_row(row, {0, attended_positions(args, row)}, own_attn);
       attend_row(row, own_attn);
     }
   } else {
     for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
-      score_row(row, at.part(valid_of(row)), scratch.scores + row * S);
+      score_row(row, at.part(attended_positions(args, row)), scratch.scores + row * S);
     }
     at.wait();
     for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
@@ -363,15 +364,6 @@ void combine_step(const Decode<T>& args, const DecoderWeights<T>& weights,
                      store(step.output + offset, Math<T>::tanh(sum), lanes);
                    });
   at.wait();
-}
-
-// The attention of one step by the top state, and Luong's combination.
-template <class T, class Score>
-void step_attention(const Decode<T>& args, const DecoderWeights<T>& weights,
-                    const DecoderScratch<T>& scratch, const DecoderStep<T>& step, const Place& at,
-                    int thread, const T* top) {
-  attend_step<T, Score>(args, weights, scratch, step, at, thread, top);
-  combine_step(args, weights, step, at, top);
 }
 
 }  // namespace pyseq::cpu::PYSEQ_TIER

@@ -264,6 +264,9 @@ struct Decode {
   const QuantizedWeights* quantized_query;
   const T* v;  // (A), additive only
   const int64_t* lengths;
+  // (B) or null, forward only: the row of keys, memory and lengths that each row attends to; else
+  // its own.
+  const int32_t* source_rows;
   int64_t attn_step;     // B*S, or 0 when no step's weights are kept
   T* attn;               // (T or 1, B, S)
   T* query;              // with w_query: (T or 1, B, A)
@@ -322,7 +325,7 @@ struct GenerateStep {
   GenerateStep* before;
   int32_t* tokens;   // (count), emitted in this step
   int32_t* parents;  // (count), which of the hypotheses of the step before they continue
-  T* attn;           // (count of the step before, S) or null
+  T* attn;           // (count of the step before, N, S) or null
 };
 
 // A hypothesis of a row, without <stop>.
@@ -364,7 +367,8 @@ struct Generate {
   const int64_t* prefix;  // (rows, P) or null: what to begin with, 0 beyond the end of a row's
   const T* h_0;           // (L, rows, H)
   const T* c_0;           // (L, rows, H) or null
-  const T* feed;          // (rows, H)
+  const T* feed;          // (rows, F)
+  const T* past;          // (rows*N, S) or null for zero: with taps, the weights before
   const T* embedding;     // (V, E)
   const T* w_x;           // (G*H, E) with rows w_x_stride apart
   int64_t w_x_stride;

@@ -20,7 +20,7 @@ GenerateStatus generate(const Generate<T>& args) {
     parts.inputs = input_parts<T, Cell::kGates>;
   });
   with_score(args.decoder.additive,
-             [&](auto score) { parts.attention = step_attention<T, decltype(score)>; });
+             [&](auto score) { parts.attend = attend_step<T, decltype(score)>; });
 
   const int64_t L = args.decoder.layer_count, H = args.decoder.hidden;
   const int gates = static_cast<int>(parts.gates);
@@ -51,6 +51,8 @@ GenerateStatus generate(const Generate<T>& args) {
   decoder.layers = layers;
   decoder.query = memory.query;
   decoder.context = memory.context;
+  decoder.positions = memory.positions;
+  decoder.centers = memory.centers;
   if (memory.folded != nullptr) {
     const int64_t M = decoder.memory_size;
     gemm<T>({.m = args.rows * decoder.source,

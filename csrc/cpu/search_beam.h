@@ -248,7 +248,7 @@ class Searcher : OwnTokens<T> {
 
   // Adds this step to the trace.
   void keep(int64_t emitted) {
-    const int64_t numbers = 2 * next_.count, S = args_.need_weights ? decoder_.source : 0;
+    const int64_t numbers = 2 * next_.count, S = args_.need_weights ? this->weights_size() : 0;
     const size_t attn_bytes = static_cast<size_t>(now_.count * S) * sizeof(T);
     const size_t bytes =
         sizeof(GenerateStep<T>) + attn_bytes + static_cast<size_t>(numbers) * sizeof(int32_t);
@@ -261,7 +261,7 @@ class Searcher : OwnTokens<T> {
     int32_t* const tokens = reinterpret_cast<int32_t*>(attn + now_.count * S);
     *kept = {team_.trace, tokens, tokens + next_.count, S > 0 ? attn : nullptr};
     team_.trace = kept;
-    __builtin_memcpy(attn, memory_.attn + begin_ * decoder_.source, attn_bytes);
+    __builtin_memcpy(attn, memory_.attn + begin_ * this->weights_size(), attn_bytes);
     for (int64_t i = 0; i < next_.count; ++i) {
       kept->tokens[i] = next_.tokens[i];
       kept->parents[i] = parents_[i];

@@ -45,7 +45,11 @@ struct GenerateMemory {
   T* cells[kMaxLayers];   // likewise, or null
   T* gates[kMaxLayers];   // (N, G*H), the first layer's input part; null for the others
   T* folded;              // (rows, S, H): the combination of the memory, or null
-  T *query, *context, *attn, *output, *fed;
+  T *query, *context, *output;
+  T* attn;                   // (N*heads, S)
+  T* fed;                    // (N, F)
+  T *positions, *centers;    // as in Decode, or null
+  T* pasts;                  // with taps: (2, N*heads, S), like the states
   T* logits;                 // (N, logit_stride)
   T *peaks, *masses;         // (N, chunk_stride): of a chunk max x, and sum exp(x - max)
   T* inputs;                 // (teams, input_rows, G*H): input parts of the gates, by token
@@ -53,6 +57,7 @@ struct GenerateMemory {
   T* scores;                 // (threads, 2, N)
   T* best_ranks;             // (threads, rows, n_best)
   int32_t* numbers;          // (threads, 5, N): tokens, rows (twice each) and parents
+  int64_t* counts;           // (threads, N): steps before the next one, where windows need it
   int32_t* places;           // (threads, V): where the input part of a token is, or -1
   Candidate<T>* candidates;  // (threads, 2 * beam_size)
   T* masked;                 // (N, H), outputs times their dropout masks; null without
@@ -67,7 +72,8 @@ struct GenerateMemory {
     const bool packs = repays_packing(steps, N, decoder_cost(decoder, gates, 0).weight_bytes);
     // Positions are combined once, hypotheses at every step. For as many of the one as of the
     // other it would not repay: of a few rows the product costs little more than half of it.
-    const bool folded = decoder.combine != nullptr && N * steps >= 2 * args.rows * S;
+    const bool folded =
+        decoder.combine != nullptr && folds(decoder) && N * steps >= 2 * args.rows * S;
     const auto packed = [&](Weights<T> weights) {
       if (packs && weights.quantized == nullptr) {
         weights.packed = pieces.take(weights.packed_size());
@@ -87,9 +93,14 @@ struct GenerateMemory {
     memory.gates[0] = pieces.take(N * gates * H);
     memory.query = pieces.take(N * decoder.key_size);
     memory.context = pieces.take(N * larger(decoder.memory_size, H));
-    memory.attn = pieces.take(N * decoder.source);
+    memory.attn = pieces.take(N * decoder.head_count() * S);
     memory.output = pieces.take(N * H);
-    memory.fed = pieces.take(N * H);
+    memory.fed = pieces.take(N * decoder.fed_size());
+    if (decoder.w_position != nullptr) {
+      memory.positions = pieces.take(N * decoder.position_size);
+      memory.centers = pieces.take(N);
+    }
+    if (decoder.taps > 0) memory.pasts = pieces.take(2 * N * decoder.head_count() * S);
 
     memory.logit_stride = vectors<T>(V) * kLanes<T>;
     memory.chunks = (vectors<T>(V) + kChunk - 1) / kChunk;
@@ -110,6 +121,7 @@ struct GenerateMemory {
     }
     memory.numbers = take<int32_t>(others, plan.threads * 5 * N);
     memory.places = take<int32_t>(others, plan.threads * V);
+    memory.counts = take<int64_t>(others, plan.threads * N);
     memory.candidates = take<Candidate<T>>(others, plan.threads * 2 * args.beam_size);
     return memory;
   }
@@ -121,6 +133,12 @@ struct GenerateMemory {
   }
 
  private:
+  // Whether the combination of a weighted sum of positions is the sum of their combinations, and
+  // nobody reads the context itself.
+  static bool folds(const Decode<T>& decoder) {
+    return decoder.head_count() == 1 && !decoder.feeds_context;
+  }
+
   template <class Other>
   static Other* take(Pieces<char>& pieces, int64_t count) {
     return reinterpret_cast<Other*>(pieces.take(count * static_cast<int64_t>(sizeof(Other))));
@@ -132,7 +150,7 @@ template <class T>
 struct GenerateParts {
   int64_t gates;
   bool has_cell;
-  decltype(&step_attention<T, DotScore>) attention;
+  decltype(&attend_step<T, DotScore>) attend;
   const T* (*cells)(const Decode<T>&, const DecoderWeights<T>&, const DecoderScratch<T>&,
                     const DecoderStep<T>&, const Place&);
   void (*inputs)(const Weights<T>& w_x, const T* bias, const T* embeddings, int64_t rows,

@@ -66,19 +66,15 @@ class ScheduledReader : OwnTokens<T> {
             scheduled.draws == nullptr ? likeliest(i).token : drawn(i, scheduled.draws[place]);
         if (at_.member == 0) scheduled.fed[place] = next_.tokens[i];
       }
-      const Hypotheses<T> before = now_;
-      now_ = next_;
-      next_ = before;
-      slot_ = 1 - slot_;
-      fed_ = memory_.output;
+      this->advance();
     }
   }
 
  private:
   using Base = OwnTokens<T>;
   using Base::args_, Base::at_, Base::backwards_, Base::begin_, Base::columns_, Base::decoder_,
-      Base::fed_, Base::fresh_, Base::layers_, Base::layers_given_, Base::memory_, Base::next_,
-      Base::now_, Base::parts_, Base::slot_, Base::units_;
+      Base::fresh_, Base::layers_, Base::layers_given_, Base::memory_, Base::next_, Base::now_,
+      Base::parts_, Base::units_;
 
   // As read_tokens, where the embeddings of a row are dropped as its mask (E) says.
   void read_masked(const T* masks) {

@@ -26,9 +26,12 @@ class OwnTokens {
         units_(at.part(vectors<T>(decoder.hidden))),
         chunks_(at.part(memory.chunks)),
         columns_{units_.begin * kLanes<T>, smaller(units_.end * kLanes<T>, decoder.hidden)},
+        fed_columns_(at.part(decoder.fed_size())),
+        past_columns_(at.part(decoder.head_count() * decoder.source)),
         inputs_(inputs),
         fresh_(memory.fresh + thread * kFresh * args.embedding_size),
         places_(memory.places + thread * args.vocab),
+        counts_(memory.counts + thread * decoder.batch),
         fed_(memory.fed) {
     const int64_t N = decoder.batch;
     T* const scores = memory.scores + thread * 2 * N;
@@ -42,11 +45,19 @@ class OwnTokens {
   }
 
  protected:
+  static void copy_columns(const Range& columns, const T* from, T* to) {
+    if (columns.size() <= 0) return;
+    __builtin_memcpy(to + columns.begin, from + columns.begin,
+                     static_cast<size_t>(columns.size()) * sizeof(T));
+  }
   // The part of a row of H numbers that belongs to this thread's units.
-  void copy_units(const T* from, T* to) const {
-    if (columns_.size() <= 0) return;
-    __builtin_memcpy(to + columns_.begin, from + columns_.begin,
-                     static_cast<size_t>(columns_.size()) * sizeof(T));
+  void copy_units(const T* from, T* to) const { copy_columns(columns_, from, to); }
+
+  // The weights of all heads of a row; the past ones lie in two slots that take turns like the
+  // states.
+  int64_t weights_size() const { return decoder_.head_count() * decoder_.source; }
+  T* past(int64_t slot) const {
+    return decoder_.taps == 0 ? nullptr : memory_.pasts + slot * decoder_.batch * weights_size();
   }
 
   // One hypothesis for each row: <start>.
@@ -63,7 +74,15 @@ class OwnTokens {
         copy_units(args_.h_0 + from, memory_.states[l] + to);
         if (parts_.has_cell) copy_units(args_.c_0 + from, memory_.cells[l] + to);
       }
-      copy_units(args_.feed + row * H, memory_.fed + (begin_ + i) * H);
+      const int64_t F = decoder_.fed_size(), S = weights_size();
+      copy_columns(fed_columns_, args_.feed + row * F, memory_.fed + (begin_ + i) * F);
+      if (decoder_.taps == 0) continue;
+      T* const own_past = past(0) + (begin_ + i) * S;
+      if (args_.past != nullptr) {
+        copy_columns(past_columns_, args_.past + row * S, own_past);
+      } else {
+        set_zero(own_past + past_columns_.begin, past_columns_.size());
+      }
     }
     at_.wait();
   }
@@ -103,18 +122,35 @@ class OwnTokens {
   // Returns what the output layer reads.
   const T* step() {
     const int64_t slot_size = decoder_.batch * decoder_.hidden;
-    const DecoderStep<T> step{0,
-                              backwards_,
-                              slot_ * slot_size,
-                              (1 - slot_) * slot_size,
-                              decoder_.feeding ? fed_ : nullptr,
-                              memory_.output,
-                              memory_.attn,
-                              now_.rows - begin_,
-                              memory_.folded != nullptr};
+    decoder_.source_rows = now_.rows - begin_;
+    if (decoder_.window > 0 && decoder_.w_position == nullptr) {
+      const int64_t* const first = args_.decoder.first_step;
+      for (int64_t i = 0; i < now_.count; ++i) {
+        counts_[i] = number_ + (first == nullptr ? 0 : first[now_.rows[i]]);
+      }
+      decoder_.first_step = counts_ - begin_;
+    }
+    DecoderStep<T> step{0,
+                        backwards_,
+                        slot_ * slot_size,
+                        (1 - slot_) * slot_size,
+                        decoder_.feeding ? fed_ : nullptr,
+                        memory_.output,
+                        memory_.attn,
+                        past(slot_),
+                        past(1 - slot_),
+                        memory_.folded != nullptr};
+    const auto attend = [&](const T* state) {
+      parts_.attend(decoder_, memory_.weights, memory_.scratch, step, at_, thread_, state);
+    };
+    if (decoder_.attends_first) {
+      attend(layers_[decoder_.layer_count - 1].states + step.before);
+      step.fed = memory_.context;
+    }
     const T* const top = parts_.cells(decoder_, memory_.weights, memory_.scratch, step, at_);
     if (!decoder_.attends()) return top;
-    parts_.attention(decoder_, memory_.weights, memory_.scratch, step, at_, thread_, top);
+    if (!decoder_.attends_first) attend(top);
+    combine_step(decoder_, memory_.weights, step, at_, top);
     return memory_.output;
   }
 
@@ -157,29 +193,44 @@ class OwnTokens {
     at_.wait();
   }
 
-  // Every hypothesis takes over the state of its parent.
-  void go_on() {
+  // The next hypotheses are those of now; each is the one that it was.
+  void advance() {
     const Hypotheses<T> before = now_;
     now_ = next_;
     next_ = before;
-    bool same = now_.count == before.count;
+    slot_ = 1 - slot_;
+    fed_ = decoder_.feeds_context ? memory_.context : memory_.output;
+    ++number_;
+  }
+
+  // The same, but each takes over the state of its parent.
+  void go_on() {
+    const int64_t before = now_.count;
+    advance();
+    bool same = now_.count == before;
     for (int64_t i = 0; same && i < now_.count; ++i) same = parents_[i] == i;
-    if (same) {
-      slot_ = 1 - slot_;
-      fed_ = memory_.output;
-      return;
-    }
-    const int64_t H = decoder_.hidden, N = decoder_.batch;
+    if (same) return;
+    // Into the slots that the step has read.
+    slot_ = 1 - slot_;
+    const int64_t H = decoder_.hidden, N = decoder_.batch, F = decoder_.fed_size();
     const int64_t from_slot = (1 - slot_) * N, to_slot = slot_ * N;
     for (int64_t i = 0; i < now_.count; ++i) {
-      const int64_t from = (begin_ + parents_[i]) * H, to = (begin_ + i) * H;
+      const int64_t parent = begin_ + parents_[i], own = begin_ + i;
       for (int64_t l = 0; l < decoder_.layer_count; ++l) {
-        copy_units(memory_.states[l] + from_slot * H + from, memory_.states[l] + to_slot * H + to);
+        copy_units(memory_.states[l] + (from_slot + parent) * H,
+                   memory_.states[l] + (to_slot + own) * H);
         if (parts_.has_cell) {
-          copy_units(memory_.cells[l] + from_slot * H + from, memory_.cells[l] + to_slot * H + to);
+          copy_units(memory_.cells[l] + (from_slot + parent) * H,
+                     memory_.cells[l] + (to_slot + own) * H);
         }
       }
-      if (decoder_.feeding) copy_units(memory_.output + from, memory_.fed + to);
+      if (decoder_.feeding) {
+        copy_columns(fed_columns_, fed_ + parent * F, memory_.fed + own * F);
+      }
+      if (decoder_.taps > 0) {
+        copy_columns(past_columns_, past(1 - slot_) + parent * weights_size(),
+                     past(slot_) + own * weights_size());
+      }
     }
     fed_ = memory_.fed;
     at_.wait();
@@ -194,14 +245,15 @@ class OwnTokens {
   Place at_;  // its rows: first those of the batch, then the unfinished hypotheses
   const int thread_;
   const int64_t begin_;  // the team's first hypothesis in the tensors of all
-  const Range units_, chunks_, columns_;
+  const Range units_, chunks_, columns_, fed_columns_, past_columns_;
   T* const inputs_;
   T* const fresh_;
   int32_t* const places_;
+  int64_t* const counts_;
   const T* fed_;
   Hypotheses<T> now_, next_;
   int32_t* parents_;  // which of the hypotheses before each of the next ones continues
-  int64_t input_count_ = 0, slot_ = 0;
+  int64_t input_count_ = 0, slot_ = 0, number_ = 0;
   bool backwards_ = false;  // every other step: see `product`
 };
 

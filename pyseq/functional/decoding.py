@@ -10,10 +10,7 @@ from torch import Tensor
 
 from .._checks import check_shape
 from ..types import (
-    FEEDS,
     GATES,
-    HISTORIES,
-    ORDERS,
     AttentionState,
     CellName,
     DecoderOutput,
@@ -24,13 +21,11 @@ from ..types import (
     LayerWeights,
     OrderName,
     ScoreName,
-    attention_parts,
     decoder_parts,
 )
+from ._attending import attending
 from ._common import beside, check_option, flatten, h_and_c
-from .keys import check_keys, check_score, check_window, core, core_keys
-
-_PLAIN_ATTENTION = (1, 0, "none", "luong", "output")
+from .keys import check_keys, check_score, core, core_keys
 
 
 def decode(
@@ -58,6 +53,7 @@ def decode(
     history: HistoryName | None = None,
     dropout_masks: Tensor | None = None,
     need_weights: bool = False,
+    memory_rows: Tensor | None = None,
 ) -> DecoderOutput:
     """Run a whole attention decoder with teacher forcing.
 
@@ -102,6 +98,9 @@ def decode(
         dropout_masks: (L - 1, T, B, H), what the output of each layer but the top one is
             multiplied with on its way up; zeros and ``1 / (1 - p)``. Default: ones.
         need_weights: also return the attention weights.
+        memory_rows: (B,) int64, the row of keys, memory and lengths that each row attends to,
+            which may be of another number of rows: those that attend to one share it. Default:
+            its own.
 
     Returns:
         ``output`` (T, B, H), ``weights`` (T, B, S), of several heads (T, B, N, S), or None, and
@@ -121,11 +120,6 @@ def decode(
         See et al. 2017, arXiv 1704.04368, eq. 10 and 11 (coverage).
     """
     check_option("cell", cell, tuple(GATES))
-    check_option("order", order, ORDERS)
-    check_option("feed", feed, FEEDS)
-    if history is not None:
-        check_option("history", history, HISTORIES)
-    check_window(window)
     # The query is the top state, made inside the loop, so its projection happens there.
     check_score(score, weight, weight_query, weight_v)
     check_keys(score, keys)
@@ -135,21 +129,20 @@ def decode(
     keys, lengths = core_keys(score, keys, memory, lengths, weight, size, heads)
     flat = flatten(layers)
     parts, fed = decoder_parts(cell, state)
-    step, past = attention_parts(state)
-    # A local-p window needs no number of the step.
-    counts = window is not None and weight_position is None
-    if (counts or history is not None) and fed is not None and step is None:
-        raise ValueError(
-            "state must have a third part (step, weights) with a window or a history, as what a "
-            "call returned has; (hidden, None) starts anew; got (hidden, feed) without it"
-        )
+    step, more = attending(
+        state,
+        fed,
+        weight_history=weight_history,
+        weight_position=weight_position,
+        weight_position_v=weight_position_v,
+        order=order,
+        feed=feed,
+        heads=heads,
+        window=window,
+        history=history,
+    )
     h_0, c_0 = h_and_c(parts)
-    # The operator's defaults are left out where they are wanted: to give them takes its time.
-    more: tuple[object, ...] = ()
-    others = (weight_history, weight_position, weight_position_v, step, past)
-    how = (heads, window or 0, history or "none", order, feed)
-    if how != _PLAIN_ATTENTION or any(other is not None for other in others):
-        more = (*others, *how)
+    shared = {} if memory_rows is None else {"memory_rows": beside("memory_rows", memory_rows, x)}
     output, weights, h_n, c_n, feed_n, past_n = torch.ops.pyseq.decode(
         x,
         flat,
@@ -168,6 +161,7 @@ def decode(
         input_feeding,
         need_weights,
         *more,
+        **shared,
     )
     attention = None
     if window is not None or history is not None:

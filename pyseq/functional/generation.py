@@ -14,13 +14,16 @@ from ..errors import SearchError
 from ..types import (
     GATES,
     CellName,
-    DecoderState,
+    DecoderStart,
+    FeedName,
     GenerateOutput,
+    HistoryName,
     LayerWeights,
+    OrderName,
     ScoreName,
-    State,
     decoder_parts,
 )
+from ._attending import attending
 from ._common import beside, check_option, flatten, h_and_c
 from .keys import check_keys, check_score, core, core_keys
 
@@ -28,7 +31,7 @@ from .keys import check_keys, check_score, core, core_keys
 def generate(
     embedding: Tensor,
     layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
-    state: DecoderState | tuple[State, Tensor | None],
+    state: DecoderStart,
     output_weight: Tensor,
     output_bias: Tensor | None = None,
     keys: Tensor | None = None,
@@ -50,6 +53,14 @@ def generate(
     n_best: int = 1,
     block_ngrams: int | None = None,
     prefix: Tensor | None = None,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    order: OrderName = "luong",
+    feed: FeedName = "output",
+    heads: int = 1,
+    window: int | None = None,
+    history: HistoryName | None = None,
 ) -> GenerateOutput:
     """Search for the likeliest sequences of each row with an attention decoder.
 
@@ -64,7 +75,7 @@ def generate(
         layers: as in :func:`decode`, with I equal to E; if score is None, stacked cells
             whose top state is the output, without combination and feeding.
         state: ``(hidden, feed)`` before the first token: h (L, B, H) or for LSTM the pair
-            (h, c), and (B, H) or None for zero.
+            (h, c), and (B, F) or None for zero; with a window or a history as in :func:`decode`.
         output_weight: (V, H), ``W_o``.
         output_bias: (V,). Default: zero.
         keys, memory, combine: as in :func:`decode`; None exactly if score is None.
@@ -76,10 +87,13 @@ def generate(
         need_weights: also return the attention weights.
         min_length, n_best, block_ngrams: as in :class:`pyseq.search.SearchOptions`.
         prefix: (B, P) int64, tokens that each row begins with, 0 beyond the end of a row's.
+        weight_history, weight_position, weight_position_v, order, feed, heads, window, history: as
+            in :func:`decode`.
 
     Returns:
         ``tokens`` (B, T) without ``<start>`` and ``<stop>``, ``lengths`` (B,), ``scores``
-        (B,), log P without the length penalty, and ``weights`` (B, T, S) or None. With
+        (B,), log P without the length penalty, and ``weights`` (B, T, S), of several heads
+        (B, T, N, S), or None. With
         ``n_best`` above 1 there are B * n_best rows: those of a source together, the best one
         first; what was not found is empty, with a score of minus infinity.
 
@@ -93,8 +107,30 @@ def generate(
     Reference:
         As :func:`decode`; Wu et al. 2016, arXiv 1609.08144, eq. 14 (length penalty).
     """
-    h_0, c_0, feed, keys, lengths = _own_tokens(
-        cell, score, weight, weight_query, weight_v, keys, memory, lengths, output_weight, state
+    h_0, c_0, fed, keys, lengths = _own_tokens(
+        cell,
+        score,
+        weight,
+        weight_query,
+        weight_v,
+        keys,
+        memory,
+        lengths,
+        output_weight,
+        state,
+        heads,
+    )
+    how = attending(
+        state,
+        fed,
+        weight_history=weight_history,
+        weight_position=weight_position,
+        weight_position_v=weight_position_v,
+        order=order,
+        feed=feed,
+        heads=heads,
+        window=window,
+        history=history,
     )
     tokens, sizes, scores, weights = torch.ops.pyseq.generate(
         embedding,
@@ -108,7 +144,7 @@ def generate(
         weight_v,
         h_0,
         c_0,
-        feed,
+        fed,
         beside("lengths", lengths, embedding),
         cell,
         "none" if score is None else core(score),
@@ -121,6 +157,7 @@ def generate(
         n_best,
         block_ngrams or 0,
         prefix,
+        *how.arguments,
     )
     if any(map(math.isnan, scores.tolist())):
         raise SearchError("the model's logits must be finite, got NaN or infinity")
@@ -138,7 +175,8 @@ def _own_tokens(
     memory: Tensor | None,
     lengths: Tensor | None,
     output_weight: Tensor,
-    state: DecoderState | tuple[State, Tensor | None],
+    state: DecoderStart,
+    heads: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """``h_0``, ``c_0``, ``feed``, keys and lengths for an operator that runs a decoder on its
     own tokens, checked."""
@@ -148,11 +186,13 @@ def _own_tokens(
     if score is not None and memory is not None and (keys is not None or score == "location"):
         check_keys(score, keys)
         check_shape("output_weight", output_weight, "(V, H)", (-1, -1))
-        keys, lengths = core_keys(score, keys, memory, lengths, weight, output_weight.shape[1])
-    parts, feed = decoder_parts(cell, state)
+        keys, lengths = core_keys(
+            score, keys, memory, lengths, weight, output_weight.shape[1], heads
+        )
+    parts, fed = decoder_parts(cell, state)
     if not parts:
         raise ValueError("state must hold the hidden state before the first token, got None")
-    return *h_and_c(parts), feed, keys, lengths
+    return *h_and_c(parts), fed, keys, lengths
 
 
 def scheduled_inputs(
@@ -160,7 +200,7 @@ def scheduled_inputs(
     coins: Tensor,
     embedding: Tensor,
     layers: Sequence[LayerWeights | tuple[Tensor | None, ...]],
-    state: DecoderState | tuple[State, Tensor | None],
+    state: DecoderStart,
     output_weight: Tensor,
     output_bias: Tensor | None = None,
     keys: Tensor | None = None,
@@ -178,6 +218,14 @@ def scheduled_inputs(
     embedding_masks: Tensor | None = None,
     dropout_masks: Tensor | None = None,
     output_masks: Tensor | None = None,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    order: OrderName = "luong",
+    feed: FeedName = "output",
+    heads: int = 1,
+    window: int | None = None,
+    history: HistoryName | None = None,
 ) -> Tensor:
     """What an attention decoder reads that is shown the truth only now and then.
 
@@ -199,6 +247,8 @@ def scheduled_inputs(
         embedding_masks: (T, B, E), what the embeddings are multiplied with.
         dropout_masks: (L-1, T, B, H), as in :func:`decode`.
         output_masks: (T, B, H), what the output layer's input is multiplied with.
+        weight_history, weight_position, weight_position_v, order, feed, heads, window, history: as
+            in :func:`decode`.
 
     Returns:
         (T, B) int64, what is read. It does not depend on the number of threads.
@@ -209,8 +259,30 @@ def scheduled_inputs(
     Reference:
         Bengio et al. 2015, arXiv 1506.03099, section 2.4.
     """
-    h_0, c_0, feed, keys, lengths = _own_tokens(
-        cell, score, weight, weight_query, weight_v, keys, memory, lengths, output_weight, state
+    h_0, c_0, fed, keys, lengths = _own_tokens(
+        cell,
+        score,
+        weight,
+        weight_query,
+        weight_v,
+        keys,
+        memory,
+        lengths,
+        output_weight,
+        state,
+        heads,
+    )
+    how = attending(
+        state,
+        fed,
+        weight_history=weight_history,
+        weight_position=weight_position,
+        weight_position_v=weight_position_v,
+        order=order,
+        feed=feed,
+        heads=heads,
+        window=window,
+        history=history,
     )
     return torch.ops.pyseq.scheduled_inputs(
         tokens,
@@ -227,7 +299,7 @@ def scheduled_inputs(
         weight_v,
         h_0,
         c_0,
-        feed,
+        fed,
         beside("lengths", lengths, embedding),
         embedding_masks,
         dropout_masks,
@@ -235,4 +307,5 @@ def scheduled_inputs(
         cell,
         "none" if score is None else core(score),
         input_feeding,
+        *how.arguments,
     )

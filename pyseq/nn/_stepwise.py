@@ -49,6 +49,7 @@ def decode_stepwise(
     state: DecoderStart | None,
     need_weights: bool,
     dropout_masks: Tensor | None,
+    memory_rows: Tensor | None,
 ) -> DecoderOutput:
     """An attentive decoder, time-major, where calling ``combine`` or ``positions`` is more than
     their products (they have hooks, or were replaced): both are called at each step, and what is
@@ -79,7 +80,17 @@ def decode_stepwise(
             x_t = torch.cat([x_t, fed], 1)
         masks = None if dropout_masks is None else dropout_masks[:, t : t + 1]
         before = (hidden, unread, attention)
-        now = step_of(decoder, x_t.unsqueeze(0), memory, keys, lengths, before, need_weights, masks)
+        now = step_of(
+            decoder,
+            x_t.unsqueeze(0),
+            memory,
+            keys,
+            lengths,
+            before,
+            need_weights,
+            masks,
+            memory_rows,
+        )
         hidden, attention = now.hidden, now.attention
         h = state_parts(decoder.cell, hidden)[0][-1]
         outputs.append(decoder.combine(torch.cat([now.context, h], 1)).tanh())
@@ -104,6 +115,7 @@ def _fused_step(
     before: _Before,
     need_weights: bool,
     dropout_masks: Tensor | None,
+    memory_rows: Tensor | None,
 ) -> _Step:
     """The operator's step (1, B, .), whose output is not read."""
     unused = x.new_zeros(decoder.hidden_size, decoder.memory_size + decoder.hidden_size)
@@ -116,6 +128,7 @@ def _fused_step(
         cast(DecoderStart, before),
         need_weights,
         dropout_masks,
+        memory_rows,
         input_feeding=decoder.order == "bahdanau",
         feed="context",
     )
@@ -132,9 +145,13 @@ def _step_by_parts(
     before: _Before,
     need_weights: bool,
     dropout_masks: Tensor | None,
+    memory_rows: Tensor | None,
 ) -> _Step:
     """The cells, and before or after them attention, which has no history."""
     assert decoder.score is not None
+    if memory_rows is not None:
+        memory, keys = memory[:, memory_rows], keys[:, memory_rows]
+        lengths = None if lengths is None else lengths[memory_rows]
     hidden, _, attention = before
     parts = state_parts(decoder.cell, hidden)
     query = parts[0][-1:] if parts else x.new_zeros(1, x.shape[1], decoder.hidden_size)

@@ -324,6 +324,7 @@ class AttentionDecoder(torch.nn.Module):
         need_weights: bool = False,
         keys: Tensor | None = None,
         dropout_masks: Tensor | None = None,
+        memory_rows: Tensor | None = None,
     ) -> DecoderOutput:
         """Run all steps of ``x``.
 
@@ -339,6 +340,8 @@ class AttentionDecoder(torch.nn.Module):
             keys: what :meth:`project` gave for this memory. Default: computed here.
             dropout_masks: (L-1, T, B, H), what :meth:`draw_dropout_masks` gave, where several
                 calls are to drop the same. Default: drawn here, in training.
+            memory_rows: (B,) int64, the row of memory, keys and lengths that each row attends to,
+                of as many as these have. Default: its own.
 
         Returns:
             The output (T, B, H), the weights (T, B, S), of several heads (T, B, N, S), or None,
@@ -360,7 +363,7 @@ class AttentionDecoder(torch.nn.Module):
         else:
             if memory is None:
                 raise RuntimeError("memory must be given unless score is None, got None")
-            batch = x.shape[1]
+            batch = x.shape[1] if memory_rows is None else -1
             if self.batch_first:
                 check_shape("memory", memory, "(B, S, M)", (batch, -1, self.memory_size))
                 memory = memory.transpose(0, 1)
@@ -370,7 +373,7 @@ class AttentionDecoder(torch.nn.Module):
             else:
                 check_shape("memory", memory, "(S, B, M)", (-1, batch, self.memory_size))
             result = self._forward_attentive(
-                x, memory, keys, lengths, state, need_weights, dropout_masks
+                x, memory, keys, lengths, state, need_weights, dropout_masks, memory_rows
             )
         if not self.batch_first:
             return result
@@ -413,6 +416,7 @@ class AttentionDecoder(torch.nn.Module):
         state: DecoderStart | None,
         need_weights: bool,
         dropout_masks: Tensor | None,
+        memory_rows: Tensor | None,
     ) -> DecoderOutput:
         assert self.score is not None
         assert self.combine is not None
@@ -423,7 +427,7 @@ class AttentionDecoder(torch.nn.Module):
         whole = is_bare(self.combine, torch.nn.Linear)
         if not whole or not (self.positions is None or is_bare(self.positions, Positions)):
             return decode_stepwise(
-                self, x, memory, keys, lengths, state, need_weights, dropout_masks
+                self, x, memory, keys, lengths, state, need_weights, dropout_masks, memory_rows
             )
         return self._decode(
             x,
@@ -434,6 +438,7 @@ class AttentionDecoder(torch.nn.Module):
             state,
             need_weights,
             dropout_masks,
+            memory_rows,
             input_feeding=self.input_feeding,
             feed=self.feed,
         )
@@ -448,6 +453,7 @@ class AttentionDecoder(torch.nn.Module):
         state: DecoderStart | None,
         need_weights: bool,
         dropout_masks: Tensor | None,
+        memory_rows: Tensor | None,
         *,
         input_feeding: bool,
         feed: FeedName,
@@ -476,6 +482,7 @@ class AttentionDecoder(torch.nn.Module):
             history=self.history,
             dropout_masks=dropout_masks,
             need_weights=need_weights,
+            memory_rows=memory_rows,
         )
 
     def extra_repr(self) -> str:

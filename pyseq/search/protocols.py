@@ -25,21 +25,37 @@ def _select_rows(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 class EncodedSource(NamedTuple):
-    """What the decoder attends to, one row per hypothesis; None without attention."""
+    """What N hypotheses attend to; None without attention.
 
-    memory: Tensor | None  # (S, N, M)
-    keys: Tensor | None  # (S, N, A), the projected memory
-    lengths: Tensor | None  # (N,), valid positions
+    With ``rows`` all but the context belongs to R sources, and hypotheses of one share it: what
+    :meth:`select` gives is the same memory, or part of it. Without, each has its own row.
+    """
+
+    memory: Tensor | None  # (S, R, M), or (S, N, M)
+    keys: Tensor | None  # the projected memory, (S, R, A) or (S, N, A)
+    lengths: Tensor | None  # valid positions, (R,) or (N,)
     context: Tensor | None = None  # (N, C), of a decoder that reads one at every step
     copies: Copies | None = None  # what may be copied, for a model that copies
+    rows: Tensor | None = None  # (N,) int64, the source of each hypothesis
 
     def select(self, rows: Tensor) -> EncodedSource:
-        """The given rows (N'), which may repeat."""
+        """The given hypotheses (N',), which may repeat."""
+        context = None if self.context is None else self.context.index_select(0, rows)
+        if self.rows is None:
+            return self._sources(rows)._replace(context=context)
+        own = self.rows.index_select(0, rows)
+        kept = own.unique()
+        if self.lengths is None or 2 * len(kept) > len(self.lengths):
+            return self._replace(context=context, rows=own)
+        # Half of the sources are done: so rarely that all copies together are one of the memory.
+        return self._sources(kept)._replace(context=context, rows=torch.searchsorted(kept, own))
+
+    def _sources(self, rows: Tensor) -> EncodedSource:
         return EncodedSource(
             None if self.memory is None else _select_rows(self.memory, rows),
             None if self.keys is None else _select_rows(self.keys, rows),
             None if self.lengths is None else self.lengths.index_select(0, rows),
-            None if self.context is None else self.context.index_select(0, rows),
+            None,
             None if self.copies is None else self.copies.select(rows),
         )
 

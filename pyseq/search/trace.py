@@ -103,7 +103,7 @@ def trace_back(
         for place, (score, length) in enumerate(zip(scores, lengths, strict=True)):
             if place > 0 and score == -math.inf:
                 break
-            cut = None if attention is None else attention[row, place, :length, :source_length]
+            cut = None if attention is None else attention[row, place, :length, ..., :source_length]
             best.append(Hypothesis(columns[row][place][:length], score, cut))
         found.append(best)
     return found

@@ -14,7 +14,7 @@ from .._dropout import apply_dropout, check_probability
 from .._pickled import fill_in
 from ..copying import Copying
 from ..extra import Conditions, ExtraInformation, ExtraOptions, check_extra
-from ..nn import AttentionDecoder, AttentionOptions, Score
+from ..nn import AttentionDecoder, AttentionOptions
 from ..nn._common import Device
 from ..recurrent import LayerOptions
 from ..scheduled import Sampling
@@ -33,6 +33,7 @@ from . import fused
 from .inputs import check_tokens
 from .masks import Masks, masked
 from .scanned import build_decoder
+from .sharing import Groups
 
 __all__ = ["Decoder"]
 
@@ -176,6 +177,7 @@ class Decoder(torch.nn.Module):
         need_weights: bool = False,
         keys: Tensor | None = None,
         conditions: Conditions | None = None,
+        memory_rows: Tensor | None = None,
     ) -> tuple[Tensor, DecoderOutput]:
         """Predict, from each token and those before it, the next one.
 
@@ -185,6 +187,8 @@ class Decoder(torch.nn.Module):
                 :meth:`pyseq.nn.AttentionDecoder.forward`, time-major.
             conditions: the context (B, C), the extra information, (B, Z) or (T, B, Z), and
                 what may be copied, of a decoder that has been built for them.
+            memory_rows: (B,) int64, the row of the memory, of keys, lengths and what may be
+                copied that each row attends to, of as many as these have. Default: its own.
 
         Returns:
             The logits (B, T, V), or of a decoder that copies the log-probabilities
@@ -201,15 +205,27 @@ class Decoder(torch.nn.Module):
             need_weights=need_weights,
             keys=keys,
             conditions=conditions,
+            memory_rows=memory_rows,
         )
-        return self._predict(hidden, x, memory, conditions), decoded
+        return self._predict(hidden, x, memory, conditions, memory_rows), decoded
 
     def _predict(
-        self, hidden: Tensor, x: Tensor, memory: Tensor | None, conditions: Conditions | None
+        self,
+        hidden: Tensor,
+        x: Tensor,
+        memory: Tensor | None,
+        conditions: Conditions | None,
+        memory_rows: Tensor | None = None,
     ) -> Tensor:
         """What :meth:`forward` returns first, for (T, B, H) and what was read, (T, B, I)."""
         if self.copying is not None:
-            return self.copying(*self._copying_inputs(hidden, x, memory, conditions))
+            inputs = self._copying_inputs(hidden, x, memory, conditions)
+            if memory_rows is None:
+                return self.copying(*inputs)
+            logits, hidden, memory, x, copies = inputs
+            groups = Groups.of(memory_rows, memory.shape[0])
+            logits, hidden, x = map(groups.gather, (logits, hidden, x))
+            return groups.scatter(self.copying(logits, hidden, memory, x, copies))
         # Transposed here, where it is narrow, so that the logits are contiguous.
         return self.output(hidden.transpose(0, 1))
 
@@ -304,6 +320,7 @@ class Decoder(torch.nn.Module):
         keys: Tensor | None = None,
         masks: Masks | None = None,
         conditions: Conditions | None = None,
+        memory_rows: Tensor | None = None,
     ) -> tuple[Tensor, DecoderOutput, Tensor]:
         """What the output layer reads (T, B, H), what the recurrent decoder gave, and what it
         read (T, B, I)."""
@@ -332,6 +349,7 @@ class Decoder(torch.nn.Module):
             need_weights=need_weights,
             keys=keys,
             dropout_masks=masks.layers,
+            memory_rows=memory_rows,
         )
         hidden = decoded.output
         if self.extra is not None and extra is not None and not self.extra_at_input:
@@ -403,7 +421,7 @@ class Decoder(torch.nn.Module):
                 draws,
                 memory,
                 lengths=lengths,
-                state=(state[0], state[1]),
+                state=state,
                 masks=masks,
             ).t()
         return self._inputs_step_by_step(
@@ -470,9 +488,8 @@ class Decoder(torch.nn.Module):
         """
         rnn, output = self.rnn, self.output
         assert isinstance(rnn, AttentionDecoder)  # or it is not fused
-        score, combine = rnn.score, rnn.combine
         with fused.exact_results(self.embedding.weight):
-            return functional.generate(
+            found = functional.generate(
                 self.embedding.weight,
                 rnn.layer_weights(),
                 state,
@@ -480,28 +497,26 @@ class Decoder(torch.nn.Module):
                 output.bias,
                 encoded.keys,
                 encoded.memory,
-                None if combine is None else combine.weight,
+                None if rnn.combine is None else rnn.combine.weight,
                 max_length=max_length,
                 beam_size=beam_size,
                 length_penalty=length_penalty,
-                cell=rnn.cell,
-                score=None if score is None else score.fused,
-                weight_query=None if score is None else score.weight_query,
-                weight_v=None if score is None else score.weight_v,
                 lengths=encoded.lengths,
-                input_feeding=rnn.input_feeding,
                 need_weights=need_weights,
                 min_length=min_length,
                 n_best=n_best,
                 block_ngrams=block_ngrams,
                 prefix=prefix,
+                **fused.options_of(rnn),
             )
+        if found.weights is None or found.weights.dim() == 3:
+            return found
+        return found._replace(weights=found.weights.mean(2))  # over the heads
 
     def is_fused(self) -> bool:
         """Whether a step of ``forward`` in eval mode is what :meth:`generate` computes.
 
-        Not with other attention than Luong's over all of the memory, see
-        :meth:`pyseq.nn.AttentionDecoder.is_plain`; not on another device or in another dtype
+        Not with layers that attend when they have run; not on another device or in another dtype
         than the operator's; and not if a module has hooks, is parametrised or was replaced by one
         of another class, nor if it takes a context or extra information or copies.
         """
@@ -511,20 +526,10 @@ class Decoder(torch.nn.Module):
         own = self._modules
         if own.get("extra") is not None or own.get("copying") is not None:
             return False
-        rnn, embedding = own["rnn"], own["embedding"]
-        if type(rnn) is not AttentionDecoder or not rnn.is_plain():
-            return False
+        embedding = own["embedding"]
         if not isinstance(embedding, torch.nn.Embedding) or embedding.max_norm is not None:
             return False  # looking up with a largest norm would change the weights
-        parts = (
-            (self, Decoder),
-            (embedding, torch.nn.Embedding),
-            (rnn, AttentionDecoder),
-            (rnn._modules.get("score"), Score),
-            (rnn._modules.get("combine"), torch.nn.Linear),
-            (own["output"], torch.nn.Linear),
-        )
-        for module, expected in parts:
-            if module is not None and not fused.is_plain(module, expected):
-                return False
-        return True
+        parts = ((self, Decoder), (embedding, torch.nn.Embedding), (own["output"], torch.nn.Linear))
+        return all(
+            module is not None and fused.is_plain(module, expected) for module, expected in parts
+        ) and fused.attends_plainly(own["rnn"])

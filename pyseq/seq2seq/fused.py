@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from torch.nn.modules import module as _of_all_modules
 
 from .. import functional
 from .._checks import check_smoothing
-from ..nn import AttentionDecoder
+from ..nn import AttentionDecoder, Positions, Score
 from ..nn._common import is_bare
-from ..types import State
+from ..types import DecoderStart
 from .masks import Masks
 
 if TYPE_CHECKING:
@@ -38,6 +38,42 @@ def is_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
         if not weight.is_floating_point():
             return False
     return True
+
+
+def attends_plainly(rnn: torch.nn.Module | None) -> bool:
+    """Whether a decoder's layers and attention are in all parts what the operators compute."""
+    if type(rnn) is not AttentionDecoder or not is_plain(rnn, AttentionDecoder):
+        return False
+    own = rnn._modules
+    for name, expected in (
+        ("score", Score),
+        ("combine", torch.nn.Linear),
+        ("positions", Positions),
+    ):
+        module = own.get(name)
+        if module is not None and not is_plain(module, expected):
+            return False
+    return True
+
+
+def options_of(rnn: AttentionDecoder) -> dict[str, Any]:
+    """How such a decoder attends, as the operators that make their own steps are told."""
+    score, positions = rnn.score, rnn.positions
+    return {
+        "cell": rnn.cell,
+        "score": None if score is None else score.fused,
+        "weight_query": None if score is None else score.weight_query,
+        "weight_v": None if score is None else score.weight_v,
+        "weight_history": None if score is None else score.weight_history,
+        "weight_position": None if positions is None else positions.weight,
+        "weight_position_v": None if positions is None else positions.weight_v,
+        "order": rnn.order,
+        "input_feeding": rnn.input_feeding,
+        "feed": rnn.feed,
+        "heads": 1 if score is None else score.heads,
+        "window": rnn.window_size,
+        "history": rnn.history,
+    }
 
 
 def all_are_hooked() -> bool:
@@ -101,36 +137,34 @@ def scheduled_inputs(
     memory: Tensor | None,
     *,
     lengths: Tensor | None,
-    state: tuple[State, Tensor | None],
+    state: DecoderStart,
     masks: Masks,
 ) -> Tensor:
     """See :func:`pyseq.functional.scheduled_inputs`; for one that ``is_fused``."""
-    assert isinstance(decoder.rnn, AttentionDecoder)  # or it is not fused
-    score, combine = decoder.rnn.score, decoder.rnn.combine
-    attends = memory is not None and score is not None
-    limit = None
-    if memory is not None and score is not None:
-        limit = score.limit(memory, lengths)
+    rnn = decoder.rnn
+    assert isinstance(rnn, AttentionDecoder)  # or it is not fused
+    score, combine = rnn.score, rnn.combine
+    keys = limit = None
+    if score is None:
+        memory = None
+    elif memory is not None:
+        keys, limit = rnn.project(memory, lengths), score.limit(memory, lengths)
     with exact_results(decoder.embedding.weight):
         return functional.scheduled_inputs(
             tokens,
             coins,
             decoder.embedding.weight,
-            decoder.rnn.layer_weights(),
+            rnn.layer_weights(),
             state,
             decoder.output.weight,
             decoder.output.bias,
-            decoder.rnn.project(memory, lengths) if attends and memory is not None else None,
-            memory if attends else None,
+            keys,
+            memory,
             None if combine is None else combine.weight,
             draws=draws,
-            cell=decoder.rnn.cell,
-            score=None if score is None else score.fused,
-            weight_query=None if score is None else score.weight_query,
-            weight_v=None if score is None else score.weight_v,
             lengths=limit,
-            input_feeding=decoder.rnn.input_feeding,
             embedding_masks=masks.embedding,
             dropout_masks=masks.layers,
             output_masks=masks.output,
+            **options_of(rnn),
         )

@@ -518,10 +518,15 @@ class Seq2Seq(torch.nn.Module):
         keys = rnn.project(memory)
         if keys is None or rnn.score is None:
             return EncodedSource(None, None, None, context), state
-        # Every step reads the memory row by row, so it is laid out like that once.
-        memory = memory.transpose(0, 1).contiguous().transpose(0, 1)
+        # Every step reads both row by row, so they are laid out like that once.
+        memory, keys = (
+            each.transpose(0, 1).contiguous().transpose(0, 1) for each in (memory, keys)
+        )
         limit = rnn.score.limit(memory, lengths.to(source.device))
-        return EncodedSource(memory, keys, limit, context, checked), state
+        rows = None
+        if memory.is_cpu:  # on other devices each hypothesis has a row of its own
+            rows = torch.arange(memory.shape[1])
+        return EncodedSource(memory, keys, limit, context, checked, rows), state
 
     def step(
         self,
@@ -549,6 +554,7 @@ class Seq2Seq(torch.nn.Module):
             need_weights=need_weights,
             keys=encoded.keys,
             conditions=Conditions(encoded.context, target_extra, encoded.copies),
+            memory_rows=encoded.rows,
         )
         log_probs = logits[:, 0]
         if encoded.copies is None:

@@ -19,6 +19,7 @@ from ..nn.attention import check_window
 from ..recurrent import LayerOptions, build_layers, check_layer_options, layer_cell
 from ..types import (
     GATES,
+    AttendOutput,
     AttentionState,
     CellName,
     DecoderOutput,
@@ -31,6 +32,7 @@ from ..types import (
     kind,
     state_parts,
 )
+from .sharing import Groups
 
 
 class ScannedDecoder(torch.nn.Module):
@@ -173,11 +175,12 @@ class ScannedDecoder(torch.nn.Module):
         need_weights: bool = False,
         keys: Tensor | None = None,
         dropout_masks: Tensor | None = None,
+        memory_rows: Tensor | None = None,
     ) -> DecoderOutput:
         """Run all steps of ``x``.
 
         Args:
-            x, memory, lengths, state, need_weights, keys: as in
+            x, memory, lengths, state, need_weights, keys, memory_rows: as in
                 :meth:`pyseq.nn.AttentionDecoder.forward`, time-major. The state's feed is (B, H)
                 or None, and not read.
             dropout_masks: None, since the layers draw their own.
@@ -204,20 +207,68 @@ class ScannedDecoder(torch.nn.Module):
             return DecoderOutput(hidden, None, DecoderState(last, hidden[-1]))
         if memory is None:
             raise RuntimeError("memory must be given unless score is None, got None")
-        check_shape("memory", memory, "(S, B, M)", (-1, x.shape[1], self.memory_size))
-        context, weights = self.score.attend(
+        batch = x.shape[1] if memory_rows is None else -1
+        check_shape("memory", memory, "(S, B, M)", (-1, batch, self.memory_size))
+        context, weights = self._attend(
             hidden,
             self.score.project(memory, lengths) if keys is None else keys,
             memory,
             lengths,
-            positions=self.positions,
-            window_size=self.window_size,
-            step=step if self.window == "local-m" else None,
-            need_weights=need_weights,
+            step if self.window == "local-m" else None,
+            need_weights,
+            memory_rows,
         )
         output = self.combine(torch.cat([context, hidden], 2)).tanh()
         after = self._after(step, x.shape[0], x.shape[1], x.device)
         return DecoderOutput(output, weights, DecoderState(last, output[-1], after))
+
+    def _attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        memory: Tensor,
+        lengths: Tensor | None,
+        step: Tensor | None,
+        need_weights: bool,
+        memory_rows: Tensor | None,
+    ) -> AttendOutput:
+        """Context and weights of all steps of ``query`` (T, B, H)."""
+        assert self.score is not None
+
+        def attend(query: Tensor, step: Tensor | None) -> AttendOutput:
+            assert self.score is not None
+            return self.score.attend(
+                query,
+                keys,
+                memory,
+                lengths,
+                positions=self.positions,
+                window_size=self.window_size,
+                step=step,
+                need_weights=need_weights,
+            )
+
+        if memory_rows is None:
+            return attend(query, step)
+        groups = Groups.of(memory_rows, memory.shape[1])
+        rows = groups.gather(query.transpose(0, 1))  # (R, k * T, H)
+        if self.window != "local-m":
+            found = [attend(rows.transpose(0, 1), None)]
+        else:
+            # Windows go by the number of the step, so that of those side by side each has a call.
+            if step is None:
+                step = memory_rows.new_zeros(query.shape[1])
+            steps = groups.gather(step.unsqueeze(1))  # (R, k)
+            found = [
+                attend(each.transpose(0, 1), own.contiguous())
+                for each, own in zip(rows.split(query.shape[0], 1), steps.unbind(1), strict=True)
+            ]
+        context, *weights = (
+            groups.scatter(torch.cat(parts).transpose(0, 1)).transpose(0, 1)
+            for parts in zip(*found, strict=True)
+            if parts[0] is not None
+        )
+        return AttendOutput(context, weights[0] if weights else None)
 
 
 def build_decoder(
