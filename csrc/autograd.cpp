@@ -431,7 +431,8 @@ struct Decode : Function<Decode> {
                                options["window"],
                                options["history"],
                                options["order"],
-                               options["fed"]};
+                               options["fed"],
+                               /*memory_rows=*/OptionalTensor()};
     });
   }
 };

@@ -89,9 +89,10 @@ struct Gradients : Function<Gradients> {
     Stack stack = data["options"].toList().vec();
     int64_t next = count;
     replace_tensors(stack, [&](const Tensor&) { return at(next++); });
-    c10::Dispatcher::singleton()
-        .findSchemaOrThrow(("pyseq::" + data["op"].toStringRef() + "_reference").c_str(), "")
-        .callBoxed(stack);
+    const c10::OperatorHandle reference = c10::Dispatcher::singleton().findSchemaOrThrow(
+        ("pyseq::" + data["op"].toStringRef() + "_reference").c_str(), "");
+    TORCH_INTERNAL_ASSERT(stack.size() == reference.schema().arguments().size());
+    reference.callBoxed(stack);
 
     variable_list outputs, d_outputs, wanted, first, d_first;
     for (int64_t i = 0; i < count; ++i) {
