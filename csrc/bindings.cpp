@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Names for Python, nothing else: the operators' schemas and kernels for the dispatcher
 // (torch.ops.pyseq), and the pybind11 module _C.
+#include <ATen/ops/linear.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/tanh.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -141,6 +144,17 @@ TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
   m.impl("linear", pyseq::Widened<&pyseq::linear>::of("pyseq::linear"));
   m.impl("sigmoid", &pyseq::sigmoid);
   m.impl("tanh", &pyseq::tanh);
+}
+
+// On devices that have nothing of their own. Those that run a decoder on its own tokens are added
+// by pyseq/resident.py.
+TORCH_LIBRARY_IMPL(pyseq, CompositeExplicitAutograd, m) {
+  m.impl("linear_cross_entropy",
+         pyseq::Widened<&pyseq::linear_cross_entropy_by_torch>::of("pyseq::linear_cross_entropy"));
+  m.impl("linear_cross_entropy_forward", &pyseq::linear_cross_entropy_forward_by_torch);
+  m.impl("linear", &at::linear);
+  m.impl("sigmoid", &at::sigmoid);
+  m.impl("tanh", &at::tanh);
 }
 
 TORCH_LIBRARY_IMPL(pyseq, Autograd, m) {

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cuda_kernels.h"
+#include "cuda_loss.h"
 #include "dispatcher.h"
 #include "ops.h"
 #include "scan_both.h"
@@ -90,6 +91,10 @@ TORCH_LIBRARY_IMPL(pyseq, CUDA, m) {
   m.impl("decode", of_every_type<&decode>("pyseq::decode"));
   m.impl("decode_forward", OnDevice<&decode_forward>::of("pyseq::decode_forward"));
   m.impl("decode_backward", OnDevice<&decode_backward>::of("pyseq::decode_backward"));
+  m.impl("linear_cross_entropy",
+         of_every_type<&linear_cross_entropy_on_cuda>("pyseq::linear_cross_entropy"));
+  m.impl("linear_cross_entropy_forward", OnDevice<&linear_cross_entropy_forward_on_cuda>::of(
+                                             "pyseq::linear_cross_entropy_forward"));
   m.impl("linear", of_every_type<&linear>("pyseq::linear"));
 }
 

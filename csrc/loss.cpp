@@ -47,22 +47,30 @@ std::vector<int64_t> kept_rows(const Tensor& target, int64_t vocab, int64_t igno
 
 }  // namespace
 
+LossShape check_loss(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                     const OptionalTensor& bias) {
+  check_floating(hidden, "hidden");
+  check_dim(hidden, "hidden", 2, "(N, H)");
+  check_dim(weight, "weight", 2, "(V, H)");
+  const int64_t rows = hidden.size(0), size = hidden.size(1), vocab = weight.size(0);
+  TORCH_CHECK(vocab > 0, "weight must be (V, H) with V at least 1, got ",
+              shape_text(weight.sizes()));
+  check_tensor(weight, "weight", "(V, H)", {vocab, size}, hidden, "hidden");
+  check_tensor(bias, "bias", "(V,)", {vocab}, hidden, "hidden");
+  TORCH_CHECK(target.scalar_type() == at::kLong, "target must be int64, got ",
+              target.scalar_type());
+  TORCH_CHECK(target.sizes() == c10::IntArrayRef{rows}, "target must be (N,) = (", rows, ",), got ",
+              shape_text(target.sizes()));
+  TORCH_CHECK(target.device() == hidden.device(), "target must be on the device of hidden, ",
+              hidden.device(), ", got ", target.device());
+  return {rows, size, vocab};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
     const Tensor& hidden, const Tensor& weight_in, const Tensor& target_in,
     const OptionalTensor& bias_in, int64_t ignore_index, double label_smoothing, bool needs_hidden,
     bool needs_weight, bool needs_bias) {
-  check_floating(hidden, "hidden");
-  check_dim(hidden, "hidden", 2, "(N, H)");
-  check_dim(weight_in, "weight", 2, "(V, H)");
-  const int64_t rows = hidden.size(0), size = hidden.size(1), vocab = weight_in.size(0);
-  TORCH_CHECK(vocab > 0, "weight must be (V, H) with V at least 1, got ",
-              shape_text(weight_in.sizes()));
-  check_tensor(weight_in, "weight", "(V, H)", {vocab, size}, hidden, "hidden");
-  check_tensor(bias_in, "bias", "(V,)", {vocab}, hidden, "hidden");
-  TORCH_CHECK(target_in.scalar_type() == at::kLong, "target must be int64, got ",
-              target_in.scalar_type());
-  TORCH_CHECK(target_in.sizes() == c10::IntArrayRef{rows}, "target must be (N,) = (", rows,
-              ",), got ", shape_text(target_in.sizes()));
+  const auto [rows, size, vocab] = check_loss(hidden, weight_in, target_in, bias_in);
 
   Tensor target = target_in.contiguous(), kept_hidden = hidden.contiguous();
   const Tensor weight = weight_in.contiguous();

@@ -31,15 +31,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     check_tensor("x", x)
     # Of short numbers torch's library multiplies twice as many at a time, and sums in float32 too.
-    if (is_short(x) and not autocasts(x.device)) or not _fused(x):
+    # On other devices it has what there is.
+    if (is_short(x) and not autocasts(x.device)) or x.device.type not in ("cpu", "meta"):
         return reference.linear(x, weight, bias)
     product: Tensor = torch.ops.pyseq.linear(x, weight, bias)
     return product
-
-
-def _fused(x: Tensor) -> bool:
-    """Whether there are kernels for the device of ``x``."""
-    return x.device.type in ("cpu", "meta")
 
 
 def linear_cross_entropy(
@@ -58,8 +54,9 @@ def linear_cross_entropy(
     ``s / V`` everywhere, for the label smoothing s.
 
     Ignored rows take no part in any product: padding costs nothing, whatever it holds.
-    Where gradients are wanted they are computed in the forward pass. On the CPU this is one
-    fused operator; on other devices torch computes the formula, with all logits in memory.
+    Where gradients are wanted they are computed in the forward pass. On other devices than the CPU
+    products are torch's and ignored rows are zero in them; nothing waits for the device, so that
+    there a target that is no symbol makes the loss NaN.
 
     Args:
         hidden: (N, H).
@@ -83,15 +80,6 @@ def linear_cross_entropy(
     """
     check_smoothing(label_smoothing)
     check_tensor("hidden", hidden)
-    if not _fused(hidden):
-        return reference.linear_cross_entropy(
-            hidden,
-            weight,
-            target,
-            bias,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-        )
     loss: Tensor = torch.ops.pyseq.linear_cross_entropy(
         hidden, weight, target, bias, ignore_index, label_smoothing
     )
