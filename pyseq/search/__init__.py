@@ -7,6 +7,7 @@ devices than the CPU of all rows; where a model offers a :class:`FusedSearch`, w
 one operator instead.
 """
 
+from . import operators as operators  # registers them for devices without kernels
 from .ensemble import Ensemble
 from .options import Hypothesis, SearchOptions, StreamedToken
 from .protocols import EncodedSource, FusedSearch, SearchModel, Selectable, Step

@@ -39,6 +39,24 @@ def search_resident(
     Draws of rows that are done are made and left unused, so the results of sampling are others
     than on the CPU.
     """
+    trace, finished = run_resident(model, source, source_lengths, options, generator)
+    # Independent draws for a row stand side by side as if for several.
+    draws = options.n_best if options.sample else 1
+    found = trace_back(trace, finished, source_lengths.repeat_interleave(draws))
+    return [
+        list(chain.from_iterable(found[first : first + draws]))
+        for first in range(0, len(found), draws)
+    ]
+
+
+def run_resident(
+    model: SearchModel,
+    source: Tensor,
+    source_lengths: Tensor,
+    options: SearchOptions,
+    generator: torch.Generator | None = None,
+) -> tuple[list[Record], Finished]:
+    """The steps of a search and its results, on the device, when all steps are done."""
     with search_mode(model):
         if options.follows_one():
             return _follow(model, source, source_lengths, options, generator)
@@ -105,7 +123,7 @@ def _follow(
     source_lengths: Tensor,
     options: SearchOptions,
     generator: torch.Generator | None,
-) -> list[list[Hypothesis]]:
+) -> tuple[list[Record], Finished]:
     """Greedy search, or ``n_best`` draws for each row, which stand side by side."""
     draws, device = options.n_best, source.device
     count = source.shape[0] * draws
@@ -140,19 +158,12 @@ def _follow(
             break
     progress.check()
     lengths = lengths.where(scores > -math.inf, 0)  # where everything was forbidden
-    found = trace_back(
-        trace,
-        Finished.of_each_row(scores, lengths),
-        source_lengths.repeat_interleave(draws),
-    )
-    return [
-        list(chain.from_iterable(found[first : first + draws])) for first in range(0, count, draws)
-    ]
+    return trace, Finished.of_each_row(scores, lengths)
 
 
 def _beam_search(
     model: SearchModel, source: Tensor, source_lengths: Tensor, options: SearchOptions
-) -> list[list[Hypothesis]]:
+) -> tuple[list[Record], Finished]:
     """Beam search with ``beam_size`` hypotheses in each row at every step: in place of those that
     there are not yet stand some that have no probability."""
     batch, width, device = source.shape[0], options.beam_size, source.device
@@ -224,7 +235,7 @@ def _beam_search(
     progress.check()
     if not options.need_weights:
         trace = [record._replace(weights=None) for record in trace]
-    return trace_back(trace, finished, source_lengths)
+    return trace, finished
 
 
 def _offer(

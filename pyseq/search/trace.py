@@ -69,28 +69,42 @@ class Finished(NamedTuple):
             kept[rows] = torch.cat([kept[rows], offered], 1).gather(1, order)
 
 
-def trace_back(
-    trace: list[Record], finished: Finished, source_lengths: Tensor
-) -> list[list[Hypothesis]]:
+def collect(trace: list[Record], finished: Finished) -> tuple[Tensor, Tensor | None]:
     """Follow the parents back from the last token of each result.
 
     Args:
-        trace: all steps, in order.
-        finished: the results; those that were not found have a score of minus infinity.
-        source_lengths: (B,), to cut the weights.
+        trace: all steps, in order, one at least.
+        finished: the results.
+
+    Returns:
+        Tokens (B, n, T) and attention (B, n, T, S), if there is any, T the number of steps; beyond
+        the last token of a result they hold anything.
     """
     tokens, weights = [], []
     slot = torch.zeros_like(finished.slots)
     for number, record in reversed(list(enumerate(trace, 1))):
-        # Beyond the last token slot and position stay 0: valid, and cut off below.
+        # Beyond the last token slot and position stay 0: valid, and cut off by who asked.
         slot = torch.where(finished.lengths == number, finished.slots, slot)
         position = record.position.unsqueeze(1)
         tokens.append(record.tokens[position, slot])
         slot = record.parents[position, slot].where(finished.lengths >= number, 0)
         if record.weights is not None:
             weights.append(record.weights[position, slot])
-    columns = torch.stack(tokens[::-1], 2).tolist()
-    attention = torch.stack(weights[::-1], 2) if weights else None  # (B, n, T, S)
+    return torch.stack(tokens[::-1], 2), torch.stack(weights[::-1], 2) if weights else None
+
+
+def trace_back(
+    trace: list[Record], finished: Finished, source_lengths: Tensor
+) -> list[list[Hypothesis]]:
+    """The results of each row, as the searches return them.
+
+    Args:
+        trace, finished: as for :func:`collect`; results that were not found have a score of minus
+            infinity.
+        source_lengths: (B,), to cut the weights.
+    """
+    tokens, attention = collect(trace, finished)
+    columns = tokens.tolist()
     found = []
     sizes = zip(
         finished.scores.tolist(),
