@@ -147,7 +147,7 @@ TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
 }
 
 // On devices that have nothing of their own. Those that run a decoder on its own tokens are added
-// by pyseq/resident.py.
+// by pyseq/search/operators.py.
 TORCH_LIBRARY_IMPL(pyseq, CompositeExplicitAutograd, m) {
   m.impl("linear_cross_entropy",
          pyseq::Widened<&pyseq::linear_cross_entropy_by_torch>::of("pyseq::linear_cross_entropy"));

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import embeddings
 from ._packed import is_quantized
+from .devices import AnyDevice, find_device
 from .errors import CheckpointError, require
 from .labels import Labels
 from .recurrent import LayerOptions
@@ -100,7 +101,7 @@ class TrainingState(NamedTuple):
 class Saved(NamedTuple):
     """What :func:`load` returns; what was not saved is None."""
 
-    model: AnyModel  # in eval mode, on the CPU
+    model: AnyModel  # in eval mode
     source_vocab: Vocab | None
     target_vocab: Vocab | None
     source_tokens: str | None
@@ -197,19 +198,22 @@ def save(
     _replace_files(Path(path), {**files, CONFIG: _json_bytes(config)})
 
 
-def load(path: str | Path) -> Saved:
+def load(path: str | Path, *, device: AnyDevice = None) -> Saved:
     """Load what :func:`save` wrote.
 
     Args:
         path: the folder.
+        device: where the model goes, wherever it was saved: ``"cpu"`` or ``"cuda"``, say. What
+            belongs to training stays on the CPU. Default: the CPU.
 
     Raises:
+        DeviceError: the model cannot be there.
         CheckpointError: there is no saved model, or a file is missing, damaged, or does
             not have the fingerprint that ``config.json`` gives (a vocabulary of another
             model, say).
         OSError: a file cannot be read.
     """
-    path = Path(path)
+    path, place = Path(path), find_device(device)
     config, files = _read_files(path)
     model = _build_model(path, config, _read_tensors(path, WEIGHTS, files[WEIGHTS]))
     vocabs: dict[str, Vocab | None] = {}
@@ -230,7 +234,7 @@ def load(path: str | Path) -> Saved:
             json.loads(files[TRAINING_RECORD]),
         )
     return Saved(
-        model,
+        model.to(place),
         vocabs["source"],
         vocabs["target"],
         config["source_tokens"],

@@ -18,6 +18,7 @@ import torch
 
 from . import checkpoint, g2p, metrics, training
 from .comparison import reference_operators
+from .devices import find_device, finish
 from .errors import PyseqError, require
 from .plot import save_heatmap
 from .text import SPECIALS
@@ -41,17 +42,19 @@ def time_training_step(trainer: Trainer, *, repeats: int = _TIMED_STEPS) -> tupl
     weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     optimizer = torch.optim.Adam(trainer.model.parameters(), fused=True)
     examples, size = trainer.examples, trainer.options.batch_size
+    device = training.device_of(trainer.model)
     seconds: tuple[list[float], list[float]] = ([], [])
 
     def timed_step() -> float:
         begin = time.perf_counter()
         training.training_step(trainer.model, batch, optimizer, clip_norm=trainer.options.clip_norm)
+        finish(device)
         return time.perf_counter() - begin
 
     trainer.model.train()
     # Words of middle length, as many as in any batch.
     order = examples.by_length(range(len(examples)))
-    batch = examples.collate(order[len(order) // 2 :][:size])
+    batch = examples.collate(order[len(order) // 2 :][:size]).to(device)
     with torch.random.fork_rng():  # for dropout
         for turn in range(repeats + 1):
             fused = timed_step()
@@ -80,14 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="passes over the words (default: %(default)s)",
     )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where the model is: cpu, cuda or cuda:1 (default: %(default)s)",
+    )
     arguments = parser.parse_args(argv)
     if arguments.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {arguments.epochs}")
     out = Path(arguments.out)
     try:
-        _run(out, arguments.epochs)
+        _run(out, arguments.epochs, find_device(arguments.device))
     except Interrupted as error:
         resume = f"{sys.executable} -m pyseq train --task g2p --out {out} --resume"
+        if arguments.device != "cpu":
+            resume += f" --device {arguments.device}"
         print(f"demo: {error}; to go on from there: {resume}", file=sys.stderr)
         return 128 + error.signum
     except (PyseqError, OSError) as error:
@@ -96,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(out: Path, epochs: int) -> None:
+def _run(out: Path, epochs: int, device: torch.device) -> None:
     begin = time.perf_counter()
     metrics.require_packages(text_scores=False)
     require("matplotlib.figure", extra="demo")
@@ -116,21 +126,22 @@ def _run(out: Path, epochs: int) -> None:
         options=TrainingOptions(**{**g2p.SHORT_TRAINING, "epochs": epochs}),
         out=out,
         overwrite=True,
+        device=device,
         progress=True,
         log=lambda line: print(line, flush=True),
     )
     fused, plain = time_training_step(trainer)
     step = (
-        f"one training step, {trainer.options.batch_size} words, {torch.get_num_threads()} "
-        f"threads: {fused * 1e3:.0f} ms, with the same operators in plain torch "
-        f"{plain * 1e3:.0f} ms: {plain / fused:.1f} times faster"
+        f"one training step, {trainer.options.batch_size} words, {_place(device)}: "
+        f"{fused * 1e3:.0f} ms, with the same operators in plain torch {plain * 1e3:.0f} ms: "
+        f"{plain / fused:.1f} times faster"
     )
     print(step, flush=True)
     learning = time.perf_counter()
     trainer.run()
     minutes = (time.perf_counter() - learning) / 60
 
-    translator = Translator.load(out)
+    translator = Translator.load(out, device=device)
     print(f"\nafter {minutes:.1f} minutes of training: {g2p.summary(translator)}")
     known = {entry.word for part in parts for entry in part}
     words = [word for word in _NEW_WORDS if word not in known]
@@ -143,6 +154,13 @@ def _run(out: Path, epochs: int) -> None:
     print(f"\nwhere it looked: {picture}\n{step}")
     print(f"the whole demo: {(time.perf_counter() - begin) / 60:.1f} minutes; model: {out}")
     print(f"try: echo pronounceable | {sys.executable} -m pyseq predict {out}")
+
+
+def _place(device: torch.device) -> str:
+    """Where the steps were timed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads"
 
 
 def _draw(translator: Translator, path: Path) -> Path:

@@ -31,6 +31,10 @@ class SearchError(PyseqError, RuntimeError):
     """A model whose outputs cannot be searched."""
 
 
+class DeviceError(PyseqError, ValueError):
+    """A device that models cannot be on."""
+
+
 class MissingExtraError(PyseqError, ImportError):
     """An optional package that is not installed."""
 

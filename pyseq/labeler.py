@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
+from .devices import AnyDevice
 from .errors import CheckpointError, DataError
 from .labels import LabelExamples, Labels
 from .search.evaluation import in_eval_mode, search_mode
@@ -214,18 +215,21 @@ class Labeler(ReadsFeatures):
         )
 
     @classmethod
-    def load(cls, path: str | Path, *, features: Features | None = None) -> Labeler:
+    def load(
+        cls, path: str | Path, *, features: Features | None = None, device: AnyDevice = None
+    ) -> Labeler:
         """Load what :meth:`save` wrote.
 
         Args:
             path: the folder.
             features: as for the constructor.
+            device: as for :func:`pyseq.load`.
 
         Raises:
             CheckpointError: there is no saved model, it is damaged, it is of another kind, or
                 it was saved without vocabulary or labels.
         """
-        found = cls.from_saved(checkpoint.load(path), path)
+        found = cls.from_saved(checkpoint.load(path, device=device), path)
         found.features = features
         return found
 

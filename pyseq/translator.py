@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import checkpoint
 from . import search as searches
+from .devices import AnyDevice
 from .errors import CheckpointError, DataError
 from .search import Ensemble, Hypothesis, SearchModel, SearchOptions
 from .seq2seq import Seq2Seq
@@ -349,7 +350,7 @@ class Translator(ReadsFeatures):
     def _translation(
         self, source: list[str], extra: list[str], hypothesis: Hypothesis, replace_unknown: bool
     ) -> Translation:
-        weights = hypothesis.weights
+        weights = None if hypothesis.weights is None else hypothesis.weights.cpu()
         if self.source_vocab is None:
             source = [str(step) for step in range(1, self._steps(source) + 1)]
         if weights is not None and (self.source_marks == "none" or self.source_vocab is None):
@@ -459,7 +460,11 @@ class Translator(ReadsFeatures):
 
     @classmethod
     def load(
-        cls, path: str | Path, *others: str | Path, features: Features | None = None
+        cls,
+        path: str | Path,
+        *others: str | Path,
+        features: Features | None = None,
+        device: AnyDevice = None,
     ) -> Translator:
         """Load what :meth:`save` wrote.
 
@@ -467,15 +472,16 @@ class Translator(ReadsFeatures):
             path: the folder.
             others: folders of further models that predict together with the first.
             features: as for the constructor.
+            device: as for :func:`pyseq.load`.
 
         Raises:
             CheckpointError: there is no saved model, it is damaged, it was saved without
                 vocabularies, or the others do not read and write text as the first does.
         """
-        first = cls.from_saved(checkpoint.load(path), path)
+        first = cls.from_saved(checkpoint.load(path, device=device), path)
         models = []
         for other in others:
-            one = cls.from_saved(checkpoint.load(other), other)
+            one = cls.from_saved(checkpoint.load(other, device=device), other)
             for what in (
                 "source_vocab",
                 "target_vocab",

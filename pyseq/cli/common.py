@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .. import checkpoint, scheduled, training
-from ..errors import PyseqError
+from ..devices import find_device
+from ..errors import DeviceError, PyseqError
 from ..recurrent import LayerOptions
 from ..seq2seq import Seq2Seq
 from ..text import Features, PairsFile, TextPair, read_pairs
@@ -81,6 +82,23 @@ share.__name__ = "share"
 def add_threads(command: Any) -> None:
     command.add_argument(
         "--threads", type=thread_count, metavar="N", help="CPU threads (default: torch's choice)"
+    )
+
+
+def device(text: str) -> torch.device:
+    try:
+        return find_device(text)
+    except DeviceError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_device(command: Any) -> None:
+    command.add_argument(
+        "--device",
+        type=device,
+        default="cpu",
+        metavar="DEVICE",
+        help="where the model is: cpu, cuda or cuda:1 (default: %(default)s)",
     )
 
 

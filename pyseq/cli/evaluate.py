@@ -15,6 +15,7 @@ from ..text import tokenise_pairs as tokenise
 from ..translator import Translator
 from .common import (
     TASK_OF,
+    add_device,
     add_features,
     add_threads,
     begin,
@@ -57,6 +58,7 @@ def add(commands: Any) -> None:
     )
     add_features(command)
     add_search(command)
+    add_device(command)
     add_threads(command)
 
 
@@ -138,7 +140,9 @@ def _print_positions(
 def _evaluate_labels(arguments: argparse.Namespace) -> None:
     if arguments.task is not None:
         raise PyseqError(f"{arguments.model}: this model gives labels: give a file of pairs")
-    labeler = Labeler.load(arguments.model, features=given_features(arguments))
+    labeler = Labeler.load(
+        arguments.model, features=given_features(arguments), device=arguments.device
+    )
     task = TASK_OF[type(labeler.model).__name__]
     pairs = read_texts(arguments.pairs, skip_bad_lines=arguments.skip_bad_lines)
     tokens = labeler.source_tokenizer.name

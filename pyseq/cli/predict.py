@@ -18,7 +18,16 @@ from ..plot import save_heatmap
 from ..text import SPECIALS, read_lines
 from ..translator import Translation, Translator
 from ..types import STOP
-from .common import add_features, add_threads, begin, given_features, gives_labels, positive, say
+from .common import (
+    add_device,
+    add_features,
+    add_threads,
+    begin,
+    given_features,
+    gives_labels,
+    positive,
+    say,
+)
 from .searching import Searcher, add_search, load, refuse_search
 
 
@@ -50,6 +59,7 @@ def add(commands: Any) -> None:
     )
     add_features(command)
     add_search(command)
+    add_device(command)
     add_threads(command)
 
 
@@ -93,7 +103,9 @@ def _stream(translator: Translator, search: Searcher) -> None:
 
 
 def _predict_labels(arguments: argparse.Namespace) -> None:
-    labeler = Labeler.load(arguments.model, features=given_features(arguments))
+    labeler = Labeler.load(
+        arguments.model, features=given_features(arguments), device=arguments.device
+    )
     for batch in _input_batches(labeler, arguments.batch_size):
         for result in labeler.predict([text for _, text in batch]):
             print(result.text)

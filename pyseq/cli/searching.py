@@ -120,7 +120,12 @@ def add_search_option(group: Any, name: str, kind: Callable[[str], Any], text: s
 
 
 def load(arguments: argparse.Namespace) -> Translator:
-    return Translator.load(arguments.model, *arguments.others, features=given_features(arguments))
+    return Translator.load(
+        arguments.model,
+        *arguments.others,
+        features=given_features(arguments),
+        device=arguments.device,
+    )
 
 
 class Searcher:

@@ -52,7 +52,7 @@ def _train(arguments: argparse.Namespace) -> None:
             f"{held}: holds a model already; give --resume to go on with it, --overwrite to begin "
             "anew, or another --out"
         )
-    with distributed.joined(torch.device("cpu")) as processes:
+    with distributed.joined(arguments.device) as processes:
         log = say if processes.is_first else None
         begin_run = _resume if arguments.resume else _start
         trainer = begin_run(arguments, out, log)
@@ -72,7 +72,7 @@ def _train(arguments: argparse.Namespace) -> None:
         )
         trainer.run()
     if arguments.task == "g2p":
-        print(g2p.summary(Translator.load(out)))
+        print(g2p.summary(Translator.load(out, device=arguments.device)))
 
 
 def _refuse_files(arguments: argparse.Namespace) -> None:
@@ -158,6 +158,7 @@ def _start(arguments: argparse.Namespace, out: Path, log: Callable[[str], None] 
                 tensorboard=arguments.tensorboard,
                 source_embeddings=_embeddings_file(arguments, "source"),
                 features=given_features(arguments),
+                device=arguments.device,
             )
         return training.start(
             data,
@@ -175,6 +176,7 @@ def _start(arguments: argparse.Namespace, out: Path, log: Callable[[str], None] 
             source_embeddings=_embeddings_file(arguments, "source"),
             target_embeddings=_embeddings_file(arguments, "target"),
             features=given_features(arguments),
+            device=arguments.device,
         )
     except PyseqError:
         raise
@@ -231,6 +233,7 @@ def _resume(arguments: argparse.Namespace, out: Path, log: Callable[[str], None]
         source_embeddings=_embeddings_file(arguments, "source"),
         target_embeddings=_embeddings_file(arguments, "target"),
         features=given_features(arguments),
+        device=arguments.device,
     )
 
 

@@ -15,7 +15,7 @@ from ..extra import EXTRA_MODES, EXTRA_PLACES
 from ..text import TOKENS
 from ..training import LabelerOptions, ModelOptions, TrainingOptions
 from ..types import FEEDS, HISTORIES, ORDERS, SCAN_GATES, SCORES, WINDOWS
-from .common import add_features, add_threads, positive, seed, share
+from .common import add_device, add_features, add_threads, positive, seed, share
 from .fields import Need, add_fields, given_fields, require_switches
 
 MODEL: dict[str, str] = {
@@ -164,6 +164,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     _add_embeddings(command.add_argument_group("pretrained embeddings"))
     group = command.add_argument_group("training")
     add_fields(group, TrainingOptions, TRAINING, from_zero=("warmup_steps", "seed"))
+    add_device(group)
     add_threads(group)
 
 

@@ -5,7 +5,7 @@
 the same ``Trainer`` from files.
 """
 
-from .judging import AnyExamples, accuracy, errors_by_position, mean_loss
+from .judging import AnyExamples, accuracy, device_of, errors_by_position, mean_loss
 from .options import (
     FREE_ON_RESUME,
     LABELER_TOKENS,
@@ -58,6 +58,7 @@ __all__ = [
     "TrainingOptions",
     "accuracy",
     "begun_options",
+    "device_of",
     "errors_by_position",
     "held_model",
     "last_checkpoint",

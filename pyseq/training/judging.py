@@ -30,8 +30,8 @@ def mean_loss(
     model.eval()
     total, tokens = 0.0, 0
     for batch in _own_batches(examples, batch_size, processes):
+        count = int(batch.counted.sum())  # here, lest it wait for a device
         batch = batch.to(device_of(model))
-        count = int(batch.counted.sum())
         total += compute_loss(model, batch).item() * count
         tokens += count
     model.train(training)

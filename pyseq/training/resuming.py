@@ -103,20 +103,27 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": saved, "param_groups": groups})
 
 
-def circumstances(processes: Processes) -> dict[str, Any]:
+def circumstances(processes: Processes, device: torch.device) -> dict[str, Any]:
     """On what the last bits of a run depend."""
     return {
+        "device": device.type,
         "threads": torch.get_num_threads(),
         "tier": _C.cpu_tier(),
         "processes": processes.count,
     }
 
 
-def differences(record: Mapping[str, Any], processes: Processes) -> list[str]:
+def differences(record: Mapping[str, Any], processes: Processes, device: torch.device) -> list[str]:
     """A line of text for each circumstance that is not that of the run to be resumed."""
-    now = circumstances(processes)
-    begun = {"tier": now["tier"], "processes": 1, **record}  # older versions did not say
+    now = circumstances(processes, device)
+    # Older versions did not say.
+    begun = {"device": "cpu", "tier": now["tier"], "processes": 1, **record}
     lines = []
+    if begun["device"] != now["device"]:
+        lines.append(
+            f"the run was begun with the device {begun['device']} and goes on with "
+            f"{now['device']}: its dropout and the last bits of its numbers differ"
+        )
     if begun["threads"] != now["threads"]:
         lines.append(
             f"the run was begun with {begun['threads']} threads and goes on with "

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .. import checkpoint
+from ..devices import AnyDevice, find_device
 from ..embeddings import Embeddings, EmbeddingsFile
 from ..errors import CheckpointError, DataError
 from ..labeler import Labeler
@@ -47,6 +48,7 @@ def start(
     target_embeddings: EmbeddingsFile | None = None,
     overwrite: bool = False,
     features: Features | None = None,
+    device: AnyDevice = None,
 ) -> Trainer:
     """A trainer at the beginning of a run: vocabularies and model are new.
 
@@ -66,12 +68,15 @@ def start(
             that side begin; they set its embedding size.
         overwrite: whether a model that ``out`` holds may be replaced.
         features: arrays that the model reads in place of tokens, and the sources of pairs name.
+        device: where the model is trained; see :func:`pyseq.load`. It begins with the same weights
+            anywhere.
 
     Raises:
         CheckpointError: ``out`` holds a model, and it may not be replaced.
         DataError: there are no pairs, or a file of vectors cannot be used.
         ValueError: the model asks for another embedding size than a file has.
     """
+    place = find_device(device)
     _check_begin(data, out, overwrite=overwrite)
     check_option("min_count", min_count, min_count >= 1, "at least 1")
     source_vocab: Vocab | None = None
@@ -107,6 +112,7 @@ def start(
     tables = translator.model.embeddings()
     for side, found in pretrained.items():
         found.copy_to(tables[side])
+    translator.model.to(place)
     return _trainer(
         translator,
         data,
@@ -198,6 +204,7 @@ def start_labeler(
     source_embeddings: EmbeddingsFile | None = None,
     overwrite: bool = False,
     features: Features | None = None,
+    device: AnyDevice = None,
 ) -> Trainer:
     """A trainer at the beginning of a run that teaches labels; vocabulary and model are new.
 
@@ -210,7 +217,7 @@ def start_labeler(
         tokens: how the source was split.
         model: what the model is made of.
         options, out, progress, log, tensorboard: as for :class:`Trainer`.
-        source_embeddings, overwrite, features: as for :func:`start`.
+        source_embeddings, overwrite, features, device: as for :func:`start`.
 
     Raises:
         CheckpointError: ``out`` holds a model, and it may not be replaced.
@@ -220,6 +227,7 @@ def start_labeler(
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    place = find_device(device)
     _check_begin(data, out, overwrite=overwrite)
     parts = [data] if validation is None else [data, validation]
     for part in parts:
@@ -243,6 +251,7 @@ def start_labeler(
     )
     for side, found in pretrained.items():
         found.copy_to(labeler.model.embeddings()[side])
+    labeler.model.to(place)
     return _trainer(
         labeler,
         data,
@@ -287,14 +296,20 @@ def _with_embedding_size(model: ModelOptions, side: str, found: Embeddings) -> M
     return replace(model, target_embedding_size=size)
 
 
-def last_checkpoint(out: str | Path) -> tuple[checkpoint.Saved, checkpoint.TrainingState]:
+def last_checkpoint(
+    out: str | Path, *, device: AnyDevice = None
+) -> tuple[checkpoint.Saved, checkpoint.TrainingState]:
     """What the last checkpoint in ``out`` holds, and the part of it that is for training.
+
+    Args:
+        out: the folder of the run.
+        device: where the model goes; see :func:`pyseq.load`.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it has no training state.
     """
     folder = Path(out) / LAST
-    saved = checkpoint.load(folder)
+    saved = checkpoint.load(folder, device=device)
     if saved.training is None:
         raise CheckpointError(f"{folder}: this model was saved without its training state")
     return saved, saved.training
@@ -314,6 +329,7 @@ def resume(
     source_embeddings: EmbeddingsFile | None = None,
     target_embeddings: EmbeddingsFile | None = None,
     features: Features | None = None,
+    device: AnyDevice = None,
 ) -> Trainer:
     """A trainer that goes on from the last checkpoint in ``out``.
 
@@ -328,6 +344,7 @@ def resume(
         source_embeddings, target_embeddings: need not be given, since the checkpoint has the
             matrices; if they are, they must be those that the run was begun with.
         features: of a model that reads them, those that the run was begun with.
+        device: where the model is trained, which may be another one than before. Default: the CPU.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is not one of this data or of
@@ -336,7 +353,7 @@ def resume(
         ValueError: the features are of another size than the model's; ``epochs``,
             ``checkpoint_every`` or ``patience`` is below 1.
     """
-    saved, state = last_checkpoint(out)
+    saved, state = last_checkpoint(out, device=device)
     folder = Path(out) / LAST
     for each in (folder, Path(out)):
         checkpoint.settle(each)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .._arguments import takes
+from ..devices import AnyDevice
 from ..embeddings import EmbeddingsFile
 from ..errors import DataError
 from ..labeler import Labeler
 from ..text import Features, TextPair, Tokenizer, make_pair, tokenise_pairs
 from ..text.features import given_features
 from ..translator import Translator
+from .judging import device_of
 from .options import (
     LABELER_TOKENS,
     TASKS,
@@ -75,6 +77,7 @@ class _RunArguments(TrainingOptions):
     tensorboard: str | Path | None = None
     source_embeddings: EmbeddingsFile | str | Path | None = None
     features: Features | Mapping[str, Any] | str | Path | None = None
+    device: AnyDevice = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ def train(arguments: TrainArguments) -> Translator:
         overwrite: whether a model that ``out`` holds may be replaced.
         log: is called with a line of text after each epoch, ``print`` for example.
         tensorboard: as for :class:`Trainer`.
+        device: where the model is trained, and stays: ``"cpu"`` or ``"cuda"``, say; see
+            :func:`pyseq.load`. Default: the CPU.
         all others: the model's are those of :class:`pyseq.Seq2Seq`, such as ``hidden_size``, and
             the run's those of :class:`TrainingOptions`, such as ``epochs``.
 
@@ -189,6 +194,7 @@ def train(arguments: TrainArguments) -> Translator:
         source_embeddings=_embeddings_file(arguments.source_embeddings),
         target_embeddings=_embeddings_file(arguments.target_embeddings),
         features=features,
+        device=arguments.device,
     )
     found = _run(trainer, arguments.out, validated=validation is not None)
     assert isinstance(found, Translator)
@@ -207,7 +213,8 @@ def train_labeler(arguments: TrainLabelerArguments) -> Labeler:
         validation: lines that choose the best epoch. Default: the last epoch is taken.
         tokens: how text is split, ``"char"``, ``"space"`` or ``"word"``. Default: that of
             :data:`LABELER_TOKENS`.
-        source_embeddings, features, out, overwrite, log, tensorboard: as for :func:`train`.
+        source_embeddings, features, out, overwrite, log, tensorboard, device: as for
+            :func:`train`.
         all others: the model's are those of :class:`pyseq.Tagger` and
             :class:`pyseq.Classifier`, which alone has a pooling; the run's those of
             :class:`TrainingOptions`.
@@ -257,6 +264,7 @@ def train_labeler(arguments: TrainLabelerArguments) -> Labeler:
         tensorboard=arguments.tensorboard,
         source_embeddings=_embeddings_file(arguments.source_embeddings),
         features=features,
+        device=arguments.device,
     )
     found = _run(trainer, arguments.out, validated=validation is not None)
     assert isinstance(found, Labeler)
@@ -285,4 +293,4 @@ def _run(trainer: Trainer, out: str | Path | None, *, validated: bool) -> Transl
     model = trainer.translator
     if out is None or not validated:
         return model
-    return type(model).load(out, features=model.features)
+    return type(model).load(out, features=model.features, device=device_of(trainer.model))

@@ -233,6 +233,7 @@ class Trainer:
         begin, done = time.perf_counter(), 0
         with self._bar() as bar:
             for batch in self._batches:
+                count = int(batch.counted.sum())  # here, lest it wait for a device
                 batch = batch.to(device)
                 self._set_learning_rate()
                 loss = training_step(
@@ -249,7 +250,6 @@ class Trainer:
                 self._step += 1
                 if self._average is not None:
                     self._average.after_update(self._step)
-                count = int(batch.counted.sum())
                 self._loss_sum += loss * count
                 self._tokens += count
                 done += count
@@ -385,7 +385,7 @@ class Trainer:
             "tokens": self._tokens,
             "best": self._best if math.isfinite(self._best) else None,
             "reports": [report._asdict() for report in self.reports],
-            **circumstances(self._processes),
+            **circumstances(self._processes, self._device),
         }
         return checkpoint.TrainingState(tensors, record)
 
@@ -435,7 +435,7 @@ class Trainer:
         self._best = math.inf if record["best"] is None else record["best"]
         self.reports = [EpochReport(**report) for report in record["reports"]]
         if self._log is not None:
-            for line in differences(record, self._processes):
+            for line in differences(record, self._processes, self._device):
                 self._log(line)
 
     def _seed_dropout(self, step: int) -> None:
