@@ -23,9 +23,13 @@ enum class CellKind {
   kSlstmExp
 };
 
-// Calls body with the cell's type, for the cells that decoders take and layers normalise.
+// Calls body with the cell's type, for the cells that decoders take and layers normalise; on a
+// device too.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
 template <class Body>
-constexpr auto with_cell(CellKind cell, const Body& body) {
+PYSEQ_INLINE constexpr auto with_cell(CellKind cell, const Body& body) {
   switch (cell) {
     case CellKind::kRnnTanh:
       return body(RnnTanh{});

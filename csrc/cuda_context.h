@@ -33,14 +33,18 @@ inline unsigned* as_counters(const at::Tensor& tensor) {
 }
 
 // The memory at `data` as a tensor, which must not outlive it; nothing for null, which is also
-// where no numbers lie.
+// where no numbers lie. The device is named, because torch would ask the driver for it.
 template <class T>
-at::Tensor view(const T* data, at::IntArrayRef sizes) {
-  if (c10::multiply_integers(sizes) == 0) {
-    return at::empty(sizes, options(c10::CppTypeToScalarType<T>::value));
-  }
+at::Tensor view(const T* data, at::IntArrayRef sizes,
+                at::OptionalIntArrayRef strides = std::nullopt) {
+  const at::TensorOptions own = options(c10::CppTypeToScalarType<T>::value);
+  if (c10::multiply_integers(sizes) == 0) return at::empty(sizes, own);
   if (data == nullptr) return {};
-  return at::from_blob(const_cast<T*>(data), sizes, options(c10::CppTypeToScalarType<T>::value));
+  return at::for_blob(const_cast<T*>(data), sizes)
+      .strides(strides)
+      .options(own)
+      .target_device(own.device())
+      .make_tensor();
 }
 
 // What the plan asks of the current device.

@@ -44,7 +44,7 @@ class Case:
     ragged: bool = False
     dropout: bool = False
     dtype: torch.dtype = torch.float64
-    tiles: int = 2
+    tiles: int = 2  # 0: launches for every step, with products between them
     groups: int = 2
 
     def __str__(self) -> str:

@@ -126,16 +126,24 @@ def test_kernels_give_the_references_values_and_gradients(kernels: ctypes.CDLL, 
     compare(kernels, case)
 
 
+@pytest.mark.parametrize("case", [*CASES[1::2], CASES[2], CASES[12]], ids=str)
+def test_launches_of_every_step_give_the_same(kernels: ctypes.CDLL, case: Case) -> None:
+    compare(kernels, replace(case, tiles=0))
+
+
+@pytest.mark.parametrize("tiles", [2, 0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda x: str(x)[6:])
 @pytest.mark.parametrize("case", SHORT, ids=str)
 def test_short_numbers_are_added_up_in_float32(
-    kernels: ctypes.CDLL, case: Case, dtype: torch.dtype
+    kernels: ctypes.CDLL, case: Case, dtype: torch.dtype, tiles: int
 ) -> None:
-    compare(kernels, replace(case, dtype=dtype))
+    compare(kernels, replace(case, dtype=dtype, tiles=tiles))
 
 
+@pytest.mark.parametrize("tiles", [2, 0])
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
-def test_nothing_is_kept_without_gradients(kernels: ctypes.CDLL, case: Case) -> None:
+def test_nothing_is_kept_without_gradients(kernels: ctypes.CDLL, case: Case, tiles: int) -> None:
+    case = replace(case, tiles=tiles)
     inputs = inputs_of(case)
     kernels.shim_seed(3)
     kept = Call(kernels, case, inputs, save=True).forward()

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What both directions of the decoder share: its place in the grid, the products of a step, the
-// view of a row. Weights are read through the caches at every step; a warp makes the sums of one
-// unit for some rows, its lanes share out k, in an order that depends on shapes alone.
+// view of a row, the workspace. Weights are read through the caches at every step; a warp makes the
+// sums of one unit for some rows, its lanes share out k, in an order that depends on shapes alone.
 #pragma once
 
 #include "attention.h"
@@ -26,18 +26,16 @@ DeviceDecode<S> with_layers(const cpu::Decode<S>& call) {
   return all;
 }
 
-// As cpu::Decode::fed_size, on the device.
+// As cpu::Decode::fed_size, on the device too.
 template <class S>
-PYSEQ_DEVICE int64_t fed_size(const cpu::Decode<S>& call) {
+PYSEQ_INLINE int64_t fed_size(const cpu::Decode<S>& call) {
   return call.feeds_context ? call.memory_size : call.hidden;
 }
 
-// Calls body with the types of cell and score.
+// Calls body with the type of a decoder's score.
 template <class Body>
-auto with_cell_and_score(CellKind cell, bool additive, const Body& body) {
-  return with_cell(cell, [&](auto of_cell) {
-    return additive ? body(of_cell, AdditiveScore{}) : body(of_cell, DotScore{});
-  });
+auto with_score(bool additive, const Body& body) {
+  return additive ? body(AdditiveScore{}) : body(DotScore{});
 }
 
 struct Span {
@@ -61,17 +59,6 @@ struct DecodePlace {
 
 // Rows whose sums a warp makes at a time.
 constexpr int kRowsOfWarp = 8;
-
-// One product: rows of numbers, `stride` apart, with rows of weights; gate g of unit u has row
-// g * units + u.
-template <class S>
-struct Product {
-  const S* from;
-  int64_t stride;
-  const S* weights;  // null: there is no such product
-  int64_t weight_stride;
-  int64_t count;  // numbers that are multiplied
-};
 
 // sum[Slots::of(g)][r] += the product of gate g of `unit` with row first + r, this lane's part.
 template <class Slots, int G, int Sums, class S>
@@ -142,6 +129,30 @@ PYSEQ_DEVICE void for_units(const DecodePlace& at, int64_t units, const Add& add
   }
 }
 
+// Hands out pieces of the workspace; without memory it counts bytes.
+class WorkPieces {
+ public:
+  explicit WorkPieces(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
+  template <class Number>
+  Number* take(int64_t count) {
+    unsigned char* const piece = memory_ == nullptr ? nullptr : memory_ + used_;
+    constexpr int64_t kAlignment = 128;
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(Number));
+    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return reinterpret_cast<Number*>(piece);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  unsigned char* memory_;
+  int64_t used_ = 0;
+};
+
+PYSEQ_DEVICE void meet(GroupBarrier& barrier) {
+  barrier.arrive();
+  barrier.wait();
+}
+
 // How many rows of attention weights a block can hold in shared memory.
 constexpr int64_t kSharedPositions = 4096;
 
@@ -151,10 +162,10 @@ int64_t decode_shared(const cpu::Decode<S>& call) {
   return (kDecodeThreads / kWarp + held) * static_cast<int64_t>(sizeof(Accumulate<S>));
 }
 
-// Numbers of workspace for the attention weights of all blocks, if they do not fit.
+// Numbers of workspace for the attention weights of so many blocks, if they do not fit.
 template <class S>
-int64_t decode_positions(const cpu::Decode<S>& call, const DecodeTiles& tiles) {
-  return call.source <= kSharedPositions ? 0 : call.source * tiles.tiles * tiles.groups;
+int64_t decode_positions(const cpu::Decode<S>& call, int64_t blocks) {
+  return call.source <= kSharedPositions ? 0 : call.source * blocks;
 }
 
 // The attention of `row` of B*N in a step. `center` is that of its window.

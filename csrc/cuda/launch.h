@@ -14,6 +14,30 @@ struct Grid {
   bool together = false;  // every block must be resident at once, or the launch fails
 };
 
+// One thread for each of so many numbers; beyond so many blocks threads take several.
+constexpr int kPointwiseThreads = 256;
+inline Grid pointwise_grid(int64_t numbers) {
+  constexpr int64_t kMost = 1 << 16;
+  const int64_t blocks = (numbers + kPointwiseThreads - 1) / kPointwiseThreads;
+  return {static_cast<int>(blocks < kMost ? blocks : kMost), 1, kPointwiseThreads};
+}
+
+// Calls body(number) for those of `numbers` that are this thread's.
+template <class Body>
+PYSEQ_DEVICE void each_number(int64_t numbers, const Body& body) {
+  const int64_t stride = int64_t{grid_size_x()} * thread_count();
+  for (int64_t i = int64_t{block_index_x()} * thread_count() + thread_index(); i < numbers;
+       i += stride) {
+    body(i);
+  }
+}
+
+// Calls body(row, unit) for those of `rows` times `units` that are this thread's.
+template <class Body>
+PYSEQ_DEVICE void each_unit(int64_t rows, int64_t units, const Body& body) {
+  each_number(rows * units, [&](int64_t i) { body(i / units, i % units); });
+}
+
 #ifdef PYSEQ_CUDA_SHIM
 
 template <class... Args>

@@ -86,8 +86,15 @@ double floor_of(const DeviceFacts& device, const StepShape& shape) {
   return std::max(microseconds(device, std::min(together, alone)), streamed_us(device, shape));
 }
 
+// What the persistent kernels multiply in: never in the unit for tf32, which libraries may use.
+Storage persistent_storage(const StepShape& shape) {
+  const bool is_short = bytes_of(shape.storage) == 2;
+  return shape.storage == Storage::kTf32 || (is_short && !shape.tensor) ? Storage::kFloat32
+                                                                        : shape.storage;
+}
+
 double persistent_cost(const DeviceFacts& device, const StepShape& shape, const StepPlan& plan) {
-  const double rate = multiply_adds_per_cycle(device.capability, shape.storage);
+  const double rate = multiply_adds_per_cycle(device.capability, persistent_storage(shape));
   const double rows = double(plan.group_rows), units = double(plan.tile_units);
   const double waits = plan.tiles > 1 ? kBarrierCycles * shape.exchanges : 0;
   const double exchanged = rows * shape.row_exchanged * bytes_of(shape.storage) / kL2BytesPerCycle;
@@ -282,6 +289,7 @@ StepShape scan_step(const ScanLoop& sizes, Storage storage) {
   if (P != H) shape.unit_weights += P;  // W_hr, a column of it
   shape.unit_multiple = 4;
   shape.resident = true;
+  shape.tensor = true;
   return shape;
 }
 
@@ -303,6 +311,7 @@ StepShape decode_step(const DecodeLoop& sizes, Storage storage) {
   shape.unit_multiple = 4;
   // A step has too many weights for shared memory beside the row of attention: they stay in L2.
   shape.resident = false;
+  shape.tensor = false;
   const int64_t tanh_work = sizes.additive ? 16 : 1;
   shape.scratch = std::min<int64_t>(sizes.source, 4096) + kPlanThreads / 32;
   shape.row_work = sizes.source * (A * tanh_work + M) * (sizes.backward ? 2 : 1);

@@ -57,6 +57,7 @@ struct StepShape {
   int64_t exchanges;      // times in a step that the blocks of a group wait for one another
   int64_t unit_multiple;  // blocks own a multiple of so many units (or all)
   bool resident;          // whether the persistent kernel holds the weights on chip
+  bool tensor;            // whether it multiplies short types in the tensor units
   int64_t row_work;       // multiply-adds of a row besides those of the weights (attention)
   int64_t scratch;        // numbers that a block works in besides its weights and sums
 };

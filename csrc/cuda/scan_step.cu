@@ -7,23 +7,7 @@
 namespace pyseq::cuda {
 namespace {
 
-constexpr int kStepThreads = 256;
-
-// Calls body(row, unit) for this thread's of B rows of `size` units.
-template <class Body>
-PYSEQ_DEVICE void each_unit(Index batch, Index size, const Body& body) {
-  const Index stride = Index{grid_size_x()} * thread_count();
-  for (Index i = Index{block_index_x()} * thread_count() + thread_index(); i < batch * size;
-       i += stride) {
-    body(i / size, i % size);
-  }
-}
-
-Grid grid_of(Index numbers) {
-  constexpr Index kMost = 1 << 16;  // blocks; then threads take several units
-  const Index blocks = (numbers + kStepThreads - 1) / kStepThreads;
-  return {static_cast<int>(blocks < kMost ? blocks : kMost), 1, kStepThreads};
-}
+constexpr int kStepThreads = kPointwiseThreads;
 
 }  // namespace
 
@@ -148,8 +132,8 @@ template <class S>
 cudaError_t scan_gate_forward(const ScanForward<S>& args, int64_t n, const Accumulate<S>* sums,
                               cudaStream_t stream) {
   if (args.batch == 0) return cudaSuccess;
-  return launch(scan_gate_forward_kernel<S, GruResetBefore>, grid_of(args.batch * args.hidden),
-                stream, args, n, sums);
+  return launch(scan_gate_forward_kernel<S, GruResetBefore>,
+                pointwise_grid(args.batch * args.hidden), stream, args, n, sums);
 }
 
 template <class S>
@@ -163,8 +147,8 @@ cudaError_t scan_step_forward(const ScanForward<S>& args, int64_t n, const Accum
     });
   }
   return with_any_cell(args.cell, [&](auto cell) {
-    return launch(scan_step_forward_kernel<S, decltype(cell)>, grid_of(args.batch * args.hidden),
-                  stream, args, n, sums);
+    return launch(scan_step_forward_kernel<S, decltype(cell)>,
+                  pointwise_grid(args.batch * args.hidden), stream, args, n, sums);
   });
 }
 
@@ -172,8 +156,8 @@ template <class S>
 cudaError_t scan_project_forward(const ScanForward<S>& args, int64_t n, const Accumulate<S>* sums,
                                  cudaStream_t stream) {
   if (args.batch == 0) return cudaSuccess;
-  return launch(scan_project_forward_kernel<S>, grid_of(args.batch * args.state_size), stream, args,
-                n, sums);
+  return launch(scan_project_forward_kernel<S>, pointwise_grid(args.batch * args.state_size),
+                stream, args, n, sums);
 }
 
 template <class S>
@@ -189,7 +173,7 @@ cudaError_t scan_state_backward(const ScanBackward<S>& args, int64_t n, const Ac
   }
   return with_any_cell(args.cell, [&](auto cell) {
     return launch(scan_state_backward_kernel<S, decltype(cell)>,
-                  grid_of(args.batch * args.state_size), stream, args, n, sums);
+                  pointwise_grid(args.batch * args.state_size), stream, args, n, sums);
   });
 }
 
@@ -203,7 +187,7 @@ cudaError_t scan_project_backward(const ScanBackward<S>& args, int64_t n, const 
   }
   return with_projected_cell(args.cell, [&](auto cell) {
     return launch(scan_project_backward_kernel<S, decltype(cell)>,
-                  grid_of(args.batch * args.hidden), stream, args, n, sums);
+                  pointwise_grid(args.batch * args.hidden), stream, args, n, sums);
   });
 }
 
@@ -211,8 +195,8 @@ template <class S>
 cudaError_t scan_gate_backward(const ScanBackward<S>& args, int64_t n, const Accumulate<S>* sums,
                                cudaStream_t stream) {
   if (args.batch == 0) return cudaSuccess;
-  return launch(scan_gate_backward_kernel<S, GruResetBefore>, grid_of(args.batch * args.hidden),
-                stream, args, n, sums);
+  return launch(scan_gate_backward_kernel<S, GruResetBefore>,
+                pointwise_grid(args.batch * args.hidden), stream, args, n, sums);
 }
 
 #define PYSEQ_INSTANTIATE_FORWARD(S, name) \

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "cuda/attend.cu"
+#include "cuda/decode_alternate.cu"
 #include "cuda/decode_backward.cu"
 #include "cuda/decode_forward.cu"
 #include "exports.h"
@@ -99,6 +100,26 @@ struct Workspace {
         numbers(static_cast<size_t>(needs.workspace) / sizeof(double) + 1, __builtin_nan("")) {}
 };
 
+// What a library makes on a device.
+template <class S>
+void multiply(const cuda::StepProduct<S>& of) {
+  const auto& [product, rows, units, across, add, sums] = of;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t unit = 0; unit < units; ++unit) {
+      cuda::Accumulate<S> sum = 0;
+      for (int64_t k = 0; k < product.count; ++k) {
+        const int64_t weight =
+            across ? k * product.weight_stride + unit : unit * product.weight_stride + k;
+        sum += cuda::widen(product.from[row * product.stride + k]) *
+               cuda::widen(product.weights[weight]);
+      }
+      cuda::Accumulate<S>& to = sums[row * units + unit];
+      to = add ? to + sum : sum;
+    }
+  }
+}
+
+// Without tiles the launches of steps.
 template <class S>
 int decode(const int64_t* sizes, int tiles, int groups, void* const* data, void* const* of_layers,
            void* const* backward) {
@@ -110,12 +131,20 @@ int decode(const int64_t* sizes, int tiles, int groups, void* const* data, void*
   const cpu::Decode<S> args = decode_of<S>(sizes, data, layers);
   const cuda::DecodeTiles share{tiles, groups, /*threads=*/64};
   if (backward == nullptr) {
+    if (tiles == 0) {
+      Workspace work({0, cuda::decode_alternate_forward_workspace(args)});
+      return cuda::decode_alternate_forward<S>(args, work.numbers.data(), multiply<S>, nullptr);
+    }
     Workspace work(cuda::decode_forward_needs(args, share));
     return cuda::decode_forward(args, share, work.counters.data(), work.numbers.data(), nullptr);
   }
+  const cpu::DecodeBackward<S> all = backward_of<S>(args, backward);
+  if (tiles == 0) {
+    Workspace work({0, cuda::decode_alternate_backward_workspace(args)});
+    return cuda::decode_alternate_backward<S>(all, work.numbers.data(), multiply<S>, nullptr);
+  }
   Workspace work(cuda::decode_backward_needs(args, share));
-  return cuda::decode_backward(backward_of<S>(args, backward), share, work.counters.data(),
-                               work.numbers.data(), nullptr);
+  return cuda::decode_backward(all, share, work.counters.data(), work.numbers.data(), nullptr);
 }
 
 }  // namespace
