@@ -159,6 +159,9 @@ OptionalTensor narrowed(const OptionalTensor& tensor, int64_t begin, int64_t ste
 ScanArguments check_scan(const ScanInputs& in) {
   const ScanShape shape = check_shape(in);
   ScanExtras extras = check_extras(in.extras, shape, in.x, in.cell);
+  TORCH_CHECK_VALUE(
+      in.resets.has_value() || !(extras.reset_h.has_value() || extras.reset_c.has_value()),
+      "reset_h and reset_c go with resets, got none of these");
   const Tensor w_hh = by_head(in.w_hh, shape.cell, shape.heads).contiguous();
   return {.shape = shape,
           .reverse = in.reverse,

@@ -13,8 +13,8 @@ namespace pyseq {
 namespace {
 
 constexpr size_t kDirections = 2;
-// w_ih, w_hh, b_ih, b_hh, w_hr, and w_ch, which may be left out.
-constexpr size_t kPerDirection = 6;
+// w_ih, w_hh, b_ih, b_hh, w_hr; w_ch, which may be left out; the extras of a scan, likewise.
+constexpr size_t kWeights = 5, kWithPeepholes = 6, kWithExtras = kWithPeepholes + kScanExtras;
 
 // Whether each direction is better off with one thread, and waits for none, than both in turn
 // with all of them: if there are two, or if a step is too short to be shared out.
@@ -32,9 +32,12 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
                                              const OptionalTensor& resets, std::string_view cell) {
   const size_t each = weights.size() / kDirections;
   TORCH_CHECK(
-      weights.size() % kDirections == 0 && (each == kPerDirection || each == kPerDirection - 1),
-      "weights must hold w_ih, w_hh, b_ih, b_hh, w_hr, w_ch of each direction, got ",
-      weights.size(), " tensors");
+      weights.size() % kDirections == 0 &&
+          (each == kWeights || each == kWithPeepholes || each == kWithExtras),
+      "weights must hold w_ih, w_hh, b_ih, b_hh, w_hr, w_ch of each direction, and behind them "
+      "the ",
+      static_cast<int64_t>(kScanExtras), " extras of a scan or none, got ", weights.size(),
+      " tensors");
   check_dim(x, "x", 3, "(T, B, I)");
   for (const auto& [state, name] : {std::pair{&h_0, "h_0"}, std::pair{&c_0, "c_0"}}) {
     if (!state->has_value()) continue;
@@ -51,9 +54,11 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
     };
     const OptionalTensor w_ih = weight(0), w_hh = weight(1);
     TORCH_CHECK(w_ih.has_value() && w_hh.has_value(), "w_ih and w_hh must be given");
-    results[direction] = scan(x, *w_ih, *w_hh, weight(2), weight(3), weight(4), state(h_0),
-                              state(c_0), lengths, resets, cell, /*reverse=*/direction == 1,
-                              /*keep_every=*/1, /*return_states=*/false, weight(5));
+    results[direction] =
+        scan(x, *w_ih, *w_hh, weight(2), weight(3), weight(4), state(h_0), state(c_0), lengths,
+             resets, cell, /*reverse=*/direction == 1,
+             /*keep_every=*/1, /*return_states=*/false, weight(5), weight(6), weight(7), weight(8),
+             weight(9), weight(10), weight(11), weight(12), weight(13), weight(14));
   };
   const OptionalTensor w_hh = weights.get(1);
   if (x.is_cpu() &&

@@ -30,6 +30,7 @@ from .types import (
     LayerNormWeights,
     LayerWeights,
     OrderName,
+    ScanExtras,
     ScanOutput,
     ScanStates,
     ScoreName,
@@ -252,9 +253,21 @@ def step(
     *,
     cell: CellName = "lstm",
     w_ch: Tensor | None = None,
+    layer_norm: LayerNormWeights | tuple[Tensor, ...] | None = None,
 ) -> State:
     """The state after one step; see :func:`pyseq.functional.step`."""
-    return scan(x.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, state=state, cell=cell, w_ch=w_ch).state
+    whole = scan(
+        x.unsqueeze(0),
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        state=state,
+        cell=cell,
+        w_ch=w_ch,
+        layer_norm=layer_norm,
+    )
+    return whole.state
 
 
 def join_state(cell: CellName, h: Tensor, c: Tensor | None) -> State:
@@ -271,6 +284,7 @@ def scan_both(
     cell: CellName = "lstm",
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    extras: tuple[ScanExtras, ScanExtras] | None = None,
 ) -> ScanOutput:
     """One recurrent layer in both directions; see :func:`pyseq.functional.scan_both`."""
     parts = state_parts(cell, state)
@@ -293,6 +307,7 @@ def scan_both(
             resets=resets,
             reverse=direction == 1,
             w_ch=w_ch[0] if w_ch else None,
+            **({} if extras is None else ScanExtras(*extras[direction])._asdict()),
         )
         outputs.append(result.output)
         states.append(state_parts(cell, result.state))

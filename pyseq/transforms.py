@@ -122,21 +122,20 @@ def _scan_both(
     resets: Tensor | None,
     cell: str,
 ) -> tuple[Tensor, ...]:
-    w_hh = cast(Tensor, weights[1])
-    each, w_hr = len(weights) // 2, weights[4]
-    batch, hidden = x.shape[1], w_hh.shape[0] // SCAN_GATES[cell]
-    size = hidden if w_hr is None else w_hr.shape[0]
-    zero_h, zero_c = x.new_zeros(2, batch, size), x.new_zeros(2, batch, hidden)
-    output, state = reference.scan_both(
-        x,
-        tuple(weights[:each]),
-        tuple(weights[each:]),
-        _state(cell, h_0, c_0, zero_h, zero_c),
-        cell=cast(CellName, cell),
-        lengths=lengths,
-        resets=resets,
+    each = len(weights) // 2
+    results = []
+    for direction in range(2):
+        own: list[Any] = list(weights[direction * each : (direction + 1) * each])
+        state = (None if part is None else part[direction] for part in (h_0, c_0))
+        # w_ch and the extras, if they are there, are the last arguments of a scan too.
+        before = (*state, lengths, resets, cell, direction == 1, 1, False)
+        results.append(_scan(x, *own[:5], *before, *own[5:]))
+    outputs, h_n, c_n, _ = zip(*results, strict=True)
+    return (
+        torch.cat(outputs, -1),
+        torch.stack(h_n),
+        torch.stack(c_n) if c_n[0].dim() > 1 else c_n[0],
     )
-    return output, *_parts(cell, state, x)
 
 
 def _attend(
@@ -295,6 +294,9 @@ _BATCH_AXES = {
 }
 
 
+#: Weights that ``scan_both`` takes of both directions, where no such arguments are behind them.
+_WITHOUT_EXTRAS = 12
+
 #: Arguments that are for the rows of one batch, or for all of them: no larger batch goes with
 #: them.
 _OF_ONE_BATCH = ("h_mask", "zoneout_h", "zoneout_c", "reset_h", "reset_c", "memory_rows")
@@ -335,6 +337,7 @@ def _batching_rule(name: str) -> Callable[..., tuple[Any, Any]]:
         if name == "linear" and mapped == {"x"}:
             return operator(args[0].movedim(in_dims[0], 0), *args[1:]), 0
         alone = any(argument in _OF_ONE_BATCH and value is not None for argument, value, _ in given)
+        alone |= name == "scan_both" and len(args[1]) > _WITHOUT_EXTRAS
         if alone or not mapped <= axes.arguments.keys():
             samples = [
                 operator(*(_sample(value, dim, index) for _, value, dim in given))

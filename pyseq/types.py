@@ -153,6 +153,17 @@ class LayerNormWeights(NamedTuple):
     bias_c: Tensor | None = None  # (H,), LSTM only
 
 
+class ScanExtras(NamedTuple):
+    """What acts on one direction of a layer besides its weights, which
+    :func:`pyseq.functional.scan` takes by name; a plain tuple in this order serves as well."""
+
+    h_mask: Tensor | None = None
+    zoneout_h: Tensor | None = None
+    zoneout_c: Tensor | None = None
+    reset_state: State | None = None
+    layer_norm: LayerNormWeights | tuple[Tensor, ...] | None = None
+
+
 class ScanOutput(NamedTuple):
     """What ``scan`` returns."""
 

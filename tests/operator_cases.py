@@ -286,7 +286,7 @@ class ScanCase:
     heads: int = 1  # sLSTM
     mask: bool = False  # on h, where the recurrent weights read it
     zoneout: str | None = None  # steps (a mask for each), one (number for all)
-    reset_state: str | None = None  # rows (one for each), one (for all)
+    reset_state: str | None = None  # rows (one for each), one (for all); with resets only
     layer_norm: bool = False
 
     @property
@@ -309,7 +309,7 @@ class ScanCase:
             self.heads > 1 and f"heads{self.heads}",
             self.mask and "mask",
             self.zoneout and f"zoneout_{self.zoneout}",
-            self.reset_state and f"to_{self.reset_state}",
+            self.resets and self.reset_state and f"to_{self.reset_state}",
             self.layer_norm and "norm",
         )
 
@@ -368,7 +368,7 @@ class ScanCase:
                 tensors[f"zoneout_{part}"] = torch.randint(0, 2, (steps, batch, size)).to(**kind)
             elif self.zoneout == "one":
                 tensors[f"zoneout_{part}"] = torch.full((1, 1, size), 0.3, **kind)
-        if self.reset_state:
+        if self.reset_state and self.resets:  # without which it has nothing to do
             rows = (batch,) if self.reset_state == "rows" else ()
             tensors["reset_state"] = self._state(rows, width, **kind)
         if self.layer_norm:

@@ -35,9 +35,17 @@ LAYERS: dict[str, tuple[Callable[..., torch.nn.Module], dict[str, Any]]] = {
 }
 
 
+#: Layers of torch.nn's cells, normalised.
+NORMALISED: dict[str, tuple[Callable[..., torch.nn.Module], dict[str, Any]]] = {
+    "rnn_norm": (nn.RNN, {"layer_norm": True, "nonlinearity": "relu"}),
+    "gru_norm": (nn.GRU, {"layer_norm": True}),
+    "lstm_norm": (nn.LSTM, {"layer_norm": True}),
+}
+
+
 def layer(name: str, *args: Any, **options: Any) -> Any:
     """The layer of this name, from a fixed seed, in float64."""
-    make, extra = LAYERS[name]
+    make, extra = (LAYERS | NORMALISED)[name]
     torch.manual_seed(1)
     return make(I, H, *args, **{"dtype": torch.float64, **extra, **options})
 
@@ -324,6 +332,9 @@ STEPS: dict[str, tuple[Callable[..., torch.nn.Module], dict[str, Any]]] = {
     "gru_reset_before": (nn.GRUCell, {"reset_after": False}),
     "slstm": (nn.SLSTMCell, {}),
     "slstm_heads": (nn.SLSTMCell, {"num_heads": 3, "forget_gate": "exp"}),
+    "rnn_norm": (nn.RNNCell, {"layer_norm": True, "nonlinearity": "relu"}),
+    "gru_norm": (nn.GRUCell, {"layer_norm": True}),
+    "lstm_norm": (nn.LSTMCell, {"layer_norm": True}),
 }
 
 
@@ -331,6 +342,8 @@ STEPS: dict[str, tuple[Callable[..., torch.nn.Module], dict[str, Any]]] = {
 def test_cells_are_steps_of_their_layers(name: str) -> None:
     make, options = STEPS[name]
     cell = make(I, H, dtype=torch.float64, **options)
+    for gain in (each for each, _ in cell.named_parameters() if each.startswith(("gain", "bias"))):
+        torch.nn.init.uniform_(getattr(cell, gain))
     layers = layer(name)
     layers.load_state_dict({f"{key}_l0": value for key, value in cell.state_dict().items()})
     x = torch.randn(T, B, I, dtype=torch.float64)
@@ -350,6 +363,21 @@ def test_cells_are_steps_of_their_layers(name: str) -> None:
     cell.reset_parameters()
     assert cell.weight_hh.abs().max() <= (1 if "indrnn" in name else H**-0.5)
     assert (cell.weight_hh >= 0).all() == ("indrnn" in name)
+    if "norm" in name:
+        assert (cell.gain_hh == 1).all()
+        assert repr(cell).endswith(", layer_norm=True)")
+        again = torch.autograd.grad(cell(x[0])[0].sum(), list(cell.parameters()))
+        assert all(gradient.isfinite().all() for gradient in again)
+
+
+def test_cells_check_what_goes_with_layer_norm() -> None:
+    with pytest.raises(ValueError, match="layer_norm goes with reset_after=True"):
+        nn.GRUCell(I, H, layer_norm=True, reset_after=False)
+    with pytest.raises(ValueError, match="layer_norm goes without peepholes"):
+        nn.LSTMCell(I, H, layer_norm=True, peepholes=True)
+    lines: list[str] = []
+    pyseq.revert(nn.LSTMCell(I, H, layer_norm=True), log=lines.append)
+    assert lines == ["the model itself: pyseq.nn.LSTMCell left alone, torch has no layer_norm"]
 
 
 @pytest.mark.parametrize("make", [nn.SLSTM, nn.SLSTMCell])

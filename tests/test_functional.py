@@ -353,6 +353,17 @@ def test_zoneout_of_c_goes_with_a_c() -> None:
         functional.scan(**call.inputs, **call.options, zoneout_c=torch.ones(1, 1, 7))
 
 
+def test_a_state_to_reset_to_goes_with_resets() -> None:
+    call = ScanCase().call()
+    with pytest.raises(ValueError, match="must be None without them, got tuple of 2"):
+        functional.scan(**call.inputs, reset_state=call.inputs["state"])
+    h, c = call.inputs["state"]
+    x, w_ih, w_hh, b_ih, b_hh = (call.inputs[n] for n in ("x", "w_ih", "w_hh", "b_ih", "b_hh"))
+    before = (x, w_ih, w_hh, b_ih, b_hh, None, h, c, None, None, "lstm", False)
+    with pytest.raises(ValueError, match="reset_h and reset_c go with resets, got none of these"):
+        torch.ops.pyseq.scan(*before, reset_h=h)
+
+
 def test_layer_norm_of_half_is_refused() -> None:
     call = ScanCase().call()
     message = "gain_ih and gain_hh, .* got gain_ih, gain_hh, no gain_c, no bias_c for cell lstm"

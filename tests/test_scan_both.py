@@ -13,7 +13,7 @@ from tolerances import assert_close, assert_same_bits
 from torch import Tensor
 
 from pyseq import functional, nn, reference
-from pyseq.types import ScanOutput
+from pyseq.types import ScanExtras, ScanOutput
 
 SIZES = ((1, 1, 1, 1), (5, 2, 4, 7), (4, 0, 3, 5), (6, 9, 5, 33), (3, 4, 6, 256))
 
@@ -96,6 +96,82 @@ def test_with_projection() -> None:
     assert_same_bits(tensors_of(both), one_by_one(functional, **arguments))
 
 
+EXTRAS = ("h_mask", "zoneout_h", "zoneout_c", "reset_state", "layer_norm")
+
+
+def both_with_extras(cell: Any, **options: Any) -> dict[str, Any]:
+    """Each direction with the masks, states and gains that a scan takes, of its own."""
+    arguments = both_call(cell, (5, 2, 4, 6), lengths="ragged", resets="random")
+    call = ScanCase(cell=cell, sizes=(5, 2, 4, 6), resets="random", **options).call()
+    given = {name: call.inputs[name] for name in EXTRAS if name in call.inputs}
+    more = map_leaves(lambda _, t: t.flip(-1), given)
+    return arguments | {"extras": (ScanExtras(**given), ScanExtras(**more))}
+
+
+def one_by_one_with_extras(module: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    extras = arguments.pop("extras")
+    found = []
+    for more in extras:
+        named = dict(zip(EXTRAS, more, strict=True))
+        found.append(one_by_one(module, **arguments, **named))
+    arguments["extras"] = extras
+    return {
+        name: torch.cat((value.chunk(2, -1)[0], found[1][name].chunk(2, -1)[1]), -1)
+        if name == "output"
+        else torch.stack((value[0], found[1][name][1]))
+        for name, value in found[0].items()
+    }
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("cell", ["gru", "lstm", "slstm_exp"])
+def test_extras_of_each_direction(
+    cell: Any, threads: int, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(threads)
+    arguments = both_with_extras(
+        cell, mask=True, zoneout="steps", reset_state="rows", layer_norm=cell != "slstm_exp"
+    )
+    both = tensors_of(functional.scan_both(**arguments))
+    assert_same_bits(both, one_by_one_with_extras(functional, arguments))
+    own = {name: value for name, value in arguments.items() if name != "extras"}
+    exact = map_leaves(lambda _, t: _double(t), own) | {
+        "extras": [
+            ScanExtras(*(map_leaves(lambda _, t: _double(t), each) for each in more))
+            for more in arguments["extras"]
+        ]
+    }
+    expected = one_by_one_with_extras(reference, exact)
+    assert_close(both, expected)
+    assert_same_bits(tensors_of(reference.scan_both(**exact)), expected)
+    # Under vmap, where masks have the rows of one sample.
+    mapped = torch.vmap(lambda x: functional.scan_both(**arguments | {"x": x}).output)
+    x = torch.stack((arguments["x"], -arguments["x"]))
+    torch.testing.assert_close(mapped(x)[0], both["output"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_with_options_take_it_too(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"zoneout_h": 0.2, "layer_norm": True, "learned_state": True}
+    layers = nn.LSTM(5, 6, 2, bidirectional=True, recurrent_dropout=0.3, zoneout_c=0.1, **options)
+    layers.train(training)
+    x, lengths, resets = torch.randn(7, 3, 5), torch.tensor([7, 2, 4]), torch.rand(7, 3) < 0.3
+
+    def results() -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        return dict(leaves(layers(x, lengths=lengths, resets=resets)))
+
+    trained = results()
+    calls = []
+    scan_both = functional.scan_both
+    monkeypatch.setattr(
+        functional, "scan_both", lambda *a, **k: calls.append(1) or scan_both(*a, **k)
+    )
+    with torch.no_grad():
+        assert_same_bits(results(), trained)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
 def test_layers_take_it_where_no_gradient_is_wanted(
@@ -122,6 +198,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "state": ({"state": torch.zeros(1, 2, 7)}, r"h_0 must be \(2, B, \.\), got \(1, 2, 7\)"),
     "x": ({"x": torch.zeros(5, 2)}, r"x must be \(T, B, I\), got \(5, 2\)"),
     "weights": ({"weights": (None,) * 5}, "w_ih and w_hh must be given"),
+    "extras": (
+        {"extras": (ScanExtras(), ScanExtras(h_mask=torch.zeros(2, 6)))},
+        r"h_mask must be \(B, P\) = \(2, 7\), got \(2, 6\)",
+    ),
     "too_few": ({"weights": (torch.zeros(1),)}, "weights must hold .* got 6 tensors"),
     "in_a_thread": (
         {"weights_reverse": (torch.zeros(1, 4), torch.zeros(21, 7), None, None, None)},
@@ -150,4 +230,12 @@ def test_opcheck(cell: Any) -> None:
     torch.library.opcheck(
         torch.ops.pyseq.scan_both,
         (arguments["x"], weights, h_0, c_0, arguments["lengths"], None, cell),
+    )
+    gains = [torch.ones(len(arguments["weights"][0]))] * 2
+    gains += [torch.ones(7)] * 2 if cell == "lstm" else [None] * 2
+    extras = [None, torch.ones(2, 7), torch.full((1, 1, 7), 0.5), None, None, None, *gains]
+    whole = [*arguments["weights"], *extras, *arguments["weights_reverse"], *extras]
+    torch.library.opcheck(
+        torch.ops.pyseq.scan_both,
+        (arguments["x"], whole, h_0, c_0, arguments["lengths"], None, cell),
     )

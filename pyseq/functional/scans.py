@@ -15,12 +15,17 @@ from ..types import (
     SCAN_GATES,
     CellName,
     LayerNormWeights,
+    ScanExtras,
     ScanOutput,
     ScanStates,
     State,
+    kind,
     state_parts,
 )
 from ._common import beside, check_option, h_and_c, join_state
+
+#: Weights of a direction, ``w_ch`` included.
+_WITH_PEEPHOLES = 6
 
 
 def _scan_operator(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -32,6 +37,19 @@ def _scan_operator(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Ten
         except TypeError:
             pass
     return torch.ops.pyseq.scan(x, *others)
+
+
+def _flat_extras(
+    cell: CellName, extras: ScanExtras, resets: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Checked, as the operators take them one by one."""
+    if extras.reset_state is not None and resets is None:
+        raise ValueError(
+            "reset_state is what resets set the state to, and must be None without them, got "
+            f"{kind(extras.reset_state)}"
+        )
+    norm = (None,) * 4 if extras.layer_norm is None else LayerNormWeights(*extras.layer_norm)
+    return (*extras[:3], *h_and_c(state_parts(cell, extras.reset_state)), *norm)
 
 
 @overload
@@ -180,8 +198,8 @@ def scan(
             ``h_t = zoneout_h * h_{t-1} + (1 - zoneout_h) * h``, where h is what the cell (and
             ``w_hr``) gave. Ones and zeros in training, their expectation in evaluation.
         zoneout_c: (T or 1, B or 1, H), LSTM only: the same of c. The cell's h comes of its own c.
-        reset_state: what ``resets`` set the state to, of the form of ``state``, with or without
-            the B. Default: zero.
+        reset_state: what ``resets``, which it needs, set the state to, of the form of ``state``,
+            with or without the B. Default: zero.
         layer_norm: gains (G*H,) of ``W_ih x`` and of ``W_hh h``, and for LSTM gain (H,) and bias
             (H,) of c; see :class:`pyseq.types.LayerNormWeights`. ``gain_ih * norm(W_ih x) + b_ih``
             then stands for ``W_ih x + b_ih``, likewise ``W_hh h``, and LSTM's h is ``o *
@@ -217,13 +235,8 @@ def scan(
     extras: tuple[Tensor | None, ...] = ()
     # Reading them takes time, so none is passed if none is given.
     if not (h_mask is zoneout_h is zoneout_c is reset_state is layer_norm is None):
-        extras = (
-            h_mask,
-            zoneout_h,
-            zoneout_c,
-            *h_and_c(state_parts(cell, reset_state)),
-            *(() if layer_norm is None else LayerNormWeights(*layer_norm)),
-        )
+        given = ScanExtras(h_mask, zoneout_h, zoneout_c, reset_state, layer_norm)
+        extras = _flat_extras(cell, given, resets)
     output, h_n, c_n, c_steps = _scan_operator(
         x,
         w_ih,
@@ -258,12 +271,13 @@ def step(
     *,
     cell: CellName = "lstm",
     w_ch: Tensor | None = None,
+    layer_norm: LayerNormWeights | tuple[Tensor, ...] | None = None,
 ) -> State:
     """The state after one step of a cell: :func:`scan` with T = 1, for streams.
 
     Args:
         x: (B, I), floating-point.
-        w_ih, w_hh, b_ih, b_hh, state, cell, w_ch: as in :func:`scan`.
+        w_ih, w_hh, b_ih, b_hh, state, cell, w_ch, layer_norm: as in :func:`scan`.
 
     Returns:
         h (B, H), or for LSTM (h, c), for sLSTM (h, c, n, m).
@@ -274,9 +288,17 @@ def step(
     Reference:
         As :func:`scan`.
     """
-    if is_compiling() or has_torch_function_unary(x):
+    if layer_norm is not None or is_compiling() or has_torch_function_unary(x):
         last: State = scan(
-            x.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, state=state, cell=cell, w_ch=w_ch
+            x.unsqueeze(0),
+            w_ih,
+            w_hh,
+            b_ih,
+            b_hh,
+            state=state,
+            cell=cell,
+            w_ch=w_ch,
+            layer_norm=layer_norm,
         ).state
         return last
     check_option("cell", cell, SCAN_GATES)
@@ -293,6 +315,7 @@ def scan_both(
     cell: CellName = "lstm",
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    extras: tuple[ScanExtras, ScanExtras] | None = None,
 ) -> ScanOutput:
     """Run one recurrent layer over a sequence in both directions, without gradients.
 
@@ -306,6 +329,8 @@ def scan_both(
         state: h (2, B, P), or for LSTM the pair h (2, B, P), c (2, B, H), of the forward
             direction first. Default: zero.
         cell, lengths, resets: as in :func:`scan`.
+        extras: what else :func:`scan` takes for each direction: masks, zoneout, the state that
+            resets return to, layer normalisation. Default: nothing.
 
     Returns:
         ``output`` (T, B, 2*P), and ``state`` after the last valid step of each direction,
@@ -321,9 +346,20 @@ def scan_both(
     """
     check_option("cell", cell, SCAN_GATES)
     h_0, c_0 = h_and_c(state_parts(cell, state))
+    both = [weights, weights_reverse]
+    if extras is not None:
+        # The operator takes them behind the peepholes.
+        both = [
+            (
+                *own,
+                *(None,) * (_WITH_PEEPHOLES - len(own)),
+                *_flat_extras(cell, ScanExtras(*more), resets),
+            )
+            for own, more in zip(both, extras, strict=True)
+        ]
     output, h_n, c_n = torch.ops.pyseq.scan_both(
         x,
-        (*weights, *weights_reverse),
+        (*both[0], *both[1]),
         h_0,
         c_0,
         beside("lengths", lengths, x),

@@ -13,7 +13,7 @@ from torch.nn import init
 
 from .._checks import autocasts, check_positive
 from .._packed import computing_dtype, is_quantized
-from ..types import GATES, CellName
+from ..types import GATES, CellName, LayerNormWeights
 
 Device = torch.device | str | int | None
 M = TypeVar("M", bound=torch.nn.Module)
@@ -34,6 +34,15 @@ def cell_name(cell: str) -> CellName:
 def check_nonlinearity(nonlinearity: object) -> None:
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+
+
+def check_layer_norm(
+    layer_norm: bool, *, reset_after: bool = True, peepholes: bool = False
+) -> None:
+    if layer_norm and not reset_after:
+        raise ValueError("layer_norm goes with reset_after=True, got True and False")
+    if layer_norm and peepholes:
+        raise ValueError("layer_norm goes without peepholes, got both")
 
 
 def check_slstm(hidden_size: int, num_heads: int, forget_gate: str) -> None:
@@ -104,6 +113,21 @@ def add_weight(module: torch.nn.RNNBase | torch.nn.RNNCellBase, name: str, *shap
     weight = torch.nn.Parameter(like.new_empty(shape))
     init.uniform_(weight, -bound, bound)
     module.register_parameter(name, weight)
+
+
+def norm_sizes(cell: CellName, hidden_size: int) -> dict[str, int]:
+    """How the gains and biases of layer normalisation begin, and how many numbers they are."""
+    sizes = dict.fromkeys(("gain_ih", "gain_hh"), GATES[cell] * hidden_size)
+    return sizes | (dict.fromkeys(("gain_c", "bias_c"), hidden_size) if cell == "lstm" else {})
+
+
+def reset_norm(norm: LayerNormWeights) -> None:
+    """Start from no change: gains of one, a bias of zero."""
+    init.ones_(norm.gain_ih)
+    init.ones_(norm.gain_hh)
+    if norm.gain_c is not None and norm.bias_c is not None:
+        init.ones_(norm.gain_c)
+        init.zeros_(norm.bias_c)
 
 
 def set_forget_bias(

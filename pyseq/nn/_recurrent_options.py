@@ -12,7 +12,7 @@ from torch.nn import init
 from .._checks import check_number, check_positive
 from .._dropout import check_probability
 from ..types import GATES, STATES, CellName, LayerNormWeights
-from ._common import cell_name, changed_options, set_forget_bias
+from ._common import cell_name, changed_options, norm_sizes, reset_norm, set_forget_bias
 
 #: Cells by the mode of RNNBase.
 CELLS_BY_MODE = {name.upper(): cell_name(name) for name in GATES}
@@ -101,25 +101,18 @@ class RecurrentOptions(torch.nn.RNNBase):
         self.layer_norm = layer_norm
         if layer_norm:
             for suffix in self._suffixes():
-                for name, size in self._norm_sizes().items():
+                for name, size in norm_sizes(self.cell, self.hidden_size).items():
                     parameter = torch.nn.Parameter(self.weight_ih_l0.new_empty(size))
                     self.register_parameter(f"{name}_{suffix}", parameter)
         self._reset_options()
-
-    def _norm_sizes(self) -> dict[str, int]:
-        """How the gains and biases of layer normalisation begin, and how many numbers they are."""
-        gates = GATES[self.cell] * self.hidden_size
-        sizes = {"gain_ih": gates, "gain_hh": gates}
-        if self.cell == "lstm":
-            sizes |= {"gain_c": self.hidden_size, "bias_c": self.hidden_size}
-        return sizes
 
     def _layer_norms(self) -> tuple[LayerNormWeights, ...]:
         """Those of each layer and direction as they are now, or none."""
         if not self.layer_norm:
             return ()
+        names = norm_sizes(self.cell, self.hidden_size)
         return tuple(
-            LayerNormWeights(*(getattr(self, f"{name}_{suffix}") for name in self._norm_sizes()))
+            LayerNormWeights(*(getattr(self, f"{name}_{suffix}") for name in names))
             for suffix in self._suffixes()
         )
 
@@ -133,11 +126,7 @@ class RecurrentOptions(torch.nn.RNNBase):
         for part in self._learned_parts() if self.learned_state else ():
             init.zeros_(getattr(self, f"{part}_0"))
         for norm in self._layer_norms():
-            init.ones_(norm.gain_ih)
-            init.ones_(norm.gain_hh)
-            if norm.gain_c is not None and norm.bias_c is not None:
-                init.ones_(norm.gain_c)
-                init.zeros_(norm.bias_c)
+            reset_norm(norm)
         if self.forget_bias is not None:
             names = [(f"bias_ih_{each}", f"bias_hh_{each}") for each in self._suffixes()]
             set_forget_bias(self, names, self.forget_bias)

@@ -16,24 +16,14 @@ from ..types import (
     SCAN_GATES,
     CellName,
     LayerNormWeights,
+    ScanExtras,
     ScanStates,
-    State,
     join_parts,
     state_parts,
 )
 
 #: w_ih, w_hh, b_ih, b_hh, w_hr and w_ch of one layer and direction, as functional.scan takes them.
 ScanWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-class _ScanExtras(NamedTuple):
-    """What acts on one layer and direction besides its weights, as functional.scan takes it."""
-
-    h_mask: Tensor | None = None
-    zoneout_h: Tensor | None = None
-    zoneout_c: Tensor | None = None
-    reset_state: State | None = None
-    layer_norm: LayerNormWeights | None = None
 
 
 class Regularization(NamedTuple):
@@ -62,10 +52,10 @@ class Regularization(NamedTuple):
         acts = (self.recurrent_dropout, self.zoneout_h, self.zoneout_c)
         return not (any(acts) or self.reset_parts or self.layer_norms)
 
-    def extras(self, x: Tensor, own: ScanWeights, cell: CellName, index: int) -> _ScanExtras:
+    def extras(self, x: Tensor, own: ScanWeights, cell: CellName, index: int) -> ScanExtras:
         """For the layer and direction of that index, whose input is ``x`` (T, B, I)."""
         if self.leaves_scans_alone:
-            return _ScanExtras()
+            return ScanExtras()
         w_hh, w_hr = own[1], own[4]
         steps, batch, _ = x.shape
         hidden = w_hh.shape[0] // SCAN_GATES[cell]
@@ -84,7 +74,7 @@ class Regularization(NamedTuple):
         if self.recurrent_dropout > 0:
             mask = apply_dropout(like.new_ones(batch, width), self.recurrent_dropout)
         parts = tuple(part[index] for part in self.reset_parts)
-        return _ScanExtras(
+        return ScanExtras(
             mask,
             share(self.zoneout_h, width),
             share(self.zoneout_c, hidden),
@@ -183,19 +173,31 @@ def _scan_layer(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """One layer of :func:`scan_layers`, whose states are (D, B, P); ``first`` counts the layers
     and directions before it."""
-    together = len(weights) == 2 and regularization.leaves_scans_alone and not return_states
     # A trace knows no list with None in it.
-    if together and not torch.is_grad_enabled() and not torch.jit.is_tracing():
-        state = join_parts(parts) if parts else None
+    together = len(weights) == 2 and not return_states and not torch.jit.is_tracing()
+    if together and not torch.is_grad_enabled():
+        extras = None
+        if not regularization.leaves_scans_alone:
+            extras = (
+                regularization.extras(x, weights[0], cell, first),
+                regularization.extras(x, weights[1], cell, first + 1),
+            )
         output, last = functional.scan_both(
-            x, weights[0], weights[1], state, cell=cell, lengths=lengths, resets=resets
+            x,
+            weights[0],
+            weights[1],
+            join_parts(parts) if parts else None,
+            cell=cell,
+            lengths=lengths,
+            resets=resets,
+            extras=extras,
         )
         return output, state_parts(cell, last), ()
     outputs: list[Tensor] = []
     states: list[tuple[Tensor, ...]] = []
     all_steps: list[tuple[Tensor, ...]] = []
     for direction, own in enumerate(weights):
-        extras = regularization.extras(x, own, cell, first + direction)
+        more = regularization.extras(x, own, cell, first + direction)
         result = functional.scan(
             x,
             *own[:5],
@@ -207,11 +209,11 @@ def _scan_layer(
             keep_every=keep_every,
             return_states=return_states,
             w_ch=own[5],
-            h_mask=extras.h_mask,
-            zoneout_h=extras.zoneout_h,
-            zoneout_c=extras.zoneout_c,
-            reset_state=extras.reset_state,
-            layer_norm=extras.layer_norm,
+            h_mask=more.h_mask,
+            zoneout_h=more.zoneout_h,
+            zoneout_c=more.zoneout_c,
+            reset_state=more.reset_state,
+            layer_norm=more.layer_norm,
         )
         outputs.append(result.output)
         states.append(state_parts(cell, result.state))

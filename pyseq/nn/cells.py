@@ -8,15 +8,18 @@ from torch import Tensor
 from torch.nn import init
 
 from .. import functional
-from ..types import STATES, CellName, State, join_parts, state_parts
+from ..types import STATES, CellName, LayerNormWeights, State, join_parts, state_parts
 from ._common import (
     Device,
     add_weight,
     changed_options,
     check_input,
+    check_layer_norm,
     check_nonlinearity,
     check_slstm,
+    norm_sizes,
     refuse_script,
+    reset_norm,
     weights_now,
 )
 
@@ -26,25 +29,57 @@ _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class _Cell(torch.nn.RNNCellBase):
     """What the cells share: one step is a scan with T = 1."""
 
+    layer_norm: bool = False
+
     __prepare_scriptable__ = refuse_script
+
+    @property
+    def cell(self) -> CellName:
+        """The cell's name in ``pyseq.functional``."""
+        raise NotImplementedError
+
+    def _add_norm(self, layer_norm: bool) -> None:
+        """Make the gains and biases of layer normalisation, if it is asked for."""
+        self.layer_norm = layer_norm
+        if layer_norm:
+            for name, size in norm_sizes(self.cell, self.hidden_size).items():
+                parameter = torch.nn.Parameter(self.weight_ih.new_empty(size))
+                self.register_parameter(name, parameter)
+            reset_norm(self._norm())
+
+    def _norm(self) -> LayerNormWeights:
+        return LayerNormWeights(*weights_now(self, list(norm_sizes(self.cell, self.hidden_size))))
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew as torch.nn does; gains of layer normalisation begin with one."""
+        super().reset_parameters()
+        if self.layer_norm:
+            reset_norm(self._norm())
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + changed_options(self, layer_norm=False)
 
     def weight_names(self) -> list[str]:
         """The names of all matrices."""
         return ["weight_ih", "weight_hh"]
 
-    def _step(
-        self, cell: CellName, input: Tensor, hx: State | None, w_ch: Tensor | None = None
-    ) -> State:
+    def _step(self, input: Tensor, hx: State | None, w_ch: Tensor | None = None) -> State:
+        cell = self.cell
         if input.dim() != 2:
             parts = state_parts(cell, hx)
             self._check_dim(input, parts)
             rows = tuple(part.unsqueeze(0) for part in parts)
-            last = self._step(cell, input.unsqueeze(0), join_parts(rows) if rows else None, w_ch)
+            last = self._step(input.unsqueeze(0), join_parts(rows) if rows else None, w_ch)
             return join_parts(tuple(part.squeeze(0) for part in state_parts(cell, last)))
         w_ih, w_hh, b_ih, b_hh = weights_now(self, _CELL_WEIGHTS)
         if input.dtype != w_ih.dtype:
             check_input("input", input, w_ih, self.training)
         try:
+            if self.layer_norm:
+                norm = self._norm()
+                return functional.step(
+                    input, w_ih, w_hh, b_ih, b_hh, hx, cell=cell, layer_norm=norm
+                )
             return functional.step(input, w_ih, w_hh, b_ih, b_hh, hx, cell=cell, w_ch=w_ch)
         except RuntimeError:
             self._explain(input, state_parts(cell, hx))
@@ -101,9 +136,11 @@ class RNNCell(_Cell):
         bias: whether the cell has ``bias_ih`` and ``bias_hh``.
         nonlinearity: ``"tanh"`` or ``"relu"``.
         device, dtype: of the parameters.
+        layer_norm: as for :class:`RNN`; adds ``gain_ih`` and ``gain_hh`` (G*H), and in an LSTM
+            cell ``gain_c`` and ``bias_c`` (H).
 
     Raises:
-        ValueError: the nonlinearity is unknown.
+        ValueError: the nonlinearity is unknown, or options do not go together.
     """
 
     def __init__(
@@ -114,14 +151,22 @@ class RNNCell(_Cell):
         nonlinearity: str = "tanh",
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        layer_norm: bool = False,
     ) -> None:
         check_nonlinearity(nonlinearity)
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
+        self._add_norm(layer_norm)
+
+    @property
+    def cell(self) -> CellName:
+        """The cell's name in ``pyseq.functional``."""
+        return "rnn_tanh" if self.nonlinearity == "tanh" else "rnn_relu"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
-        h = self._step("rnn_tanh" if self.nonlinearity == "tanh" else "rnn_relu", input, hx)
+        h = self._step(input, hx)
         assert isinstance(h, Tensor)
         return h
 
@@ -130,7 +175,7 @@ class GRUCell(_Cell):
     """One step of :class:`GRU`; a drop-in for torch.nn.GRUCell.
 
     Args: as :class:`RNNCell`, without ``nonlinearity``, and
-        reset_after: as for :class:`GRU`.
+        reset_after: as for :class:`GRU`, where layer_norm goes with True.
     """
 
     reset_after: bool = True
@@ -144,16 +189,24 @@ class GRUCell(_Cell):
         dtype: torch.dtype | None = None,
         *,
         reset_after: bool = True,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        check_layer_norm(layer_norm, reset_after=reset_after)
         self.reset_after = reset_after
+        self._add_norm(layer_norm)
+
+    @property
+    def cell(self) -> CellName:
+        """The cell's name in ``pyseq.functional``."""
+        return "gru" if self.reset_after else "gru_reset_before"
 
     def extra_repr(self) -> str:
         return super().extra_repr() + changed_options(self, reset_after=True)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
-        h = self._step("gru" if self.reset_after else "gru_reset_before", input, hx)
+        h = self._step(input, hx)
         assert isinstance(h, Tensor)
         return h
 
@@ -162,7 +215,8 @@ class LSTMCell(_Cell):
     """One step of :class:`LSTM`; a drop-in for torch.nn.LSTMCell.
 
     Args: as :class:`RNNCell`, without ``nonlinearity``, and
-        peepholes: whether the cell has ``weight_ch`` (3*H,); see :class:`LSTM`.
+        peepholes: whether the cell has ``weight_ch`` (3*H,); see :class:`LSTM`. Not with
+            ``layer_norm``.
     """
 
     peepholes: bool = False
@@ -177,11 +231,19 @@ class LSTMCell(_Cell):
         dtype: torch.dtype | None = None,
         *,
         peepholes: bool = False,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        check_layer_norm(layer_norm, peepholes=peepholes)
+        self._add_norm(layer_norm)
         self.peepholes = peepholes
         if peepholes:
             add_weight(self, "weight_ch", 3 * hidden_size)
+
+    @property
+    def cell(self) -> CellName:
+        """The cell's name in ``pyseq.functional``."""
+        return "lstm"
 
     def extra_repr(self) -> str:
         return super().extra_repr() + changed_options(self, peepholes=False)
@@ -190,15 +252,15 @@ class LSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """New (h, c), each (B, H) or (H,), from input (B, I) or (I,) and (h, c)."""
-        h, c = self._step("lstm", input, hx, self.weight_ch if self.peepholes else None)
+        h, c = self._step(input, hx, self.weight_ch if self.peepholes else None)
         return h, c
 
 
 class IndRNNCell(_Cell):
     """One step of :class:`IndRNN`.
 
-    Args: as :class:`RNNCell`, where ``nonlinearity`` is ``"relu"`` by default; ``weight_hh`` is
-        (H,).
+    Args: as :class:`RNNCell`, without ``layer_norm``, where ``nonlinearity`` is ``"relu"`` by
+        default; ``weight_hh`` is (H,).
     """
 
     def __init__(
@@ -221,13 +283,18 @@ class IndRNNCell(_Cell):
         super().reset_parameters()
         init.uniform_(self.weight_hh)
 
+    @property
+    def cell(self) -> CellName:
+        """The cell's name in ``pyseq.functional``."""
+        return "indrnn_relu" if self.nonlinearity == "relu" else "indrnn_tanh"
+
     def extra_repr(self) -> str:
         sizes = f"{self.input_size}, {self.hidden_size}"
         return sizes + changed_options(self, bias=True, nonlinearity="relu")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """New h (B, H) or (H,) from input (B, I) or (I,) and h, by default zero."""
-        h = self._step("indrnn_relu" if self.nonlinearity == "relu" else "indrnn_tanh", input, hx)
+        h = self._step(input, hx)
         assert isinstance(h, Tensor)
         return h
 
@@ -235,8 +302,8 @@ class IndRNNCell(_Cell):
 class SLSTMCell(_Cell):
     """One step of :class:`SLSTM`.
 
-    Args: as :class:`RNNCell`, without ``nonlinearity``, and ``num_heads`` and ``forget_gate`` of
-        :class:`SLSTM`; ``weight_hh`` is (4*H, H / heads).
+    Args: as :class:`RNNCell`, without ``nonlinearity`` and ``layer_norm``, and ``num_heads`` and
+        ``forget_gate`` of :class:`SLSTM`; ``weight_hh`` is (4*H, H / heads).
     """
 
     def __init__(
@@ -256,6 +323,11 @@ class SLSTMCell(_Cell):
         self.forget_gate = forget_gate
         add_weight(self, "weight_hh", 4 * hidden_size, hidden_size // num_heads)
 
+    @property
+    def cell(self) -> CellName:
+        """The cell's name in ``pyseq.functional``."""
+        return "slstm_exp" if self.forget_gate == "exp" else "slstm_sigmoid"
+
     def extra_repr(self) -> str:
         return super().extra_repr() + changed_options(self, num_heads=1, forget_gate="sigmoid")
 
@@ -263,6 +335,5 @@ class SLSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """New (h, c, n, m), each (B, H) or (H,), from input (B, I) or (I,) and such a state."""
-        cell: CellName = "slstm_exp" if self.forget_gate == "exp" else "slstm_sigmoid"
-        h, c, n, m = self._step(cell, input, hx)
+        h, c, n, m = self._step(input, hx)
         return h, c, n, m

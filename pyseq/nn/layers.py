@@ -7,7 +7,14 @@ import torch
 from torch.nn import init
 
 from ..types import CellName
-from ._common import Device, add_weight, changed_options, check_nonlinearity, check_slstm
+from ._common import (
+    Device,
+    add_weight,
+    changed_options,
+    check_layer_norm,
+    check_nonlinearity,
+    check_slstm,
+)
 from ._recurrent import Recurrent
 
 
@@ -149,8 +156,7 @@ class GRU(Recurrent):
         _refuse_projection(proj_size)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
         super().__init__("GRU", *sizes, 0, device, dtype)
-        if not reset_after and layer_norm:
-            raise ValueError("layer_norm goes with reset_after=True, got True and False")
+        check_layer_norm(layer_norm, reset_after=reset_after)
         self.reset_after = reset_after
         self._set_options(
             residual=residual,
@@ -215,8 +221,7 @@ class LSTM(Recurrent):
     ) -> None:
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
         super().__init__("LSTM", *sizes, proj_size, device, dtype)
-        if peepholes and layer_norm:
-            raise ValueError("layer_norm goes without peepholes, got both")
+        check_layer_norm(layer_norm, peepholes=peepholes)
         self.peepholes = peepholes
         if peepholes:
             for names, suffix in zip(self._all_weights, self._suffixes(), strict=True):
