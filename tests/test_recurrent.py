@@ -18,6 +18,7 @@ from pyseq import nn
 from pyseq.bridge import BRIDGES, Bridge
 from pyseq.nn import AttentionDecoder
 from pyseq.recurrent import LayerOptions
+from pyseq.scheduled import Sampling
 from pyseq.search import SearchOptions
 from pyseq.seq2seq.scanned import ScannedDecoder
 from pyseq.types import PAD, START, STATES, STOP
@@ -148,6 +149,22 @@ def test_every_parameter_of_a_model_gets_a_gradient(name: str) -> None:
         assert parameter.grad.isfinite().all(), key
 
 
+def test_scheduled_sampling_drops_the_same_at_every_step() -> None:
+    """What is chosen step by step is what the whole pass over the choices finds likeliest."""
+    options = {"variational_dropout": 0.4, "recurrent_dropout": 0.3, "weight_dropout": 0.2}
+    model = translating("lstm", dropout=0.3, decoder_options=options | {"zoneout_h": 0.3})
+    decoder, source = model.decoder, sources()
+    memory, hidden = model.encoder(source, LENGTHS)
+    given: dict[str, Any] = {"lengths": LENGTHS, "state": (model.bridge(hidden), None)}
+    target_in = torch.randint(4, 9, (3, 6))
+    masks = decoder._draw_masks(target_in)
+    fed = decoder.scheduled_inputs(target_in, memory, Sampling(0.0), masks=masks, **given)
+    likeliest, _, _ = decoder._hidden(fed, memory, masks=masks, **given)
+    assert torch.equal(decoder.output(likeliest).argmax(2).t()[:, :-1], fed[:, 1:])
+    others = [decoder.scheduled_inputs(target_in, memory, Sampling(0.0), **given) for _ in range(5)]
+    assert not all(torch.equal(each, fed) for each in others)
+
+
 def test_what_a_scanned_decoder_does_not_read_is_checked() -> None:
     decoder = translating("gru_reset_before", num_layers=1, score=None).decoder.rnn
     x = torch.randn(4, 3, decoder.input_size, dtype=torch.float64)
@@ -156,7 +173,7 @@ def test_what_a_scanned_decoder_does_not_read_is_checked() -> None:
     assert torch.equal(decoder(x, state=(hidden, hidden[0])).output, expected)
     with pytest.raises(RuntimeError, match=r"state.feed must be \(B, H\) = \(3, .*got \(2, 7\)"):
         decoder(x, state=(hidden, x.new_zeros(2, 7)))
-    with pytest.raises(ValueError, match=r"dropout_masks must be None .* got Tensor"):
+    with pytest.raises(TypeError, match="masks must be what draw_masks gave, got Tensor"):
         decoder(x, state=(hidden, None), dropout_masks=x.new_ones(0, 4, 3, 8))
 
 
@@ -167,17 +184,16 @@ def test_what_a_scanned_decoder_does_not_read_is_checked() -> None:
         {"heads": 2},
         {"window": "local-m", "window_size": 1},
         {"window": "local-p", "window_size": 2},
-        {"score": "location"},
+        {"score": "location", "max_positions": 7},
+        {"score": "location", "max_positions": 3, "window": "local-p", "window_size": 2},
     ],
-    ids=["global", "heads", "local-m", "local-p", "location"],
+    ids=["global", "heads", "local-m", "local-p", "location", "local-p-location"],
 )
 @pytest.mark.parametrize("cell", ["rnn_relu", "gru", "lstm"])
 def test_what_attends_afterwards_is_what_attends_in_between(
     cell: str, options: dict[str, Any]
 ) -> None:
     """Without feeding, the fused decoder and the layers with attention on top are one model."""
-    if options.get("score") == "location":
-        options = {**options, "max_positions": 7}
     common = {"cell": cell, "input_feeding": False, "num_layers": 2, **options}
     one = pyseq.Seq2Seq(11, 9, **SIZES, **common).double()
     other = pyseq.Seq2Seq(11, 9, **SIZES, **common, decoder_options={"keep_every": 2}).double()

@@ -161,6 +161,30 @@ def test_a_module_pickled_by_version_0_1_keeps_its_states_as_it_did(
 # One option after the other
 
 
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_calls_with_the_same_masks_drop_the_same(name: str) -> None:
+    options: dict[str, Any] = {"variational_dropout": 0.4, "recurrent_dropout": 0.3}
+    options |= {"weight_dropout": 0.2, "zoneout_h": 0.3, "dropout": 0.3}
+    module = getattr(nn, name)(I, H, 2, dtype=torch.float64, **options)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    torch.manual_seed(3)
+    expected = module(x)[0]
+    torch.manual_seed(3)
+    masks = module.draw_masks(T, B)
+    assert torch.equal(module(x, masks=masks)[0], expected)
+    # Parts of a sequence, as in truncated back-propagation.
+    first, state = module(x[:2], masks=masks.of_steps(0, 2))
+    second, _ = module(x[2:], state, masks=masks.of_steps(2, T))
+    assert_close({"y": torch.cat((first, second))}, {"y": expected})
+    with pytest.raises(RuntimeError, match=f"masks must be drawn for T, B = {T - 1}, {B}, got {T}"):
+        module(x[1:], masks=masks)
+    packed = torch.nn.utils.rnn.pack_sequence([x[:, 0]])
+    for bad, module_ in ((packed, module), (x, copy.deepcopy(module).eval())):
+        with pytest.raises(ValueError, match="masks must be None in evaluation, and for a Packed"):
+            module_(bad, masks=masks)
+    assert module.eval().draw_masks(T, B) is None
+
+
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "two-way"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_residual_adds_the_input_of_every_layer_that_it_fits(

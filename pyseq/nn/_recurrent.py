@@ -12,11 +12,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from .. import functional
 from .._checks import check_tensor
 from ..types import (
+    SCAN_GATES,
     State,
     join_parts,
+    kind,
     state_parts,
 )
 from ._common import check_input, refuse_script, weights_now
+from ._masks import DrawnMasks, Probabilities, draw_masks
 from ._recurrent_options import RecurrentOptions
 from ._stack import Regularization, ScanWeights, join_layers, scan_layers
 
@@ -122,15 +125,24 @@ class Recurrent(RecurrentOptions):
         lengths: Tensor | None,
         resets: Tensor | None,
         return_states: bool,
+        masks: DrawnMasks | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Time-major and batched: the output, the last state and those of every step in parts."""
         learned = self._learned()
         try:
             plain = self._plain and not self.bidirectional and not return_states
-            if plain and lengths is None and resets is None and not self._drops():
+            if plain and lengths is None and resets is None and masks is None and not self._drops():
                 return self._scan_plain(x, parts)
+            steps, batch, _ = x.shape
+            if masks is None:
+                masks = self.draw_masks(steps, batch)
+            elif (masks.steps, masks.batch) != (steps, batch):
+                raise RuntimeError(
+                    f"masks must be drawn for T, B = {steps}, {batch}, got {masks.steps}, "
+                    f"{masks.batch}"
+                )
             if not parts:
-                parts = tuple(part.unsqueeze(1).expand(-1, x.shape[1], -1) for part in learned)
+                parts = tuple(part.unsqueeze(1).expand(-1, batch, -1) for part in learned)
             return scan_layers(
                 x,
                 self._weights(),
@@ -139,16 +151,12 @@ class Recurrent(RecurrentOptions):
                 directions=2 if self.bidirectional else 1,
                 lengths=lengths,
                 resets=resets,
-                dropout=self.dropout if self._drops() else 0.0,
+                masks=masks,
                 keep_every=self.keep_every,
                 regularization=Regularization(
-                    self.training,
                     self.residual,
-                    self.variational_dropout if self.training else 0.0,
-                    self.recurrent_dropout if self.training else 0.0,
-                    self.weight_dropout if self.training else 0.0,
-                    self.zoneout_h,
-                    self.zoneout_c,
+                    0.0 if self.training else self.zoneout_h,
+                    0.0 if self.training else self.zoneout_c,
                     () if resets is None else learned,
                     self._layer_norms(),
                 ),
@@ -157,6 +165,35 @@ class Recurrent(RecurrentOptions):
         except RuntimeError:
             self._explain(x, parts)
             raise
+
+    def draw_masks(self, steps: int, batch: int) -> DrawnMasks | None:
+        """What a call drops, for several calls that are to drop the same.
+
+        Args:
+            steps, batch: T and B of the calls. Of calls that each run a part of a sequence, those
+                of all of it, and then ``of_steps`` of the result for each.
+
+        Returns:
+            The masks; None if nothing is dropped, as in evaluation.
+        """
+        probabilities = Probabilities(
+            self.dropout if self._drops() else 0.0,
+            self.variational_dropout,
+            self.recurrent_dropout,
+            self.weight_dropout,
+            self.zoneout_h,
+            self.zoneout_c,
+        )
+        if not self.training or not any(probabilities):
+            return None
+        return draw_masks(
+            probabilities,
+            [(own[0], own[1], own[4]) for own in self._weights()],
+            2 if self.bidirectional else 1,
+            steps,
+            batch,
+            SCAN_GATES[self.cell],
+        )
 
     def _drops(self) -> bool:
         """Whether there is dropout between the layers of this call."""
@@ -186,6 +223,7 @@ class Recurrent(RecurrentOptions):
         resets: Tensor | None = None,
         *,
         return_states: bool = False,
+        masks: DrawnMasks | None = None,
     ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, State]:
         """Run all layers and directions over ``input``.
 
@@ -204,6 +242,8 @@ class Recurrent(RecurrentOptions):
                 ``batch_first``, (T,) for one sequence; rows in the order before packing for a
                 PackedSequence. The sizes are checked, but where T is B nothing tells a (T, B)
                 from a (B, T): give it in the layout of the input.
+            masks: what :meth:`draw_masks` gave, in training, where several calls are to drop the
+                same. Not with a PackedSequence. Default: drawn here.
             return_states: also return the state of every layer and direction after every step.
 
         Returns:
@@ -226,6 +266,13 @@ class Recurrent(RecurrentOptions):
             check_tensor("lengths", lengths)
         if resets is not None:
             check_tensor("resets", resets)
+        if masks is not None and not isinstance(masks, DrawnMasks):
+            raise TypeError(f"masks must be what draw_masks gave, got {kind(masks)}")
+        if masks is not None and (not self.training or isinstance(input, PackedSequence)):
+            raise ValueError(
+                "masks must be None in evaluation, and for a PackedSequence, whose rows are in "
+                "another order, got some"
+            )
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths must be None for a PackedSequence, which has its own")
@@ -262,7 +309,7 @@ class Recurrent(RecurrentOptions):
         if self.batch_first:
             input = input.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
-        output, parts, steps = self._scan(input, parts, lengths, resets, return_states)
+        output, parts, steps = self._scan(input, parts, lengths, resets, return_states, masks)
         if self.batch_first:
             output = output.transpose(0, 1)
         if not batched:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from .._dropout import apply_dropout, bernoulli_mask
+from .._packed import computing_dtype
 from ..reference import without_padding
 from ..types import (
     SCAN_GATES,
@@ -21,69 +21,52 @@ from ..types import (
     join_parts,
     state_parts,
 )
+from ._masks import DirectionMasks, DrawnMasks
 
 #: w_ih, w_hh, b_ih, b_hh, w_hr and w_ch of one layer and direction, as functional.scan takes them.
 ScanWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Regularization(NamedTuple):
-    """What a call does to stacked layers besides running them; see :class:`RNN`. Probabilities
-    of dropout are those of this call: 0 in evaluation."""
+    """What a call does to stacked layers besides running and dropping; see :class:`RNN`."""
 
-    training: bool = False
     residual: bool = False
-    variational_dropout: float = 0.0
-    recurrent_dropout: float = 0.0
-    weight_dropout: float = 0.0
-    zoneout_h: float = 0.0
+    zoneout_h: float = 0.0  # what the old value has of the new one, where no masks are drawn
     zoneout_c: float = 0.0
     reset_parts: tuple[Tensor, ...] = ()  # (L*D, .) each, or () to reset to zero
     layer_norms: tuple[LayerNormWeights, ...] = ()  # of each layer and direction, or none
 
-    def weights(self, own: ScanWeights) -> ScanWeights:
-        """Those of one layer and direction, as this call sees them."""
-        if self.weight_dropout == 0:
-            return own
-        w_ih, w_hh, *_ = own
-        return w_ih, apply_dropout(w_hh, self.weight_dropout), own[2], own[3], own[4], own[5]
-
-    @property
-    def leaves_scans_alone(self) -> bool:
-        acts = (self.recurrent_dropout, self.zoneout_h, self.zoneout_c)
-        return not (any(acts) or self.reset_parts or self.layer_norms)
-
-    def extras(self, x: Tensor, own: ScanWeights, cell: CellName, index: int) -> ScanExtras:
-        """For the layer and direction of that index, whose input is ``x`` (T, B, I)."""
-        if self.leaves_scans_alone:
-            return ScanExtras()
+    def extras(
+        self, own: ScanWeights, cell: CellName, index: int, masks: DirectionMasks
+    ) -> ScanExtras | None:
+        """For the layer and direction of that index; None if a scan is all that there is."""
+        shares = self.zoneout_h or self.zoneout_c
+        drops = not masks.h is masks.zoneout_h is masks.zoneout_c is None
+        if not (shares or drops or self.reset_parts or self.layer_norms):
+            return None
         w_hh, w_hr = own[1], own[4]
-        steps, batch, _ = x.shape
         hidden = w_hh.shape[0] // SCAN_GATES[cell]
         width = hidden if w_hr is None else w_hr.shape[0]
-        # Under autocast x may be of a type in which 1 / (1 - p) is inexact.
-        like = w_hh if w_hh.is_floating_point() else x
+        dtype = computing_dtype(w_hh)
 
         def share(probability: float, size: int) -> Tensor | None:
             if probability == 0:
                 return None
-            if self.training:
-                return bernoulli_mask((steps, batch, size), probability, like)
-            return like.new_full((1, 1, size), probability)
+            return torch.full((1, 1, size), probability, dtype=dtype, device=w_hh.device)
 
-        mask = None
-        if self.recurrent_dropout > 0:
-            mask = apply_dropout(like.new_ones(batch, width), self.recurrent_dropout)
         parts = tuple(part[index] for part in self.reset_parts)
         return ScanExtras(
-            mask,
-            share(self.zoneout_h, width),
-            share(self.zoneout_c, hidden),
+            masks.h,
+            share(self.zoneout_h, width) if masks.zoneout_h is None else masks.zoneout_h,
+            share(self.zoneout_c, hidden) if masks.zoneout_c is None else masks.zoneout_c,
             join_parts(parts) if parts else None,
             self.layer_norms[index] if self.layer_norms else None,
         )
 
 
 _PLAIN = Regularization()
+_NO_EXTRAS = ScanExtras()
+_NO_MASKS = (DirectionMasks(),)
 
 
 def scan_layers(
@@ -95,8 +78,7 @@ def scan_layers(
     directions: int = 1,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
-    dropout: float = 0.0,
-    dropout_masks: Tensor | None = None,
+    masks: DrawnMasks | None = None,
     keep_every: int = 1,
     regularization: Regularization = _PLAIN,
     return_states: bool = False,
@@ -109,8 +91,7 @@ def scan_layers(
         parts: the initial state, ``()`` for zero, else h (L*D, B, P) and for LSTM c.
         cell, lengths, resets, keep_every, return_states: as in ``functional.scan``.
         directions: D, 1 or 2.
-        dropout: probability of zeroing an output of a layer that is not the last one.
-        dropout_masks: (L-1, T, B, D*P), what to multiply such outputs with, in its place.
+        masks: what to drop. Default: nothing.
         regularization: what else to do to them.
 
     Returns:
@@ -121,23 +102,21 @@ def scan_layers(
     all_steps: list[tuple[Tensor, ...]] = []
     for first in range(0, len(weights), directions):
         below = x
-        if first > 0 and dropout_masks is not None:
-            x = x * dropout_masks[first // directions - 1]
-        elif first > 0 and dropout > 0:
-            x = apply_dropout(x, dropout)
-        if regularization.variational_dropout > 0:
-            shape = x.shape[1:]
-            x = x * apply_dropout(x.new_ones(shape), regularization.variational_dropout)
+        dropped = None if masks is None else masks.layers[first // directions]
+        if dropped is not None:
+            x = x if dropped.steps is None else x * dropped.steps
+            x = x if dropped.rows is None else x * dropped.rows
         own = slice(first, first + directions)
         x, last, steps = _scan_layer(
             x,
-            [regularization.weights(each) for each in weights[own]],
+            weights[own],
             tuple(part[own] for part in parts),
             cell=cell,
             lengths=lengths,
             resets=resets,
             keep_every=keep_every,
             return_states=return_states,
+            masks=_NO_MASKS * directions if dropped is None else dropped.directions,
             regularization=regularization,
             first=first,
         )
@@ -168,20 +147,23 @@ def _scan_layer(
     resets: Tensor | None,
     keep_every: int,
     return_states: bool,
+    masks: tuple[DirectionMasks, ...],
     regularization: Regularization,
     first: int,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """One layer of :func:`scan_layers`, whose states are (D, B, P); ``first`` counts the layers
     and directions before it."""
+    weights = [
+        own if mask.weight is None else (own[0], own[1] * mask.weight, *own[2:])
+        for own, mask in zip(weights, masks, strict=True)
+    ]
+    extras = [
+        regularization.extras(own, cell, first + direction, masks[direction])
+        for direction, own in enumerate(weights)
+    ]
     # A trace knows no list with None in it.
     together = len(weights) == 2 and not return_states and not torch.jit.is_tracing()
     if together and not torch.is_grad_enabled():
-        extras = None
-        if not regularization.leaves_scans_alone:
-            extras = (
-                regularization.extras(x, weights[0], cell, first),
-                regularization.extras(x, weights[1], cell, first + 1),
-            )
         output, last = functional.scan_both(
             x,
             weights[0],
@@ -190,14 +172,14 @@ def _scan_layer(
             cell=cell,
             lengths=lengths,
             resets=resets,
-            extras=extras,
+            extras=None if extras[0] is None or extras[1] is None else (extras[0], extras[1]),
         )
         return output, state_parts(cell, last), ()
     outputs: list[Tensor] = []
     states: list[tuple[Tensor, ...]] = []
     all_steps: list[tuple[Tensor, ...]] = []
     for direction, own in enumerate(weights):
-        more = regularization.extras(x, own, cell, first + direction)
+        more = extras[direction] or _NO_EXTRAS
         result = functional.scan(
             x,
             *own[:5],

@@ -20,6 +20,7 @@ from ..types import (
     state_parts,
 )
 from ._common import is_bare
+from ._masks import dropout_alone
 from ._stack import scan_layers
 from .attention import Positions
 
@@ -158,7 +159,8 @@ def _step_by_parts(
 
     def run_cells(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         layers = [(*layer, None, None) for layer in decoder.layer_weights()]
-        top, last, _ = scan_layers(x, layers, parts, cell=decoder.cell, dropout_masks=dropout_masks)
+        masks = None if dropout_masks is None else dropout_alone(dropout_masks)
+        top, last, _ = scan_layers(x, layers, parts, cell=decoder.cell, masks=masks)
         return top, last
 
     if decoder.order == "luong":
@@ -167,7 +169,7 @@ def _step_by_parts(
         query,
         keys,
         memory,
-        lengths,
+        decoder.score.limit(memory, lengths),  # in which positions are predicted, as by the operator
         positions=decoder.positions,
         window_size=decoder.window_size,
         step=None,

@@ -194,13 +194,12 @@ class Score(torch.nn.Module):
             lengths, step, need_weights: as there.
             window_size: the ``window`` there.
         """
-        lengths = self.limit(memory, lengths)
         centres = None if positions is None else positions(query, memory.shape[0], lengths)
         return functional.attend(
             query,
             keys,
             memory,
-            lengths,
+            self.limit(memory, lengths),
             score=self.fused,
             weight_query=self.weight_query,
             weight_v=self.weight_v,

@@ -42,6 +42,7 @@ from ._common import (
     set_forget_bias,
     weights_now,
 )
+from ._masks import Probabilities, draw_masks, dropout_alone
 from ._stack import scan_layers
 from ._stepwise import decode_stepwise
 from .attention import Positions, Score, check_window
@@ -397,13 +398,19 @@ class AttentionDecoder(torch.nn.Module):
     def _forward_plain(
         self, x: Tensor, parts: tuple[Tensor, ...], dropout_masks: Tensor | None
     ) -> DecoderOutput:
+        layers = self.layer_weights()
+        masks = None if dropout_masks is None else dropout_alone(dropout_masks)
+        if masks is None:
+            masks = draw_masks(
+                Probabilities(self.dropout if self.training else 0.0),
+                [(layer.w_ih, layer.w_hh, None) for layer in layers],
+                1,
+                x.shape[0],
+                x.shape[1],
+                GATES[self.cell],
+            )
         output, parts, _ = scan_layers(
-            x,
-            [(*layer, None, None) for layer in self.layer_weights()],
-            parts,
-            cell=self.cell,
-            dropout=self.dropout if self.training else 0.0,
-            dropout_masks=dropout_masks,
+            x, [(*layer, None, None) for layer in layers], parts, cell=self.cell, masks=masks
         )
         return DecoderOutput(output, None, DecoderState(join_parts(parts), output[-1]))
 

@@ -14,6 +14,7 @@ from .. import functional
 from .._checks import check_smoothing
 from ..nn import AttentionDecoder, Positions, Score
 from ..nn._common import is_bare
+from ..nn._masks import DrawnMasks
 from ..types import DecoderStart
 from .masks import Masks
 
@@ -149,6 +150,7 @@ def scheduled_inputs(
         memory = None
     elif memory is not None:
         keys, limit = rnn.project(memory, lengths), score.limit(memory, lengths)
+    assert not isinstance(masks.layers, DrawnMasks)  # which only other decoders draw
     with exact_results(decoder.embedding.weight):
         return functional.scheduled_inputs(
             tokens,

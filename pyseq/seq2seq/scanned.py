@@ -15,6 +15,7 @@ from torch import Tensor
 from .._checks import check_positive, check_shape
 from ..nn import AttentionDecoder, AttentionOptions, Positions, Score
 from ..nn._common import Device, changed_options
+from ..nn._masks import DrawnMasks
 from ..nn.attention import check_window
 from ..recurrent import LayerOptions, build_layers, check_layer_options, layer_cell
 from ..types import (
@@ -29,7 +30,6 @@ from ..types import (
     attention_parts,
     decoder_parts,
     join_parts,
-    kind,
     state_parts,
 )
 from .sharing import Groups
@@ -162,8 +162,9 @@ class ScannedDecoder(torch.nn.Module):
         """No: a step is more than the operator of :class:`pyseq.nn.AttentionDecoder`."""
         return False
 
-    def draw_dropout_masks(self, steps: int, batch: int) -> None:
-        """Nothing: the layers draw their own, in every call anew."""
+    def draw_dropout_masks(self, steps: int, batch: int) -> DrawnMasks | None:
+        """What the layers drop in a call; see :meth:`pyseq.nn.LSTM.draw_masks`."""
+        return self.layers.draw_masks(steps, batch)
 
     def forward(
         self,
@@ -174,7 +175,7 @@ class ScannedDecoder(torch.nn.Module):
         state: DecoderStart | None = None,
         need_weights: bool = False,
         keys: Tensor | None = None,
-        dropout_masks: Tensor | None = None,
+        dropout_masks: DrawnMasks | None = None,
         memory_rows: Tensor | None = None,
     ) -> DecoderOutput:
         """Run all steps of ``x``.
@@ -183,16 +184,12 @@ class ScannedDecoder(torch.nn.Module):
             x, memory, lengths, state, need_weights, keys, memory_rows: as in
                 :meth:`pyseq.nn.AttentionDecoder.forward`, time-major. The state's feed is (B, H)
                 or None, and not read.
-            dropout_masks: None, since the layers draw their own.
+            dropout_masks: what :meth:`draw_dropout_masks` gave, where several calls are to drop the
+                same. Default: drawn here, in training.
 
         Returns, Raises: as there.
         """
         check_shape("x", x, "(T, B, I)", (-1, -1, self.input_size))
-        if dropout_masks is not None:
-            raise ValueError(
-                "dropout_masks must be None for a decoder whose layers draw their own, got "
-                f"{kind(dropout_masks)}"
-            )
         parts, feed = decoder_parts(self.cell, state)
         if feed is not None:
             check_shape("state.feed", feed, "(B, H)", (x.shape[1], self.fed_size))
@@ -202,7 +199,7 @@ class ScannedDecoder(torch.nn.Module):
                 "state must have a third part (step, weights) with a window, as what a call "
                 "returned has; (hidden, None) starts anew; got (hidden, feed) without it"
             )
-        hidden, last = self.layers(x, join_parts(parts) if parts else None)
+        hidden, last = self.layers(x, join_parts(parts) if parts else None, masks=dropout_masks)
         if self.score is None or self.combine is None:
             return DecoderOutput(hidden, None, DecoderState(last, hidden[-1]))
         if memory is None:
@@ -213,7 +210,7 @@ class ScannedDecoder(torch.nn.Module):
             hidden,
             self.score.project(memory, lengths) if keys is None else keys,
             memory,
-            lengths,
+            self.score.limit(memory, lengths),  # in which positions are predicted, as in a search
             step if self.window == "local-m" else None,
             need_weights,
             memory_rows,
