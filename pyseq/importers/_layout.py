@@ -376,6 +376,7 @@ def translator(
     *,
     source_marks: SourceMarks,
     tokens: tuple[str, str] = ("space", "space"),
+    max_length: int = 100,
 ) -> Translator:
     """The translator of an imported model."""
     return Translator(
@@ -385,4 +386,5 @@ def translator(
         source_tokens=tokens[0],
         target_tokens=tokens[1],
         source_marks=source_marks,
+        max_length=max_length,
     )

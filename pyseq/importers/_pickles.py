@@ -117,7 +117,9 @@ def load_dictionary(path: Path, part: str, *, layout: str) -> dict[str, Any]:
     content = load_pickle(path)
     if isinstance(content, dict) and isinstance(content.get(part), dict):
         return content
-    keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+    keys = type(content).__name__
+    if isinstance(content, dict):
+        keys = ", ".join(map(str, content)) or "nothing"
     raise CheckpointError(
         f"{path}: a checkpoint of {layout} must be a dictionary with the weights in {part!r}, got "
         f"{keys}"

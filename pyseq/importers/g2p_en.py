@@ -16,6 +16,8 @@ from ._layout import Parts, Stack, Weights, build, make_side, read_symbols, tran
 
 GRAPHEMES: tuple[str, ...] = ("<pad>", "<unk>", "</s>", *string.ascii_lowercase)
 
+_MOST_PHONEMES = 20  # that g2p-en puts out for a word
+
 _VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW"
 _CONSONANTS = "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH"
 #: A vowel comes in three stresses, and UW without any too.
@@ -47,13 +49,17 @@ def read(
     """
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
-            tensors = {name: torch.from_numpy(arrays[name].copy()) for name in arrays.files}
+            found = {name: arrays[name] for name in arrays.files}
     except OSError:
         raise
     except Exception as error:  # numpy parses archives and headers: it may be any
         raise CheckpointError(
             f"{path}: not a file of numpy arrays: {numpy_reason(error)}"
         ) from error
+    for name, array in found.items():  # other archives hold bytes
+        if not isinstance(array, numpy.ndarray):
+            raise CheckpointError(f"{path}: not a file of numpy arrays: it holds {name}")
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in found.items()}
     weights = Weights(tensors, path=path, layout="g2p-en")
     source_table, target_table = weights.take("enc_emb"), weights.take("dec_emb")
     source = read_symbols(source_vocab) or list(GRAPHEMES)
@@ -72,8 +78,13 @@ def read(
         weights.take("fc_w"),
         weights.take("fc_b"),
     )
-    found = build(weights, parts)
-    return translator(found, parts, source_marks="stop", tokens=("char", "space"))
+    return translator(
+        build(weights, parts),
+        parts,
+        source_marks="stop",
+        tokens=("char", "space"),
+        max_length=_MOST_PHONEMES,
+    )
 
 
 def _stack(weights: Weights, side: str) -> Stack:
