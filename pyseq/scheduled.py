@@ -8,9 +8,11 @@ is resumed goes on with them exactly. Who reads what is decided by ``Seq2Seq.sch
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+from .types import kind
 
 #: What the decoder reads instead of the truth: its likeliest token, or one that it draws.
 ChoiceName = Literal["argmax", "sample"]
@@ -27,11 +29,12 @@ class Sampling:
 
     Args:
         epsilon: probability of the truth.
-        choice: what is read in its place.
+        choice: what is read in its place, of which ``<pad>`` and ``<start>`` are never chosen.
         coin: whether the choice is made anew for every token, or once for a sequence.
 
     Raises:
         ValueError: one of them is not among what it may be.
+        TypeError: ``epsilon`` is no number.
     """
 
     epsilon: float
@@ -39,14 +42,16 @@ class Sampling:
     coin: CoinName = "token"
 
     def __post_init__(self) -> None:
-        _check("epsilon", self.epsilon, 0 <= self.epsilon <= 1, "a probability")
+        _check("epsilon", self.epsilon, lambda x: 0 <= x <= 1, "a probability")
         for name, value, names in (("choice", self.choice, CHOICES), ("coin", self.coin, COINS)):
             if value not in names:
                 raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
 
 
-def _check(name: str, value: float, valid: bool, allowed: str) -> None:
-    if not (valid and math.isfinite(value)):
+def _check(name: str, value: float, is_valid: Callable[[float], bool], allowed: str) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {kind(value)}")
+    if not (math.isfinite(value) and is_valid(value)):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
@@ -62,7 +67,7 @@ class Constant:
     name: str = field(default="constant", init=False)
 
     def __post_init__(self) -> None:
-        _check("epsilon", self.epsilon, 0 <= self.epsilon <= 1, "in [0, 1]")
+        _check("epsilon", self.epsilon, lambda x: 0 <= x <= 1, "in [0, 1]")
 
     def __call__(self, updates: int) -> float:
         """The probability of the truth after so many updates."""
@@ -92,9 +97,9 @@ class Linear:
     name: str = field(default="linear", init=False)
 
     def __post_init__(self) -> None:
-        _check("slope", self.slope, self.slope >= 0, "at least 0 and finite")
-        _check("begin", self.begin, self.begin >= 0, "at least 0 and finite")
-        _check("least", self.least, 0 <= self.least <= 1, "in [0, 1]")
+        _check("slope", self.slope, lambda x: x >= 0, "at least 0 and finite")
+        _check("begin", self.begin, lambda x: x >= 0, "at least 0 and finite")
+        _check("least", self.least, lambda x: 0 <= x <= 1, "in [0, 1]")
 
     def __call__(self, updates: int) -> float:
         """The probability of the truth after so many updates."""
@@ -119,7 +124,7 @@ class Exponential:
     name: str = field(default="exponential", init=False)
 
     def __post_init__(self) -> None:
-        _check("k", self.k, 0 < self.k < 1, "in (0, 1)")
+        _check("k", self.k, lambda x: 0 < x < 1, "in (0, 1)")
 
     def __call__(self, updates: int) -> float:
         """The probability of the truth after so many updates."""
@@ -144,7 +149,7 @@ class InverseSigmoid:
     name: str = field(default="inverse-sigmoid", init=False)
 
     def __post_init__(self) -> None:
-        _check("k", self.k, self.k >= 1, "at least 1 and finite")
+        _check("k", self.k, lambda x: x >= 1, "at least 1 and finite")
 
     def __call__(self, updates: int) -> float:
         """The probability of the truth after so many updates."""

@@ -30,7 +30,7 @@ from ..types import (
     kind,
 )
 from . import fused
-from .inputs import check_tokens
+from .inputs import check_tokens, embed
 from .masks import Masks, masked
 from .scanned import build_decoder
 from .sharing import Groups
@@ -330,7 +330,7 @@ class Decoder(torch.nn.Module):
         if masks is None:
             masks = self._draw_masks(target_in)
         context, extra, _ = conditions or Conditions()
-        x = masked(self.embedding(target_in.t()), masks.embedding)
+        x = masked(embed("target_in", self.embedding, target_in.t()), masks.embedding)
         check_extra("target_extra", self.extra, extra, rows=x.shape[1], steps=x.shape[0])
         if self.extra is not None and extra is not None and self.extra_at_input:
             x = self.extra(x, extra)

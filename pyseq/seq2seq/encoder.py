@@ -16,7 +16,7 @@ from ..nn._common import Device, changed_options
 from ..recurrent import LayerOptions, build_layers, layer_cell
 from ..reference import without_padding
 from ..types import PAD, State, join_parts, state_parts
-from .inputs import check_source, last_steps
+from .inputs import check_source, embed, last_steps
 
 __all__ = ["Encoder"]
 
@@ -161,7 +161,7 @@ class Encoder(torch.nn.Module):
         x = source.transpose(0, 1)
         if source.dim() == 3:  # a NaN in the padding of features would reach the gradient
             x = without_padding(x, lengths)
-        x = self.embedding(x)
+        x = embed("source", self.embedding, x)
         if self.training:
             x = apply_dropout(x, self.dropout)
         check_extra("source_extra", self.extra, extra, rows=x.shape[1], steps=x.shape[0])

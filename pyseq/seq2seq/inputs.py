@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from .._checks import check_like, check_positive, check_shape
+from .._checks import check_like, check_positive, check_shape, check_tensor
 from ..types import UNK
 
 
@@ -27,8 +29,25 @@ def check_source(source: Tensor, embedding: torch.nn.Module) -> None:
 
 
 def check_tokens(name: str, tokens: Tensor) -> None:
+    check_tensor(name, tokens)
     if tokens.dim() != 2:
         raise RuntimeError(f"{name} must be 2-D token ids, batch first, got {tuple(tokens.shape)}")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(f"{name} must be int64, got {tokens.dtype}")
+
+
+def embed(name: str, embedding: torch.nn.Module, tokens: Tensor) -> Tensor:
+    """What ``embedding`` makes of ids or features; an id that it lacks is named."""
+    # To look at the ids before would take time, and on a device wait for it.
+    if torch.compiler.is_compiling() or not isinstance(embedding, torch.nn.Embedding):
+        return cast(Tensor, embedding(tokens))
+    try:
+        return cast(Tensor, embedding(tokens))
+    except IndexError as error:
+        last = embedding.num_embeddings - 1
+        wrong = tokens[(tokens < 0) | (tokens > last)]
+        got = f", got {int(wrong[0])}" if wrong.numel() else ""
+        raise IndexError(f"{name} must hold ids from 0 to V - 1 = {last}{got}") from error
 
 
 def check_vocab_size(name: str, size: int) -> None:

@@ -124,6 +124,8 @@ class Seq2Seq(torch.nn.Module):
             check_vocab_size("source_vocab_size", options.source_vocab_size)
         check_vocab_size("target_vocab_size", options.target_vocab_size)
         options.check_extra()
+        if options.memory_bias and options.score is None:
+            raise ValueError("memory_bias goes with a score, got None")
         self._config = config_of(options)
 
         def or_else(size: int | None, default: int) -> int:
@@ -314,9 +316,10 @@ class Seq2Seq(torch.nn.Module):
 
         After ``<start>``, each token is that of ``target_in`` if its coin says so, which it does
         with probability epsilon; otherwise it is the model's own: the likeliest after what it
-        has read until then, or a draw from its distribution. What is fed then decides what is
-        chosen next, so this goes step by step; what :meth:`forward` makes of the result has the
-        gradient of scheduled sampling, since none passes through a choice.
+        has read until then, or a draw from its distribution, but never ``<pad>`` or ``<start>``.
+        What is fed then decides what is chosen next, so this goes step by step; what
+        :meth:`forward` makes of the result has the gradient of scheduled sampling, since none
+        passes through a choice.
 
         Args:
             source, source_lengths, target_in: as in :meth:`forward`.

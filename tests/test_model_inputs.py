@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of pyseq.seq2seq.inputs: tokens that are none are named, before anything is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyseq
+from pyseq.scheduled import InverseSigmoid, Linear, Sampling
+
+LENGTHS = torch.tensor([2])
+START = torch.tensor([[1]])
+
+
+def tokens(*ids: float) -> Tensor:
+    return torch.tensor([ids])
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "kind", "expected"),
+    [
+        (tokens(4, 9), START, IndexError, "source must hold ids from 0 to V - 1 = 8, got 9"),
+        (tokens(-1, 4), START, IndexError, "source must hold ids from 0 to V - 1 = 8, got -1"),
+        (tokens(4, 5), tokens(1, 7), IndexError, "target_in must hold ids .* = 6, got 7"),
+        (tokens(4.0, 5.0), START, RuntimeError, "source must be int64, got torch.float32"),
+        (tokens(4, 5), START.bool(), RuntimeError, "target_in must be int64, got torch.bool"),
+        ([[4, 5]], START, TypeError, "source must be a tensor, got list of 1"),
+    ],
+    ids=["large", "negative", "target", "float", "bool", "list"],
+)
+def test_tokens_that_are_none(
+    source: Tensor, target: Tensor, kind: type[Exception], expected: str
+) -> None:
+    model = pyseq.Seq2Seq(9, 7, embedding_size=4, hidden_size=4)
+    with pytest.raises(kind, match=expected):
+        model(source, LENGTHS, target)
+
+
+def test_a_search_names_them_too() -> None:
+    model = pyseq.Seq2Seq(9, 7, embedding_size=4, hidden_size=4)
+    with pytest.raises(IndexError, match="source must hold ids"):
+        model.generate(tokens(4, 9), LENGTHS, max_length=3)
+
+
+def test_labels_name_them_too() -> None:
+    with pytest.raises(IndexError, match="source must hold ids"):
+        pyseq.Tagger(9, 3, embedding_size=4, hidden_size=4)(tokens(4, 9), LENGTHS)
+
+
+def test_a_bias_of_nothing() -> None:
+    with pytest.raises(ValueError, match="memory_bias goes with a score, got None"):
+        pyseq.Seq2Seq(9, 7, hidden_size=4, score=None, input_feeding=False, memory_bias=True)
+
+
+def test_schedules_are_made_of_numbers() -> None:
+    for make in (lambda: Sampling("1"), lambda: Linear("1e-4"), lambda: InverseSigmoid(None)):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="must be a number, got"):
+            make()
