@@ -8,10 +8,16 @@ for more: where the cores are shared, small products wait longer than they compu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from pyseq import _C
+
+# What deterministic products on a CUDA device need, before there are any.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +38,19 @@ def deterministic() -> Iterator[None]:
 def set_threads(deterministic: None) -> Callable[[int], None]:
     """``torch.set_num_threads``; undone when the test ends."""
     return torch.set_num_threads
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest, deterministic: None) -> Iterator[torch.device]:
+    """Where a test makes its tensors and modules unless it says otherwise: it runs on the CPU, and
+    again on a CUDA device where there is one."""
+    place = torch.device(request.param)
+    if place.type == "cpu":  # where they are made anyway
+        yield place
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if _C.build_info()["cuda"] == "none":
+        pytest.skip("pyseq is built without CUDA kernels")
+    with place:
+        yield place

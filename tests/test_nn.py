@@ -78,7 +78,7 @@ def run(
     named = {"output": data} | {f"state{i}": part for i, part in enumerate(flat(last))}
     generator = torch.Generator().manual_seed(2)
     loss = sum(
-        (value * torch.randn(value.shape, generator=generator).to(value)).sum()
+        (value * torch.randn(value.shape, generator=generator, device="cpu").to(value)).sum()
         for value in named.values()
     )
     inputs = {"x": x} | {
@@ -99,6 +99,7 @@ def test_same_names_and_initialisation_as_torch(kind: str, bidirectional: bool) 
     assert ours.extra_repr() == theirs.extra_repr()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("form", ["batched", "unbatched", "sorted", "unsorted"])
 @pytest.mark.parametrize("batch_first", [False, True], ids=["TB", "BT"])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "two-way"])
@@ -119,7 +120,7 @@ def test_matches_torch(
     def feed(x: Tensor) -> Any:
         if not form.endswith("sorted"):
             return x
-        lengths = torch.tensor([6, 5, 5, 1] if form == "sorted" else [2, 6, 1, 3])
+        lengths = torch.tensor([6, 5, 5, 1] if form == "sorted" else [2, 6, 1, 3], device="cpu")
         return pack_padded_sequence(
             x, lengths, batch_first=batch_first, enforce_sorted=form == "sorted"
         )
@@ -138,6 +139,7 @@ def test_packed_sequence_keeps_its_order() -> None:
     assert pad_packed_sequence(output)[1].tolist() == [2, 6, 1, 3]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("kind", KINDS)
 def test_matches_torch_without_bias_in_float32(kind: str) -> None:
     theirs, ours = twins(kind, bias=False, dtype=torch.float32)
@@ -146,6 +148,7 @@ def test_matches_torch_without_bias_in_float32(kind: str) -> None:
     assert_close(run(ours, x, None, lambda x: x), expected)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("batch_first", [False, True], ids=["TB", "BT"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_lengths_equal_each_row_alone(kind: str, batch_first: bool) -> None:
@@ -192,6 +195,7 @@ def test_lengths_of_one_sequence_may_be_a_scalar() -> None:
     assert (output[4:] == 0).all()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("batch_first", [False, True], ids=["TB", "BT"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_resets_cut_the_sequence(kind: str, batch_first: bool) -> None:
@@ -254,6 +258,7 @@ def test_resets_of_one_sequence_and_of_packed_rows() -> None:
     assert_close({"y": single, "h": single_last}, {"y": output[:, 1], "h": last[:, 1]})
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("batch_first", [False, True], ids=["TB", "BT"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_of_every_step_are_the_last_of_a_shorter_sequence(
@@ -305,6 +310,7 @@ def test_states_of_every_step_carry_gradients_and_take_other_inputs() -> None:
         assert_close({"h": h_one, "c": c_one}, {"h": h[:, :, 1], "c": c[:, :, 1]})
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_batch(kind: str) -> None:
     _, ours = twins(kind, num_layers=2, bidirectional=True)
@@ -535,6 +541,7 @@ def test_errors_say_what_was_expected(case: str) -> None:
 # Cells
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
 @pytest.mark.parametrize("kind", CELLS)
@@ -582,6 +589,7 @@ def shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("score", SCORES)
 def test_attention_is_its_formula(score: str) -> None:
     query_size, memory_size, steps = (4, 4, 7) if score == "dot" else (4, 3, 7)
@@ -619,6 +627,7 @@ def test_attention_is_its_formula(score: str) -> None:
         assert leaf.grad.isfinite().all()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("kind", ["attention", "decoder"])
 def test_what_padding_of_the_memory_holds_does_not_matter(kind: str, score: str) -> None:
@@ -639,6 +648,7 @@ def test_what_padding_of_the_memory_holds_does_not_matter(kind: str, score: str)
     assert_close(tables[1], tables[0])
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("score", ["scaled_dot", "location"])
 @pytest.mark.parametrize("window", [None, "local-m", "local-p"])
 def test_attention_is_that_of_the_reference(window: str | None, score: str) -> None:
@@ -730,6 +740,7 @@ def test_decoder_takes_rnn_for_rnn_tanh() -> None:
     assert decoder(cell="rnn").cell == "rnn_tanh"
 
 
+@pytest.mark.usefixtures("device")
 def test_decoder_is_its_definition() -> None:
     """Columns [x; fed] and [context; h], written with torch's own cell."""
     module = decoder(num_layers=1)
@@ -755,6 +766,7 @@ def test_decoder_is_its_definition() -> None:
     )
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("input_feeding", [True, False], ids=["fed", "unfed"])
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("cell", CELLS)
@@ -799,6 +811,7 @@ def test_decoder_matches_reference(cell: str, score: Any, input_feeding: bool) -
     assert_close(*tables)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("score", [*SCORES, None])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_decoder_goes_on_from_its_state(cell: str, score: str | None) -> None:
@@ -853,6 +866,7 @@ def test_decoder_batch_first(score: str | None) -> None:
             assert_close({"w": actual.weights}, {"w": expected.weights.transpose(0, 1)})
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("cell", CELLS)
 def test_decoder_without_attention_is_the_stacked_layers(cell: str) -> None:
     module = decoder(cell=cell, score=None)

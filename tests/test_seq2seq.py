@@ -39,10 +39,11 @@ def model(**options: Any) -> Seq2Seq:
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     source = torch.randint(4, 11, (3, 5))
-    source[torch.arange(5) >= LENGTHS.unsqueeze(1)] = PAD
+    source[torch.arange(5) >= LENGTHS.to(source).unsqueeze(1)] = PAD
     return source, LENGTHS, torch.randint(4, 9, (3, 4))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("bidirectional", [True, False], ids=["two-way", "one-way"])
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("cell", CELLS)
@@ -172,6 +173,7 @@ def test_an_unknown_option_is_refused_by_its_name() -> None:
         Seq2Seq(11)  # type: ignore[call-arg]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("bidirectional", [True, False], ids=["two-way", "one-way"])
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
 def test_encoder_is_torchs_on_packed_rows(kind: str, bidirectional: bool) -> None:
@@ -193,6 +195,7 @@ def test_encoder_is_torchs_on_packed_rows(kind: str, bidirectional: bool) -> Non
     assert_close(actual, expected)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("score", SCORES)
 def test_padding_changes_nothing(score: str | None) -> None:
     module = model(score=score, cell="gru", num_layers=2).double().eval()
@@ -200,7 +203,7 @@ def test_padding_changes_nothing(score: str | None) -> None:
     expected = module(source, lengths, target_in)
     # Other ids in the padding, more of it, and rows of their own.
     noisy = torch.cat([source, torch.full((3, 2), PAD)], 1)
-    noisy[torch.arange(7) >= lengths.unsqueeze(1)] = 10
+    noisy[torch.arange(7) >= lengths.to(noisy).unsqueeze(1)] = 10
     assert_close({"y": module(noisy, lengths, target_in)}, {"y": expected})
     for row, length in enumerate(lengths.tolist()):
         here = slice(row, row + 1)
@@ -225,6 +228,7 @@ def test_dropout_in_training_only() -> None:
     assert torch.equal(module(*data), module(*data))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_is_the_cross_entropy_of_the_logits(smoothing: float) -> None:
     module = model(dropout=0.4).double()
@@ -254,6 +258,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(smoothing: float) -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("score", ["general", "concat"])
 def test_memory_bias_is_a_bias_of_keys_and_combination(score: str) -> None:
     options = {"embedding_size": 4, "hidden_size": 6, "score": score, "dropout": 0.0}
@@ -447,6 +452,7 @@ def reversal_batch(
     return source, lengths, target
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("options", "longest"),
     [
@@ -457,7 +463,7 @@ def reversal_batch(
     ids=["lstm-general", "gru-concat", "gru-none"],
 )
 def test_learns_to_reverse(options: dict[str, Any], longest: int) -> None:
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(7)
     module = Seq2Seq(10, 10, embedding_size=32, hidden_size=48, dropout=0.0, **options)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.005)
     for _ in range(200):
