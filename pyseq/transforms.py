@@ -378,6 +378,21 @@ for _name, _reference in REFERENCES.items():
     _LIBRARY.impl(f"{_name}_reference", _reference, "CompositeImplicitAutograd")
     register_vmap(f"pyseq::{_name}", _batching_rule(_name), lib=_LIBRARY)
 
+
+def _refuse_batches(name: str) -> Callable[..., Any]:
+    """What torch's older way to several gradients, which has its own tensors, meets."""
+
+    def refuse(*_: object) -> Any:
+        raise NotImplementedError(
+            f"pyseq::{name} takes several gradients at once by torch.vmap around "
+            "torch.autograd.grad, or torch.func.jacrev, got is_grads_batched=True, which is what "
+            "torch.autograd.functional's vectorize=True sets"
+        )
+
+    return refuse
+
+
 # Several gradients of one result at once: torch.vmap around torch.autograd.grad.
-for _name in ("scan", "attend", "decode"):
-    register_vmap(f"pyseq::{_name}_backward", _batching_rule(f"{_name}_backward"), lib=_LIBRARY)
+for _name in ("scan_backward", "attend_backward", "decode_backward"):
+    register_vmap(f"pyseq::{_name}", _batching_rule(_name), lib=_LIBRARY)
+    _LIBRARY.impl(_name, _refuse_batches(_name), "Batched")

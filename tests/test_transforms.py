@@ -481,3 +481,14 @@ def test_several_gradients_at_once(case: Case) -> None:
     for number, grad in enumerate(given):
         own = {name: each[number] for name, each in together.items()}
         assert_close(own, gradients(grad))
+
+
+@pytest.mark.parametrize("case", FEW[:-1])  # a loss has one gradient only
+def test_torch_s_older_way_to_several_gradients_is_refused(case: Case) -> None:
+    call = tracked(case.call())
+    output, *_ = outputs_of(functional, call).values()
+    wanted = [leaf for _, leaf in leaves(call.inputs) if leaf.requires_grad]
+    with pytest.raises(NotImplementedError, match=r"torch\.vmap around .* is_grads_batched=True"):
+        torch.autograd.grad(
+            output, wanted, torch.ones(3, *output.shape, dtype=torch.float64), is_grads_batched=True
+        )

@@ -169,7 +169,9 @@ def _step_by_parts(
         query,
         keys,
         memory,
-        decoder.score.limit(memory, lengths),  # in which positions are predicted, as by the operator
+        decoder.score.limit(
+            memory, lengths
+        ),  # in which positions are predicted, as by the operator
         positions=decoder.positions,
         window_size=decoder.window_size,
         step=None,
