@@ -63,6 +63,16 @@ def outcomes(measurements: Sequence[Measurement], targets: Sequence[Target]) -> 
     return found
 
 
+def by_batch(measurements: Sequence[Measurement], target: Target) -> dict[str, Outcome]:
+    """The target's outcome for the cells of each batch size, by its part of the shape ("B16")."""
+    batches: dict[str, list[Measurement]] = {}
+    for measurement in measurements:
+        if target.figure(measurement) is not None:
+            part = next(p for p in measurement.shape.split("-") if p.startswith("B"))
+            batches.setdefault(part, []).append(measurement)
+    return {batch: outcomes(cells, [target])[0] for batch, cells in batches.items()}
+
+
 def _is(measurement: Measurement, op: str, mode: str, kind: str) -> bool:
     return (measurement.op, measurement.mode) == (op, mode) and kind in ("", measurement.kind)
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import document, floors, layers, models, onnx_rival
 from benchmarks.machine import Level, Machine, environment, measure_machine
 from benchmarks.measure import Measurement, check, measure, with_saved_bytes
-from benchmarks.targets import TARGETS, Target, outcomes
+from benchmarks.targets import TARGETS, Target, by_batch, outcomes
 from benchmarks.workloads import ImplementationName, Workload, cases
 
 WORKLOADS = {workload.name: workload for workload in (*layers.workloads(), *models.workloads())}
@@ -228,6 +228,25 @@ def test_outcome_is_the_geometric_mean_and_the_lowest_cell(
     (outcome,) = outcomes(cells, [dataclasses.replace(target, of_times=True)])
     # 1000 operations at 2 a nanosecond, and pyseq took a second.
     assert outcome.possible == pytest.approx(4.0 / 5e-7)
+
+
+def test_a_missed_mean_is_told_by_batch_size() -> None:
+    target = Target("t", "torch", lambda m: m.medians.get("torch"), 3.0, of_times=True)
+    names = [f"scan-inference-lstm-B{batch}-H{size}-T50" for batch in (1, 16) for size in (64, 256)]
+    base = [measured(WORKLOADS[name]) for name in names]
+    cells = [
+        dataclasses.replace(cell, times={"pyseq": [1.0], "torch": [value]})
+        for cell, value in zip(base, (8.0, 2.0, 1.0, 1.0), strict=True)
+    ]
+    parts = by_batch(cells, target)
+    assert {batch: (part.cells, part.mean) for batch, part in parts.items()} == {
+        "B1": (2, pytest.approx(4.0)),
+        "B16": (2, 1.0),
+    }
+    missed = document.missed_table(cells, outcomes(cells, [target]))
+    assert missed is not None
+    assert [line.split("|")[2].strip() for line in missed.splitlines()[2:]] == ["B1", "B16"]
+    assert document.missed_table(cells[:2], outcomes(cells[:2], [target])) is None
 
 
 def test_document_marks_and_lists_what_is_slower(tmp_path: Path) -> None:
