@@ -4,6 +4,7 @@ here on the CPU, against the reference."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -23,7 +24,18 @@ CASES = (
     GenerateCase(score="general", input_feeding=False, feed=False, beam_size=20, n_best=20),
     GenerateCase(score="location", beam_size=2, min_length=3, block_ngrams=2, prefix="ragged"),
     GenerateCase(dtype=torch.float32, max_length=1, beam_size=2),
+    GenerateCase(heads=2, window=2, beam_size=3, lengths="holes"),
+    GenerateCase(score="dot", window=1, predict=True, beam_size=2, n_best=2),
+    GenerateCase(score="concat", history="cumulative", layers=2, beam_size=3, feed=False),
+    GenerateCase(score="concat", order="bahdanau", fed="context", history="previous"),
 )
+
+
+@pytest.mark.parametrize("name", ["generate", "scheduled_inputs"])
+def test_they_take_what_the_operators_take(name: str) -> None:
+    arguments = getattr(torch.ops.pyseq, name).default._schema.arguments
+    taken = inspect.signature(getattr(operators, name)).parameters
+    assert [argument.name for argument in arguments] == list(taken)
 
 
 def id_of(case: GenerateCase) -> str:
@@ -51,7 +63,7 @@ def test_generate_is_the_reference(case: GenerateCase) -> None:
 @pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("drawn", [False, True], ids=["likeliest", "drawn"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[3]], ids=id_of)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[3], CASES[-2], CASES[-1]], ids=id_of)
 def test_scheduled_inputs_are_the_reference(case: GenerateCase, drawn: bool, masked: bool) -> None:
     check_scheduled(case, masked=masked, drawn=drawn)
 

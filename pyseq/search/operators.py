@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from ..types import PAD, DecoderState
+from ..types import PAD, AttentionState, DecoderState
 from .options import SearchOptions
 from .protocols import EncodedSource, Step
 from .resident import run_resident
@@ -22,6 +23,24 @@ from .rules import choose, widened
 from .trace import collect
 
 _PER_LAYER = 4  # w_ih, w_hh, b_ih, b_hh
+
+
+class _How(NamedTuple):
+    """How a decoder attends beside its score."""
+
+    weight_history: Tensor | None
+    weight_position: Tensor | None
+    weight_position_v: Tensor | None
+    heads: int
+    window: int
+    history: str  # or "none"
+    order: str
+    fed: str
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether attention looks at the number of the step, or at its last weights."""
+        return self.window > 0 or self.history != "none"
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,7 @@ class _Decoder:
     cell: str
     score: str  # or "none"
     input_feeding: bool
+    how: _How
     encoded: EncodedSource
     first: DecoderState
 
@@ -73,7 +93,9 @@ class _Decoder:
         h, c = state.hidden if isinstance(state.hidden, tuple) else (state.hidden, None)
         if self.score == "none":
             return self._advance_layers(x, h, c, masks)
-        output, attn, h_n, c_n, _, _ = torch.ops.pyseq.decode(
+        how, attention = self.how, state.attention
+        step, past = (None, None) if attention is None else attention
+        output, attn, h_n, c_n, context, past_n = torch.ops.pyseq.decode(
             x.unsqueeze(0),
             self.layers,
             encoded.keys,
@@ -90,8 +112,24 @@ class _Decoder:
             self.score,
             self.input_feeding,
             need_weights,
+            how.weight_history,
+            how.weight_position,
+            how.weight_position_v,
+            step,
+            past,
+            how.heads,
+            how.window,
+            how.history,
+            how.order,
+            how.fed,
         )
-        after = DecoderState(h_n if c is None else (h_n, c_n), output[0])
+        if step is not None:
+            attention = AttentionState(step + 1, None if how.history == "none" else past_n)
+        after = DecoderState(
+            h_n if c is None else (h_n, c_n),
+            context if how.fed == "context" else output[0],
+            attention,
+        )
         return output[0], attn[0] if need_weights else None, after
 
     def _advance_layers(
@@ -142,12 +180,21 @@ def _decoder(
     cell: str,
     score: str,
     input_feeding: bool,
+    step: Tensor | None,
+    past: Tensor | None,
+    how: _How,
 ) -> _Decoder:
     """With what the operators leave out where it is zero."""
+    batch, size = h_0.shape[1:]
     if cell == "lstm" and c_0 is None:
         c_0 = torch.zeros_like(h_0)
     if feed is None:
-        feed = torch.zeros_like(h_0[0])
+        fed_size = size if how.fed == "output" or memory is None else memory.shape[2]
+        feed = h_0.new_zeros(batch, fed_size)
+    attention: AttentionState | None = None
+    if how.looks_back:
+        step = torch.zeros(batch, dtype=torch.int64, device=h_0.device) if step is None else step
+        attention = AttentionState(step, past)
     return _Decoder(
         embedding,
         layers,
@@ -159,8 +206,9 @@ def _decoder(
         cell,
         score,
         input_feeding,
+        how,
         EncodedSource(memory, keys, lengths),
-        DecoderState(h_0 if c_0 is None else (h_0, c_0), feed),
+        DecoderState(h_0 if c_0 is None else (h_0, c_0), feed, attention),
     )
 
 
@@ -189,6 +237,16 @@ def generate(
     n_best: int = 1,
     block_ngrams: int = 0,
     prefix: Tensor | None = None,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    step: Tensor | None = None,
+    past: Tensor | None = None,
+    heads: int = 1,
+    window: int = 0,
+    history: str = "none",
+    order: str = "luong",
+    fed: str = "output",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator of :func:`pyseq.functional.generate`; see ``csrc/search.h``.
 
@@ -208,9 +266,10 @@ def generate(
     )
     batch, like = h_0.shape[1], embedding
     positions = 0 if memory is None else memory.shape[0]
+    attended = (positions,) if heads == 1 else (heads, positions)
     if batch == 0:
         nothing = like.new_empty((0, 0), dtype=torch.int64)
-        attention = like.new_empty((0, 0, positions) if keeps else 0)
+        attention = like.new_empty((0, 0, *attended) if keeps else 0)
         return nothing, nothing.new_empty(0), like.new_empty(0), attention
     decoder = _decoder(
         embedding,
@@ -229,6 +288,18 @@ def generate(
         cell,
         score,
         input_feeding,
+        step,
+        past,
+        _How(
+            weight_history,
+            weight_position,
+            weight_position_v,
+            heads,
+            window,
+            history,
+            order,
+            fed,
+        ),
     )
     source = torch.empty(batch, 0, dtype=torch.int64, device=like.device)
     trace, finished = run_resident(decoder, source, torch.zeros_like(source.sum(1)), options)
@@ -239,7 +310,8 @@ def generate(
     tokens = all_tokens.flatten(0, 1)[:, :longest].masked_fill(beyond, PAD)
     attention = like.new_empty(0)
     if keeps and weights is not None:
-        attention = weights.flatten(0, 1)[:, :longest].masked_fill(beyond.unsqueeze(2), 0)
+        hidden = beyond.view(*beyond.shape, *(1 for _ in attended))
+        attention = weights.flatten(0, 1)[:, :longest].masked_fill(hidden, 0)
     return tokens, sizes.clone(), finished.scores.flatten().to(like.dtype), attention.to(like.dtype)
 
 
@@ -279,6 +351,16 @@ def scheduled_inputs(
     cell: str,
     score: str,
     input_feeding: bool,
+    weight_history: Tensor | None = None,
+    weight_position: Tensor | None = None,
+    weight_position_v: Tensor | None = None,
+    step: Tensor | None = None,
+    past: Tensor | None = None,
+    heads: int = 1,
+    window: int = 0,
+    history: str = "none",
+    order: str = "luong",
+    fed: str = "output",
 ) -> Tensor:
     """The operator of :func:`pyseq.functional.scheduled_inputs`."""
     decoder = _decoder(
@@ -298,10 +380,22 @@ def scheduled_inputs(
         cell,
         score,
         input_feeding,
+        step,
+        past,
+        _How(
+            weight_history,
+            weight_position,
+            weight_position_v,
+            heads,
+            window,
+            history,
+            order,
+            fed,
+        ),
     )
-    fed, state = tokens.clone(), decoder.first
+    read, state = tokens.clone(), decoder.first
     for t in range(len(tokens) - 1):
-        x = embedding[fed[t]]
+        x = embedding[read[t]]
         if embedding_masks is not None:
             x = x * embedding_masks[t]
         masks = None if dropout_masks is None else dropout_masks[:, t]
@@ -309,8 +403,8 @@ def scheduled_inputs(
         if output_masks is not None:
             output = output * output_masks[t]
         chosen = choose(decoder.logits(output), None if draws is None else draws[t + 1])
-        fed[t + 1] = torch.where(coins[t + 1], fed[t + 1], chosen)
-    return fed
+        read[t + 1] = torch.where(coins[t + 1], read[t + 1], chosen)
+    return read
 
 
 _LIBRARY = Library("pyseq", "FRAGMENT")
