@@ -10,6 +10,9 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <map>
+#include <mutex>
+
 #include "cuda/facts.h"
 
 namespace pyseq::on_cuda {
@@ -47,14 +50,25 @@ at::Tensor view(const T* data, at::IntArrayRef sizes,
       .make_tensor();
 }
 
-// What the plan asks of the current device.
+// What the plan asks of the current device. Asked once, because the driver takes long to tell some
+// of it, but for how much of it the environment allows.
 inline cuda::DeviceFacts facts() {
-  cuda::DeviceFacts facts{};
-  C10_CUDA_CHECK(cuda::device_facts(&facts));
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, cuda::DeviceFacts> known;
+  const c10::DeviceIndex device = c10::cuda::current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, is_new] = known.try_emplace(device);
+  if (is_new) {
+    const cudaError_t error = cuda::device_facts(&found->second);
+    if (error != cudaSuccess) known.erase(device);
+    C10_CUDA_CHECK(error);
+  }
+  cuda::DeviceFacts facts = found->second;
   constexpr int64_t kOldest = 80;
   TORCH_CHECK(facts.capability >= kOldest,
               "pyseq's CUDA kernels need compute capability 8.0 or newer, got ",
               facts.capability / 10, ".", facts.capability % 10);
+  facts.multiprocessors = cuda::allowed_multiprocessors(facts.multiprocessors);
   return facts;
 }
 

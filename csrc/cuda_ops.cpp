@@ -2,6 +2,7 @@
 // The operators for tensors on a CUDA device, as the dispatcher knows them. Compiled only against
 // a torch that has CUDA; without it the dispatcher says that there are none.
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -61,6 +62,8 @@ struct OnDevice<Kernel> {
     size_t index = 0;
     (one.check(arguments[index++].name(), args), ...);
     const c10::OptionalDeviceGuard guard(one.device);
+    // Backward may run inside autocast, which would make the products of a loop short.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     return Kernel(args...);
   }
 

@@ -21,7 +21,7 @@ cuda::DeviceFacts device_facts(const std::map<std::string, double>& device) {
   const auto whole = [&](const char* name) { return static_cast<int64_t>(number(device, name)); };
   return {
       .capability = whole("capability"),
-      .multiprocessors = whole("multiprocessors"),
+      .multiprocessors = cuda::allowed_multiprocessors(whole("multiprocessors")),
       .shared_per_block = whole("shared_per_block"),
       .shared_per_multiprocessor = whole("shared_per_multiprocessor"),
       .registers_per_multiprocessor = whole("registers_per_multiprocessor"),

@@ -24,6 +24,31 @@ cuda::Strided<T> strided(const cpu::Strided<T>& from) {
   return {from.data, from.step, from.row};
 }
 
+// Into the arguments of either direction: what both have.
+template <class Call, class Args>
+void share(const Call& call, Args& args) {
+  args.cell = call.cell;
+  args.steps = call.steps;
+  args.batch = call.batch;
+  args.hidden = call.hidden;
+  args.state_size = call.state_size;
+  args.heads = std::max<int64_t>(1, call.heads);
+  args.reverse = call.reverse;
+  args.w_hh = call.w_hh;
+  args.w_hr = call.w_hr;
+  args.unit_weights = call.unit_weights;
+  args.unit_weights_stride = call.unit_weights_stride;
+  args.lengths = call.lengths;
+  args.resets = call.resets;
+  args.gates = call.gates;
+  args.apart = call.apart;
+  args.states = call.states;
+  args.cells = call.cells;
+  args.h_mask = call.h_mask;
+  args.zoneout_h = strided(call.zoneout_h);
+  args.zoneout_c = strided(call.zoneout_c);
+}
+
 template <class T>
 cuda::ScanNorm<T> norm_of(const cpu::ScanNorm<T>& norm, const T* bias) {
   return {norm.gain_ih, norm.gain_hh, norm.gain_c, norm.bias_c, bias,
@@ -31,21 +56,19 @@ cuda::ScanNorm<T> norm_of(const cpu::ScanNorm<T>& norm, const T* bias) {
 }
 
 // How a persistent launch shares the work out, or nothing where steps alternate with products.
-template <class T, class Call>
-std::optional<cuda::ScanTiles> scan_tiles(const Call& call, bool backward) {
-  const CellShape cell = cell_shape(call.cell);
+template <class T>
+std::optional<cuda::ScanTiles> scan_tiles(const cuda::ScanSizes& sizes, int64_t steps, bool norm,
+                                          bool backward) {
+  const CellShape cell = cell_shape(sizes.cell);
   const cuda::Choice choice = cuda::choice_from_environment();
-  if (call.norm) {
+  if (norm) {
     TORCH_CHECK(choice != cuda::Choice::kPersistent,
                 "PYSEQ_CUDA_PATH must be auto or alternating for layer normalisation, got "
                 "persistent");
     return std::nullopt;
   }
-  const int64_t heads = std::max<int64_t>(1, call.heads);
-  const cuda::ScanSizes sizes{call.cell,       call.batch, call.hidden,
-                              call.state_size, heads,      call.w_hr != nullptr};
   const auto tiles_of = [&](int64_t units, int64_t rows) {
-    return cuda::ScanTiles{static_cast<int>(std::min(units, call.hidden / heads)),
+    return cuda::ScanTiles{static_cast<int>(std::min(units, sizes.hidden / sizes.heads)),
                            static_cast<int>(rows), cuda::kScanThreads};
   };
   const auto needs_of = [&](const cuda::ScanTiles& tiles) {
@@ -56,14 +79,14 @@ std::optional<cuda::ScanTiles> scan_tiles(const Call& call, bool backward) {
     const cuda::ScanNeeds needs = needs_of(tiles_of(units, rows));
     return needs.possible ? std::optional<int64_t>(needs.shared) : std::nullopt;
   };
-  const cuda::StepShape shape = cuda::scan_step({.steps = call.steps,
-                                                 .batch = call.batch,
-                                                 .hidden = call.hidden,
-                                                 .state_size = call.state_size,
+  const cuda::StepShape shape = cuda::scan_step({.steps = steps,
+                                                 .batch = sizes.batch,
+                                                 .hidden = sizes.hidden,
+                                                 .state_size = sizes.state_size,
                                                  .gates = cell.gates,
                                                  .sums = cell.gates + (cell.has_apart ? 1 : 0),
                                                  .states = cell.states,
-                                                 .heads = heads,
+                                                 .heads = sizes.heads,
                                                  .directions = 1,
                                                  .recurrent = cell.recurrent,
                                                  .gates_state = cell.gates_state,
@@ -81,6 +104,21 @@ std::optional<cuda::ScanTiles> scan_tiles(const Call& call, bool backward) {
               "PYSEQ_CUDA_PATH asks for the persistent kernel, whose blocks must run at once, ",
               blocks, " of them on this device, got ", needs.blocks);
   return std::nullopt;
+}
+
+// All steps in one launch, or false where they alternate with products.
+template <class T, class Args>
+bool launch_persistent(const Args& args, bool backward,
+                       cuda::ScanNeeds (*needs)(const cuda::ScanSizes&, const cuda::ScanTiles&),
+                       cudaError_t (*launch)(const Args&, const cuda::ScanTiles&, unsigned*,
+                                             cudaStream_t)) {
+  const bool norm = args.norm.gain_ih != nullptr;
+  const cuda::ScanSizes sizes = cuda::sizes_of(args);
+  const std::optional<cuda::ScanTiles> tiles = scan_tiles<T>(sizes, args.steps, norm, backward);
+  if (!tiles.has_value()) return false;
+  const Tensor counters = on_cuda::counters(needs(sizes, *tiles).barrier);
+  C10_CUDA_CHECK(launch(args, *tiles, on_cuda::as_counters(counters), on_cuda::stream()));
+  return true;
 }
 
 // The products inside the loop.
@@ -234,45 +272,20 @@ struct NormRows {
 template <class T>
 void cuda_scan_forward(const cpu::ScanForward<T>& call) {
   if (call.batch == 0) return;
-  const CellShape cell = cell_shape(call.cell);
-  const cuda::ScanForward<T> args{
-      .cell = call.cell,
-      .steps = call.steps,
-      .batch = call.batch,
-      .hidden = call.hidden,
-      .state_size = call.state_size,
-      .heads = std::max<int64_t>(1, call.heads),
-      .reverse = call.reverse,
-      .save = call.save,
-      .w_hh = call.w_hh,
-      .w_hr = call.w_hr,
-      .apart_bias = call.apart_bias,
-      .unit_weights = call.unit_weights,
-      .unit_weights_stride = call.unit_weights_stride,
-      .lengths = call.lengths,
-      .resets = call.resets,
-      .gates = call.gates,
-      .apart = call.apart,
-      .states = call.states,
-      .cells = call.cells,
-      .inner = call.inner,
-      .y = call.y,
-      .c_steps = call.c_steps,
-      .h_mask = call.h_mask,
-      .masked = call.masked,
-      .zoneout_h = strided(call.zoneout_h),
-      .zoneout_c = strided(call.zoneout_c),
-      .reset_h = strided(call.reset_h),
-      .reset_c = strided(call.reset_c),
-      .norm = norm_of(call.norm, call.bias),
-  };
-  const std::optional<cuda::ScanTiles> tiles = scan_tiles<T>(call, /*backward=*/false);
-  if (!tiles.has_value()) return alternate_forward(call, args, cell);
-  const cuda::ScanSizes sizes{args.cell,       args.batch, args.hidden,
-                              args.state_size, args.heads, args.w_hr != nullptr};
-  const Tensor counters = on_cuda::counters(cuda::scan_forward_needs<T>(sizes, *tiles).barrier);
-  C10_CUDA_CHECK(
-      cuda::scan_forward(args, *tiles, on_cuda::as_counters(counters), on_cuda::stream()));
+  cuda::ScanForward<T> args{};
+  share(call, args);
+  args.save = call.save;
+  args.apart_bias = call.apart_bias;
+  args.inner = call.inner;
+  args.y = call.y;
+  args.c_steps = call.c_steps;
+  args.masked = call.masked;
+  args.reset_h = strided(call.reset_h);
+  args.reset_c = strided(call.reset_c);
+  args.norm = norm_of(call.norm, call.bias);
+  const bool persistent = launch_persistent<T>(args, /*backward=*/false,
+                                               cuda::scan_forward_needs<T>, cuda::scan_forward<T>);
+  if (!persistent) alternate_forward(call, args, cell_shape(call.cell));
 }
 
 template <class T>
@@ -294,58 +307,29 @@ void cuda_scan_backward(const cpu::ScanBackward<T>& call) {
   const auto to = [](const Tensor& tensor) {
     return tensor.defined() ? tensor.data_ptr<T>() : nullptr;
   };
-  const cuda::ScanBackward<T> args{
-      .cell = call.cell,
-      .steps = T_,
-      .batch = B,
-      .hidden = H,
-      .state_size = P,
-      .heads = std::max<int64_t>(1, call.heads),
-      .reverse = call.reverse,
-      .w_hh = call.w_hh,
-      .w_hr = call.w_hr,
-      .unit_weights = call.unit_weights,
-      .unit_weights_stride = call.unit_weights_stride,
-      .lengths = call.lengths,
-      .resets = call.resets,
-      .gates = call.gates,
-      .apart = call.apart,
-      .states = call.states,
-      .cells = call.cells,
-      .d_y = call.d_y,
-      .d_c_steps = call.d_c_steps,
-      .d_h = call.d_h,
-      .d_c = call.d_c,
-      .d_x_gates = to(d.x),
-      .d_r_gates = to(d.r),
-      .d_projected = to(d.projected),
-      .d_unit_weights = call.d_unit_weights,
-      .h_mask = call.h_mask,
-      .zoneout_h = strided(call.zoneout_h),
-      .zoneout_c = strided(call.zoneout_c),
-      .d_reset_h = call.d_reset_h,
-      .d_reset_c = call.d_reset_c,
-      .norm = norm_of(call.norm, static_cast<const T*>(nullptr)),
-      .row_gain_ih = to(norm.gain_ih),
-      .row_gain_hh = to(norm.gain_hh),
-      .row_bias = to(norm.bias),
-      .row_apart = to(norm.apart),
-      .row_gain_c = to(norm.gain_c),
-      .row_bias_c = to(norm.bias_c),
-      .scratch = to(work),
-  };
-  if (B > 0) {
-    const std::optional<cuda::ScanTiles> tiles = scan_tiles<T>(call, /*backward=*/true);
-    if (tiles.has_value()) {
-      const cuda::ScanSizes sizes{args.cell,       args.batch, args.hidden,
-                                  args.state_size, args.heads, args.w_hr != nullptr};
-      const Tensor counters =
-          on_cuda::counters(cuda::scan_backward_needs<T>(sizes, *tiles).barrier);
-      C10_CUDA_CHECK(
-          cuda::scan_backward(args, *tiles, on_cuda::as_counters(counters), on_cuda::stream()));
-    } else {
-      alternate_backward(call, args, cell, d);
-    }
+  cuda::ScanBackward<T> args{};
+  share(call, args);
+  args.d_y = call.d_y;
+  args.d_c_steps = call.d_c_steps;
+  args.d_h = call.d_h;
+  args.d_c = call.d_c;
+  args.d_x_gates = to(d.x);
+  args.d_r_gates = to(d.r);
+  args.d_projected = to(d.projected);
+  args.d_unit_weights = call.d_unit_weights;
+  args.d_reset_h = call.d_reset_h;
+  args.d_reset_c = call.d_reset_c;
+  args.norm = norm_of(call.norm, static_cast<const T*>(nullptr));
+  args.row_gain_ih = to(norm.gain_ih);
+  args.row_gain_hh = to(norm.gain_hh);
+  args.row_bias = to(norm.bias);
+  args.row_apart = to(norm.apart);
+  args.row_gain_c = to(norm.gain_c);
+  args.row_bias_c = to(norm.bias_c);
+  args.scratch = to(work);
+  if (B > 0 && !launch_persistent<T>(args, /*backward=*/true, cuda::scan_backward_needs<T>,
+                                     cuda::scan_backward<T>)) {
+    alternate_backward(call, args, cell, d);
   }
 
   const Tensor inner = on_cuda::view(call.inner, {T_, B, H});

@@ -126,6 +126,16 @@ def _present_device(device: str | int | torch.device) -> CudaDevice:
         )
     # Any: torch's stubs know only some of its properties.
     found: Any = torch.cuda.get_device_properties(device)
+    missing = [
+        name
+        for name in ("clock_rate", "memory_clock_rate", "memory_bus_width")
+        if not hasattr(found, name)
+    ]
+    if missing:
+        raise RuntimeError(
+            f"torch {torch.__version__} does not tell {', '.join(missing)} of {found.name}: name "
+            f"one of {', '.join(CUDA_DEVICES)}, or give the facts of {CudaDevice.__name__}"
+        )
     return CudaDevice(
         capability=10 * found.major + found.minor,
         multiprocessors=found.multi_processor_count,
@@ -166,7 +176,8 @@ def cuda_plan(
     One persistent kernel runs all steps where the weights fit the device's shared memory and
     waiting between its blocks costs less than launching kernels at every step; else matrix
     products and pointwise kernels alternate. The environment variable ``PYSEQ_CUDA_PATH``
-    (``auto``, ``persistent``, ``alternating``) overrides the choice.
+    (``auto``, ``persistent``, ``alternating``) overrides the choice, and
+    ``PYSEQ_CUDA_MULTIPROCESSORS`` says how many multiprocessors a persistent kernel may take.
 
     The times come from a cost model of published latencies and rates, not from measurements.
 
@@ -175,7 +186,8 @@ def cuda_plan(
         device: of torch, or described; see :func:`cuda_device`.
         hidden_size: H.
         batch_size: B.
-        dtype: that the tensors are held in.
+        dtype: that the kernels hold numbers in. The operators compute float16 and bfloat16 in
+            float32.
         cell: the kind of cell.
         steps: T, which the plan's times are per step of.
         directions: of a scan, 1 or 2, which run side by side.

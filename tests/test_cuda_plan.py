@@ -69,6 +69,29 @@ def test_weights_that_do_not_fit_take_the_alternating_path() -> None:
     assert made.grid == 0
 
 
+def test_the_environment_leaves_multiprocessors_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYSEQ_CUDA_MULTIPROCESSORS", "20")
+    expected = plan(CUDA_DEVICES["h200"]._replace(multiprocessors=20), dtype=torch.float16)
+    assert plan(dtype=torch.float16) == expected
+    assert 0 < expected.grid <= 20
+    monkeypatch.setenv("PYSEQ_CUDA_MULTIPROCESSORS", "1000")
+    allowed = plan()
+    monkeypatch.delenv("PYSEQ_CUDA_MULTIPROCESSORS")
+    assert plan() == allowed
+    for wrong in ("0", "-1", "many", "2x", ""):
+        monkeypatch.setenv("PYSEQ_CUDA_MULTIPROCESSORS", wrong)
+        with pytest.raises(ValueError, match="PYSEQ_CUDA_MULTIPROCESSORS must be a positive"):
+            plan()
+
+
+def test_a_decoder_of_many_rows_of_short_numbers_alternates() -> None:
+    # The persistent decoder multiplies without tensor units, which a library uses.
+    sizes = {"operator": "decode", "hidden_size": 1024, "batch_size": 128, "source_length": 30}
+    made = plan(dtype=torch.float16, **sizes)
+    assert made.path == "alternating"
+    assert plan(dtype=torch.float16, **sizes | {"batch_size": 1}).path == "persistent"
+
+
 def test_fewer_multiprocessors_hold_more_units_each() -> None:
     whole = plan(dtype=torch.float16)
     part = plan(CUDA_DEVICES["h200"]._replace(multiprocessors=20), dtype=torch.float16)

@@ -2,8 +2,10 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 
@@ -183,6 +185,19 @@ Choice choice_from_name(const std::string& name) {
 Choice choice_from_environment() {
   const char* const value = std::getenv("PYSEQ_CUDA_PATH");
   return value == nullptr ? Choice::kAuto : choice_from_name(value);
+}
+
+int64_t allowed_multiprocessors(int64_t present) {
+  const char* const value = std::getenv("PYSEQ_CUDA_MULTIPROCESSORS");
+  if (value == nullptr) return present;
+  int64_t allowed = 0;
+  const char* const end = value + std::strlen(value);
+  const auto [rest, error] = std::from_chars(value, end, allowed);
+  if (error != std::errc() || rest != end || allowed < 1) {
+    throw std::invalid_argument("PYSEQ_CUDA_MULTIPROCESSORS must be a positive number, got '" +
+                                std::string(value) + "'");
+  }
+  return std::min(allowed, present);
 }
 
 std::optional<int64_t> block_bytes(const StepShape& shape, int64_t units, int64_t rows) {

@@ -41,6 +41,10 @@ Choice choice_from_name(const std::string& name);
 // That of the environment variable PYSEQ_CUDA_PATH, or kAuto.
 Choice choice_from_environment();
 
+// So many multiprocessors, or as many as the environment variable PYSEQ_CUDA_MULTIPROCESSORS allows
+// if those are fewer. Throws std::invalid_argument if that is no positive number.
+int64_t allowed_multiprocessors(int64_t present);
+
 // What a step multiplies and exchanges. Weights that stay on chip are dealt to the blocks of a
 // group by units: a unit is `unit_weights` numbers, all gates of a hidden unit with a row of W_hh
 // each; backward it is a column of all gates.

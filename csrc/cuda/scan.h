@@ -132,6 +132,12 @@ struct ScanSizes {
   bool projects;
 };
 
+// Those of a call.
+template <class Args>
+ScanSizes sizes_of(const Args& args) {
+  return {args.cell, args.batch, args.hidden, args.state_size, args.heads, args.w_hr != nullptr};
+}
+
 template <class S>
 ScanNeeds scan_forward_needs(const ScanSizes& sizes, const ScanTiles& tiles);
 template <class S>

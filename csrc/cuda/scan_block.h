@@ -145,4 +145,46 @@ ScanNeeds scan_needs(const ScanProducts& products, int64_t blocks, int64_t group
   return {static_cast<int>(blocks), shared, barrier_bytes(groups), true};
 }
 
+// The launchers of both directions. `Direction` says what differs: the arguments, the kernel, the
+// products, and how many units the blocks share out.
+
+template <class Direction, class S, class Cell>
+ScanNeeds cell_needs(const ScanSizes& sizes, const ScanTiles& tiles) {
+  if (tiles.units <= 0 || tiles.rows <= 0) return {0, 0, 0, false};
+  const int64_t groups = (sizes.batch + tiles.rows - 1) / tiles.rows;
+  const int64_t across =
+      sizes.heads * blocks_of_head(Direction::units(sizes) / sizes.heads, tiles.units);
+  return scan_needs<S>(Direction::template products<Cell>(sizes, tiles), groups * across,
+                       groups * sizes.heads, tiles);
+}
+
+template <class Direction, class S>
+ScanNeeds needs_of(const ScanSizes& sizes, const ScanTiles& tiles) {
+  return with_any_cell(sizes.cell, [&](auto cell) {
+    return cell_needs<Direction, S, decltype(cell)>(sizes, tiles);
+  });
+}
+
+template <class Direction, class S>
+cudaError_t resident_of(const ScanSizes& sizes, const ScanTiles& tiles, int* blocks) {
+  return with_any_cell(sizes.cell, [&](auto cell) {
+    const ScanNeeds own = cell_needs<Direction, S, decltype(cell)>(sizes, tiles);
+    return resident_blocks(Direction::template kernel<S, decltype(cell)>(), tiles.threads,
+                           own.shared, blocks);
+  });
+}
+
+template <class Direction, class S>
+cudaError_t launch_scan(const typename Direction::template Args<S>& args, const ScanTiles& tiles,
+                        unsigned* counters, cudaStream_t stream) {
+  if (args.batch == 0) return cudaSuccess;
+  return with_any_cell(args.cell, [&](auto cell) {
+    using Cell = decltype(cell);
+    const ScanNeeds own = cell_needs<Direction, S, Cell>(sizes_of(args), tiles);
+    const int down = static_cast<int>((args.batch + tiles.rows - 1) / tiles.rows);
+    const Grid grid{own.blocks / down, down, tiles.threads, own.shared, Cell::kRecurrent};
+    return launch(Direction::template kernel<S, Cell>(), grid, stream, args, tiles, counters);
+  });
+}
+
 }  // namespace pyseq::cuda

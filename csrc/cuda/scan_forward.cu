@@ -104,46 +104,38 @@ scan_forward_kernel(const ScanForward<S> args, const ScanTiles tiles, unsigned* 
 
 namespace {
 
-template <class S, class Cell>
-ScanNeeds forward_needs(const ScanSizes& sizes, const ScanTiles& tiles) {
-  if (tiles.units <= 0 || tiles.rows <= 0) return {0, 0, 0, false};
-  const int64_t groups = (sizes.batch + tiles.rows - 1) / tiles.rows;
-  const int64_t across = sizes.heads * blocks_of_head(sizes.hidden / sizes.heads, tiles.units);
-  return scan_needs<S>(
-      forward_products<Cell>(sizes.hidden, sizes.state_size, sizes.heads, sizes.projects, tiles),
-      groups * across, groups * sizes.heads, tiles);
-}
+struct Forward {
+  template <class S>
+  using Args = ScanForward<S>;
+
+  template <class S, class Cell>
+  static auto kernel() {
+    return &scan_forward_kernel<S, Cell>;
+  }
+  template <class Cell>
+  static ScanProducts products(const ScanSizes& sizes, const ScanTiles& tiles) {
+    return forward_products<Cell>(sizes.hidden, sizes.state_size, sizes.heads, sizes.projects,
+                                  tiles);
+  }
+  static int64_t units(const ScanSizes& sizes) { return sizes.hidden; }
+};
 
 }  // namespace
 
 template <class S>
 ScanNeeds scan_forward_needs(const ScanSizes& sizes, const ScanTiles& tiles) {
-  return with_any_cell(sizes.cell,
-                       [&](auto cell) { return forward_needs<S, decltype(cell)>(sizes, tiles); });
+  return needs_of<Forward, S>(sizes, tiles);
 }
 
 template <class S>
 cudaError_t scan_forward_resident(const ScanSizes& sizes, const ScanTiles& tiles, int* blocks) {
-  return with_any_cell(sizes.cell, [&](auto cell) {
-    const ScanNeeds own = forward_needs<S, decltype(cell)>(sizes, tiles);
-    return resident_blocks(scan_forward_kernel<S, decltype(cell)>, tiles.threads, own.shared,
-                           blocks);
-  });
+  return resident_of<Forward, S>(sizes, tiles, blocks);
 }
 
 template <class S>
 cudaError_t scan_forward(const ScanForward<S>& args, const ScanTiles& tiles, unsigned* counters,
                          cudaStream_t stream) {
-  if (args.batch == 0) return cudaSuccess;
-  return with_any_cell(args.cell, [&](auto cell) {
-    using Cell = decltype(cell);
-    const ScanSizes sizes{args.cell,       args.batch, args.hidden,
-                          args.state_size, args.heads, args.w_hr != nullptr};
-    const ScanNeeds own = forward_needs<S, Cell>(sizes, tiles);
-    const int down = static_cast<int>((args.batch + tiles.rows - 1) / tiles.rows);
-    const Grid grid{own.blocks / down, down, tiles.threads, own.shared, Cell::kRecurrent};
-    return launch(scan_forward_kernel<S, Cell>, grid, stream, args, tiles, counters);
-  });
+  return launch_scan<Forward, S>(args, tiles, counters, stream);
 }
 
 #define PYSEQ_INSTANTIATE(S)                                                               \
