@@ -12,6 +12,7 @@
 
 #include "cuda/scan.h"
 #include "cuda_context.h"
+#include "devices.h"
 
 namespace pyseq {
 
@@ -87,7 +88,7 @@ std::optional<cuda::ScanTiles> scan_tiles(const cuda::ScanSizes& sizes, int64_t 
                                                  .sums = cell.gates + (cell.has_apart ? 1 : 0),
                                                  .states = cell.states,
                                                  .heads = sizes.heads,
-                                                 .directions = 1,
+                                                 .directions = loops_at_once,
                                                  .recurrent = cell.recurrent,
                                                  .gates_state = cell.gates_state,
                                                  .backward = backward},
@@ -99,7 +100,7 @@ std::optional<cuda::ScanTiles> scan_tiles(const cuda::ScanSizes& sizes, int64_t 
   C10_CUDA_CHECK(backward ? cuda::scan_backward_resident<T>(sizes, tiles, &blocks)
                           : cuda::scan_forward_resident<T>(sizes, tiles, &blocks));
   const cuda::ScanNeeds needs = needs_of(tiles);
-  if (!cell.recurrent || needs.blocks <= blocks) return tiles;
+  if (!cell.recurrent || needs.blocks * loops_at_once <= blocks) return tiles;
   TORCH_CHECK(choice != cuda::Choice::kPersistent,
               "PYSEQ_CUDA_PATH asks for the persistent kernel, whose blocks must run at once, ",
               blocks, " of them on this device, got ", needs.blocks);

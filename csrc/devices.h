@@ -12,6 +12,10 @@ namespace pyseq {
 template <class T>
 inline const cpu::Kernels<T>* cuda_kernels = nullptr;
 
+// How many loops this thread is launching to run at once on the device: each is planned for its
+// share of it.
+inline thread_local int64_t loops_at_once = 1;
+
 template <class T>
 const cpu::Kernels<T>& kernels_of(const at::Tensor& tensor) {
   if (tensor.is_cpu()) return cpu::kernels<T>();

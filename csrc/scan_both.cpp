@@ -5,7 +5,11 @@
 #include <ATen/ThreadLocalState.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/stack.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
+#include "devices.h"
 #include "layers.h"
 
 namespace pyseq {
@@ -21,6 +25,37 @@ constexpr size_t kWeights = 5, kWithPeepholes = 6, kWithExtras = kWithPeepholes 
 bool one_thread_each(int64_t batch, int64_t weights, int threads) {
   constexpr int64_t kShortStep = 1 << 19;  // multiply-adds
   return threads == 2 || (threads > 2 && batch * weights <= kShortStep);
+}
+
+// Calls run(0) for the caller's stream of `device` and run(1) for another one beside it; what the
+// caller's stream does next waits for both. Nothing waits on the host, so that a graph may hold it.
+template <class Run>
+void side_by_side(c10::Device device, const Run& run) {
+  struct Shared {
+    Shared() { loops_at_once = kDirections; }
+    ~Shared() { loops_at_once = 1; }
+  } const shared;
+  const c10::impl::VirtualGuardImpl streams(device.type());
+  const c10::Stream own = streams.getStream(device),
+                    other = streams.getStreamFromGlobalPool(device);
+  c10::Event ready(device.type()), done(device.type());
+  ready.record(own);
+  ready.block(other);
+  const auto join = [&] {
+    done.record(other);
+    done.block(own);
+  };
+  try {
+    {
+      const c10::StreamGuard guard(other);
+      run(1);
+    }
+    run(0);
+  } catch (...) {
+    join();  // before anyone frees what the other stream still reads
+    throw;
+  }
+  join();
 }
 
 }  // namespace
@@ -68,6 +103,11 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
       const at::ThreadLocalStateGuard as_the_caller(caller);
       for (int64_t direction = begin; direction < end; ++direction) run(direction);
     });
+  } else if (!x.is_cpu()) {
+    side_by_side(x.device(), run);
+    // These belong to the other stream, and the caller's goes on to read them.
+    const c10::Stream own = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device());
+    std::apply([&](const auto&... result) { (result.record_stream(own), ...); }, results[1]);
   } else {
     for (int64_t direction = 0; direction < int64_t{kDirections}; ++direction) run(direction);
   }
