@@ -322,3 +322,14 @@ def test_what_a_hook_makes_of_the_keys_counts(module: str) -> None:
     _, weights, *_ = whole(x, memory, need_weights=True)
     # Of keys that are all the same every position gets as much.
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / S))
+
+
+@pytest.mark.parametrize("module", ["decoder", "attention"])
+def test_lengths_beyond_the_memory_are_refused_by_location_too(module: str) -> None:
+    x, memory = inputs()
+    options: dict[str, Any] = {"score": "location", "max_positions": 2}
+    whole: Any = decoder(**options) if module == "decoder" else Attention(I, H, **options).double()
+    with pytest.raises(RuntimeError, match="lengths must be between 0 and S = 7, got 8 at row 1"):
+        whole(x, memory, lengths=torch.tensor([7, 8, 0]))
+    with pytest.raises(TypeError, match="lengths must be a tensor, got list of 3"):
+        whole(x, memory, lengths=[7, 7, 0])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_like, check_positive, check_shape
+from .._checks import check_like, check_positive, check_shape, check_tensor
 from ..types import SCORES, ScoreName
 from . import products
 from ._common import beside, check_option
@@ -127,4 +127,6 @@ def position_limit(weight: Tensor, memory: Tensor, lengths: Tensor | None) -> Te
         return lengths
     if lengths is None:
         return torch.full(memory.shape[1:2], weight.shape[0], device=memory.device)
-    return lengths.clamp(max=weight.shape[0])
+    check_tensor("lengths", lengths)
+    # Beyond S they stay what they are, for the operator to refuse.
+    return lengths.where(lengths > memory.shape[0], lengths.clamp(max=weight.shape[0]))
