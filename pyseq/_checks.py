@@ -7,9 +7,10 @@ with before, and at what modules know better.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -88,6 +89,18 @@ def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for ``device``; there are devices that do not know it."""
     name = device.type
     return torch.amp.is_autocast_available(name) and torch.is_autocast_enabled(name)
+
+
+def read_json(text: str | bytes) -> Any:
+    """What a file of JSON says.
+
+    Raises:
+        ValueError: it is no JSON, or a file nested as deeply as none that pyseq writes.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def numpy_reason(error: Exception) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import embeddings
+from ._checks import read_json
 from ._packed import is_quantized
 from .devices import AnyDevice, find_device
 from .errors import CheckpointError, require
@@ -422,7 +423,7 @@ def _json_bytes(value: Any) -> bytes:
 def _fingerprint(name: str, data: bytes) -> str:
     """SHA-256 of a file; of JSON the content only, so that laying it out anew is allowed."""
     if name.endswith(".json"):
-        data = json.dumps(json.loads(data), sort_keys=True).encode()
+        data = json.dumps(read_json(data), sort_keys=True).encode()
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
@@ -537,7 +538,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if data is None:
         raise CheckpointError(f"{path}: no saved model here ({CONFIG} is missing)")
     try:
-        config = json.loads(data)
+        config = read_json(data)
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG}: damaged: {error}") from error
     if (

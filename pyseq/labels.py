@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import read_json
 from .errors import DataError
 from .text import Features, Pair, Vocab, extra_tensor, pad
 from .text.batches import content_of, encode_each, pad_rows
@@ -71,7 +72,7 @@ class Labels:
         Raises:
             ValueError: the text is not such an object.
         """
-        content = json.loads(text)
+        content = read_json(text)
         if not isinstance(content, dict) or not isinstance(content.get("labels"), list):
             raise ValueError('labels must be a JSON object {"labels": [...]}')
         return cls(content["labels"])

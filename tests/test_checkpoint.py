@@ -137,6 +137,16 @@ def _edit(**changes: object) -> Callable[[Path], None]:
         ("source_vocab.json", os.unlink, r"source_vocab\.json: missing"),
         ("config.json", os.unlink, r"no saved model here \(config\.json is missing\)"),
         ("config.json", lambda path: path.write_text("{"), r"config\.json: damaged"),
+        (
+            "config.json",
+            lambda path: path.write_text("[" * 10**5),
+            r"config\.json: damaged: nested",
+        ),
+        (
+            "source_vocab.json",
+            lambda path: path.write_text("[" * 10**5),
+            r"source_vocab\.json: does not have the fingerprint",
+        ),
         ("config.json", lambda path: path.write_text("[]"), "not the settings of a pyseq model"),
         ("config.json", _edit(format=99), "format must be 1, got 99"),
         ("config.json", _edit(model="Other"), "the model must be Seq2Seq or .*, got 'Other'"),

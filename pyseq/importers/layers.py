@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
+from .._checks import read_json
 from ..errors import CheckpointError, require
 from ._layout import Weights, shapes_may_differ
 from ._pickles import load_pickle
@@ -130,7 +131,7 @@ def load_layers(path: str | Path) -> dict[str, Layer]:
     safetensors = require("safetensors", extra="train")
     try:
         with safetensors.safe_open(path, framework="pt") as stream:
-            records = json.loads((stream.metadata() or {})[_METADATA])
+            records = read_json((stream.metadata() or {})[_METADATA])
             keys = stream.keys()
             plans = {
                 name: _Plan(

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from .._checks import read_json
 from ..types import PAD, START, STOP, UNK
 
 #: What the first four ids of every vocabulary are called.
@@ -97,7 +98,7 @@ class Vocab:
         Raises:
             ValueError: the text is not such an object.
         """
-        content = json.loads(text)
+        content = read_json(text)
         if not isinstance(content, dict) or not isinstance(content.get("symbols"), list):
             raise ValueError('a vocabulary must be a JSON object {"symbols": [...]}')
         return cls(content["symbols"])
