@@ -37,7 +37,8 @@ quality: $(VENV)/demo.stamp
 	$(PY) -m benchmarks.quality $(QUALITY)
 
 bench-cuda: $(VENV)/bench.stamp
-	$(PY) -m pytest -q -x tests/test_cuda.py
+	$(PY) -m pytest -q -x -k cuda tests/test_cuda.py tests/test_cuda_loss.py tests/test_nn.py \
+	  tests/test_seq2seq.py tests/test_search_resident.py tests/test_routes.py
 	$(PY) -m benchmarks.cuda
 
 lint: $(VENV)/dev.stamp

@@ -5,7 +5,6 @@ operators; and a training step asks no device what its tensors hold."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch._C import _dispatch_has_kernel_for_dispatch_key as has_own
 
 from pyseq import _C, Classifier, Seq2Seq, Tagger
 from pyseq.scheduled import Sampling
+from pyseq.types import PAD
 
 OPERATORS = sorted(
     name for name in torch._C._dispatch_get_all_op_names() if name.startswith("pyseq::")
@@ -50,23 +50,29 @@ def test_autocast_is_for_cuda_what_it_is_for_the_cpu(name: str) -> None:
 
 # ---- A training step -------------------------------------------------------------------
 
-SIZES: dict[str, Any] = {"embedding_size": 6, "hidden_size": 8, "dropout": 0.2, "device": "meta"}
+SIZES: dict[str, Any] = {"embedding_size": 6, "hidden_size": 8, "dropout": 0.2}
 
 
-def seq2seq(**options: Any) -> Callable[[], Seq2Seq]:
-    return lambda: Seq2Seq(11, 9, **SIZES, **options)
-
-
-MODELS: dict[str, Callable[[], Seq2Seq]] = {
-    "general": seq2seq(),
-    "concat-two-layers-gru": seq2seq(score="concat", cell="gru", num_layers=2),
-    "no-attention": seq2seq(score=None, input_feeding=False),
-    "scanned": seq2seq(cell="indrnn", input_feeding=False, num_layers=2),
-    "normed": seq2seq(encoder_options={"layer_norm": True, "zoneout_h": 0.1}),
-    "window-heads": seq2seq(window="local-p", window_size=2, heads=2),
-    "coverage": seq2seq(score="concat", history="cumulative", history_size=3, coverage_loss=0.5),
-    "tied": seq2seq(tie_embeddings=True, target_embedding_size=8, memory_bias=True),
+#: Of Seq2Seq.
+MODELS: dict[str, dict[str, Any]] = {
+    "general": {},
+    "concat-two-layers-gru": {"score": "concat", "cell": "gru", "num_layers": 2},
+    "no-attention": {"score": None, "input_feeding": False},
+    "scanned": {"cell": "indrnn", "input_feeding": False, "num_layers": 2},
+    "normed": {"encoder_options": {"layer_norm": True, "zoneout_h": 0.1}},
+    "window-heads": {"window": "local-p", "window_size": 2, "heads": 2},
+    "coverage": {
+        "score": "concat",
+        "history": "cumulative",
+        "history_size": 3,
+        "coverage_loss": 0.5,
+    },
+    "tied": {"tie_embeddings": True, "target_embedding_size": 8, "memory_bias": True},
 }
+
+
+def seq2seq(kind: str, **placed: Any) -> Seq2Seq:
+    return Seq2Seq(11, 9, **SIZES, **MODELS[kind], **placed)
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,7 +88,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("sampling", [None, Sampling(0.5), Sampling(0.5, "sample", "sequence")])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_training_step_waits_for_nothing(kind: str, sampling: Sampling | None) -> None:
-    model = MODELS[kind]().train()
+    model = seq2seq(kind, device="meta").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with NoWaiting("meta"):
         loss = model.loss(*batch(), label_smoothing=0.1, sampling=sampling)
@@ -92,9 +98,29 @@ def test_a_training_step_waits_for_nothing(kind: str, sampling: Sampling | None)
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_training_step_is_that_of_the_cpu(kind: str, device: torch.device) -> None:
+    model = seq2seq(kind, dtype=torch.float64).eval()  # since devices draw other masks
+    data = torch.randint(4, 9, (3, 5)), torch.tensor([5, 2, 4]), torch.randint(4, 9, (3, 4))
+    target = torch.randint(4, 9, (3, 4))
+    target[1, 2:] = PAD
+
+    def gradients(module: Seq2Seq, *tensors: Tensor) -> list[Tensor]:
+        loss = module.loss(*tensors, label_smoothing=0.1)
+        found = torch.autograd.grad(loss, list(module.parameters()))
+        return [each.cpu() for each in (loss.detach(), *found)]
+
+    actual = gradients(model, *data, target)
+    assert all(p.device.type == device.type for p in model.parameters())
+    with torch.device("cpu"):
+        expected = gradients(model.cpu(), *(each.cpu() for each in (*data, target)))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("kind", [Tagger, Classifier])
 def test_labels_wait_for_nothing(kind: type[Tagger] | type[Classifier]) -> None:
-    model = kind(11, num_labels=5, **SIZES)
+    model = kind(11, num_labels=5, device="meta", **SIZES)
     source, lengths, _, _ = batch()
     labels = torch.empty((3, 5) if kind is Tagger else 3, dtype=torch.int64, device="meta")
     with NoWaiting("meta"):

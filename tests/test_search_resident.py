@@ -146,6 +146,22 @@ def test_draws_are_those_of_torch() -> None:
     assert torch.equal(draw(probs.log(), SearchOptions(max_length=9, sample=True), None), expected)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("kind", ["general", "concat-two-layers-gru"])
+def test_every_device_finds_what_the_cpu_finds(name: str, kind: str, device: torch.device) -> None:
+    model, (source, lengths), options = MODELS[kind](), sources(), options_of(name)
+    found = model.search(source, lengths, options)
+    assert all(p.device.type == device.type for p in model.parameters())
+    moved = [[h._replace(weights=on_cpu(h.weights)) for h in best] for best in found]
+    with torch.device("cpu"):
+        expected = step_by_step(model.cpu(), source.cpu(), lengths.cpu(), options)
+    assert_same(moved, expected)
+
+
+def on_cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
 def test_draws_of_a_row_are_many() -> None:
     model = chain()
     options = SearchOptions(max_length=5, sample=True, n_best=200)
