@@ -25,6 +25,7 @@ def reference_operators() -> Iterator[None]:
         "scan_both",
         "step",
         "attend",
+        "attend_history",
         "decode",
         "generate",
         "scheduled_inputs",

@@ -19,6 +19,7 @@ from .types import (
     DIAGONAL,
     SCAN_GATES,
     STATES,
+    AttendHistoryOutput,
     AttendOutput,
     AttentionState,
     CellName,
@@ -352,6 +353,55 @@ def attend(
     return AttendOutput(context, weights if need_weights else None)
 
 
+def attend_history(
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    weight_v: Tensor,
+    weight_history: Tensor,
+    weight_query: Tensor | None = None,
+    history: HistoryName = "previous",
+    past: Tensor | None = None,
+    heads: int = 1,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    step: Tensor | None = None,
+    need_weights: bool = False,
+) -> AttendHistoryOutput:
+    """Attention that sees its past weights; see :func:`pyseq.functional.attend_history`."""
+    (source, batch, size), steps = memory.shape, query.shape[0]
+    past = query.new_zeros(batch, heads, source) if past is None else past
+    contexts = [memory.new_zeros(0, batch, size)]
+    all_weights = [query.new_zeros(0, batch, *(() if heads == 1 else (heads,)), source)]
+    for t in range(steps):
+        number = torch.full((batch,), t, device=query.device)
+        counts = window is not None and positions is None
+        context, weights = attend(
+            query[t : t + 1],
+            keys + history_keys(past, weight_history),
+            memory,
+            lengths,
+            score="concat",
+            weight_query=weight_query,
+            weight_v=weight_v,
+            heads=heads,
+            window=window,
+            positions=None if positions is None else positions[t : t + 1],
+            step=None if not counts else number if step is None else number + step.to(query.device),
+            need_weights=True,
+        )
+        assert weights is not None
+        contexts.append(context)
+        all_weights.append(weights)
+        now = weights.reshape(batch, heads, source)
+        past = past + now if history == "cumulative" else now
+    return AttendHistoryOutput(
+        torch.cat(contexts), torch.cat(all_weights) if need_weights else None, past
+    )
+
+
 def score_keys(
     score: ScoreName,
     keys: Tensor | None,
@@ -529,7 +579,7 @@ def decode(
                 h.unsqueeze(0), weight_position, weight_position_v, source, lengths
             )
             gaussian = _gaussian(source, centers, window)
-        now = keys if weight_history is None else keys + _history_keys(past, weight_history)
+        now = keys if weight_history is None else keys + history_keys(past, weight_history)
         seen = _seen(memory, lengths, centers, window)
         context, weights = _attention(
             query.unsqueeze(0),
@@ -569,7 +619,7 @@ def decode(
     )
 
 
-def _history_keys(past: Tensor, weight_history: Tensor) -> Tensor:
+def history_keys(past: Tensor, weight_history: Tensor) -> Tensor:
     """What past weights (B, N, S) add to the keys (S, B, A): a convolution over positions,
     ``sum_j U_j past_{s + j - (K - 1) / 2}`` with U (A, K), zero beyond both ends."""
     heads, taps = past.shape[1], weight_history.shape[1]

@@ -20,6 +20,7 @@ from . import reference
 from .types import (
     SCAN_GATES,
     STATES,
+    AttendHistoryOutput,
     AttendOutput,
     AttentionState,
     CellName,
@@ -369,7 +370,7 @@ def _batching_rule(name: str) -> Callable[..., tuple[Any, Any]]:
 
 
 # The results of modules, by whose names a saved program knows them.
-for _type in (AttendOutput, AttentionState, DecoderOutput, DecoderState):
+for _type in (AttendHistoryOutput, AttendOutput, AttentionState, DecoderOutput, DecoderState):
     _register_namedtuple(_type, serialized_type_name=f"pyseq.types.{_type.__name__}")
 
 for _name, _reference in REFERENCES.items():

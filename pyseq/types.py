@@ -187,6 +187,16 @@ class AttendOutput(NamedTuple):
     weights: Tensor | None
 
 
+class AttendHistoryOutput(NamedTuple):
+    """What ``attend_history`` returns."""
+
+    context: Tensor  # (T, B, M)
+    #: (T, B, S), zero at padded positions; of several heads (T, B, N, S).
+    weights: Tensor | None
+    #: (B, N, S), the weights of the last step or the sum of all, from which the next call goes on.
+    past: Tensor
+
+
 class AttentionState(NamedTuple):
     """What attention itself remembers between two steps."""
 

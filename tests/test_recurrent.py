@@ -186,8 +186,25 @@ def test_what_a_scanned_decoder_does_not_read_is_checked() -> None:
         {"window": "local-p", "window_size": 2},
         {"score": "location", "max_positions": 7},
         {"score": "location", "max_positions": 3, "window": "local-p", "window_size": 2},
+        {"score": "concat", "history": "previous", "history_size": 3},
+        {
+            "score": "concat",
+            "history": "cumulative",
+            "history_size": 1,
+            "heads": 2,
+            "window": "local-m",
+        },
     ],
-    ids=["global", "heads", "local-m", "local-p", "location", "local-p-location"],
+    ids=[
+        "global",
+        "heads",
+        "local-m",
+        "local-p",
+        "location",
+        "local-p-location",
+        "location-sensitive",
+        "coverage",
+    ],
 )
 @pytest.mark.parametrize("cell", ["rnn_relu", "gru", "lstm"])
 def test_what_attends_afterwards_is_what_attends_in_between(
@@ -346,7 +363,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
         "input_feeding goes with .* {'layer_norm': True}: pass input_feeding=False",
     ),
     "order": (
-        lambda: translating("slstm_exp", score="concat", history="cumulative"),
+        lambda: translating("slstm_exp", score="concat", order="bahdanau"),
         "a decoder with the cell slstm_exp attends after its layers",
     ),
     "learned": (

@@ -17,6 +17,7 @@ from pyseq import fake, functional, reference
 #: The operators of ``pyseq.functional`` that the reference specifies.
 SPECIFIED = (
     "attend",
+    "attend_history",
     "coverage_loss",
     "decode",
     "generate",

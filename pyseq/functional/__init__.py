@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused operators: scan, attend, decode, generate and the loss of an output layer.
 
-Each is one call into C++ forward and one backward, whatever the number of steps. Options are
-checked here, tensors in C++. All of a call have one dtype; float16 and bfloat16 are computed in
-float32. ``pyseq.reference`` has the same signatures in plain torch, which these agree with.
+Each is one call into C++ forward and one backward, whatever the number of steps; attend_history is
+one of attend at each. Options are checked here, tensors in C++. All of a call have one dtype;
+float16 and bfloat16 are computed in float32. ``pyseq.reference`` has the same in plain torch.
 """
 
 from __future__ import annotations
 
 from .. import transforms as transforms  # registers what stands in for the operators there
 from .attention import attend, coverage_loss, predict_positions
+from .attention_history import attend_history
 from .decoding import decode
 from .generation import generate, scheduled_inputs
 from .keys import position_keys, position_limit, project_memory, scale_keys
@@ -18,6 +19,7 @@ from .scans import scan, scan_both, step
 
 __all__ = [
     "attend",
+    "attend_history",
     "coverage_loss",
     "decode",
     "generate",

@@ -83,15 +83,7 @@ def attend(
     check_score(score, weight, weight_query, weight_v)
     check_keys(score, keys)
     check_window(window)
-    if positions is not None:
-        check_tensor("positions", positions)
-        if window is None:
-            raise ValueError("positions need a window around them, got None")
-    if step is not None and (window is None or positions is not None):
-        raise ValueError(
-            "step goes with a window without positions, got "
-            + ("no window" if window is None else "positions")
-        )
+    check_centres(window, positions, step)
     size = None
     if weight is not None:
         check_shape("query", query, "(T, B, Q)", (-1, -1, -1))
@@ -127,6 +119,19 @@ def attend(
         need_weights,
     )
     return AttendOutput(context.to(dtype), weights.to(dtype) if need_weights else None)
+
+
+def check_centres(window: int | None, positions: Tensor | None, step: Tensor | None) -> None:
+    """Check what goes with windows."""
+    if positions is not None:
+        check_tensor("positions", positions)
+        if window is None:
+            raise ValueError("positions need a window around them, got None")
+    if step is not None and (window is None or positions is not None):
+        raise ValueError(
+            "step goes with a window without positions, got "
+            + ("no window" if window is None else "positions")
+        )
 
 
 def predict_positions(

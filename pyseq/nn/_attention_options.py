@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..types import FEEDS, HISTORIES, ORDERS
+from ..types import DEFAULT_HISTORY_SIZE, FEEDS, HISTORIES, ORDERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,9 @@ def check_attention(
     heads: int,
     window: str | None,
     history: str | None,
-    history_size: int | None,
 ) -> None:
     """Raise a ValueError unless these options of :class:`AttentionDecoder` are known and go
-    together."""
+    together; those of a history are for :func:`check_history`."""
     if score is None:
         for name, scores, value in (
             ("attention_size", "score 'concat'", attention_size),
@@ -53,7 +52,6 @@ def check_attention(
     for name, value, allowed in (
         ("order", order, ORDERS),
         ("feed", feed, (None, *FEEDS)),
-        ("history", history, (None, *HISTORIES)),
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
@@ -64,7 +62,18 @@ def check_attention(
         )
     if feed is not None and not input_feeding:
         raise ValueError(f"feed goes with input_feeding, got {feed!r} without")
+
+
+def check_history(score: str | None, history: str | None, history_size: int | None) -> int | None:
+    """K of the history, or None without one; see :class:`AttentionDecoder`.
+
+    Raises:
+        ValueError: the history is unknown, or they do not go together.
+    """
+    if history not in (None, *HISTORIES):
+        raise ValueError(f"history must be one of {(None, *HISTORIES)}, got {history!r}")
     if history is not None and score != "concat":
         raise ValueError(f"history goes with score 'concat', got {history!r} with {score!r}")
     if history_size is not None and history is None:
         raise ValueError(f"history_size goes with a history, got {history_size!r} without one")
+    return DEFAULT_HISTORY_SIZE if history is not None and history_size is None else history_size

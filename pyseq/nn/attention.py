@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,16 @@ from torch.nn import init
 from .. import functional
 from .._checks import check_like, check_positive, check_shape
 from .._pickled import fill_in
-from ..types import DEFAULT_WINDOW_SIZE, SCORES, WINDOWS, AttendOutput, ScoreName
+from ..types import (
+    DEFAULT_WINDOW_SIZE,
+    SCORES,
+    WINDOWS,
+    AttendHistoryOutput,
+    AttendOutput,
+    HistoryName,
+    ScoreName,
+)
+from ._attention_options import check_history
 from ._common import Device, changed_options, refuse_script
 
 
@@ -210,6 +219,47 @@ class Score(torch.nn.Module):
             need_weights=need_weights,
         )
 
+    def attend_history(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        memory: Tensor,
+        lengths: Tensor | None,
+        *,
+        history: HistoryName,
+        past: Tensor | None,
+        positions: Positions | None,
+        window_size: int | None,
+        step: Tensor | None,
+        need_weights: bool,
+    ) -> AttendHistoryOutput:
+        """:func:`pyseq.functional.attend_history` with this score, which is concat and has a
+        ``history_size``.
+
+        Args:
+            history, past: as there.
+            query, keys, memory, lengths, positions, window_size, step, need_weights: as those of
+                :meth:`attend`.
+        """
+        assert self.weight_v is not None
+        assert self.weight_history is not None
+        return functional.attend_history(
+            query,
+            keys,
+            memory,
+            lengths,
+            weight_v=self.weight_v,
+            weight_history=self.weight_history,
+            weight_query=self.weight_query,
+            history=history,
+            past=past,
+            heads=self.heads,
+            window=window_size,
+            positions=None if positions is None else positions(query, memory.shape[0], lengths),
+            step=step,
+            need_weights=need_weights,
+        )
+
     def extra_repr(self) -> str:
         text = self.name + changed_options(self, heads=1)
         if self.weight_v is not None:
@@ -288,6 +338,11 @@ class Attention(torch.nn.Module):
         window: ``"local-m"``, ``"local-p"``, or None for all of the memory.
         window_size: D, at least 1 position. Default: 10, with a window.
         max_positions: positions that can have a weight, score ``"location"`` only.
+        history: ``"previous"`` or ``"cumulative"``, for queries that are steps in order: past
+            weights that enter the score concat, those of the step before or the sum of all. The
+            latter with ``history_size=1`` is coverage; both with more are location-sensitive.
+        history_size: K, odd: how many neighbours' past weights the score of a position sees.
+            Default: 31, with a history.
         batch_first: query, memory, context and weights are (B, T, .) and (B, S, .).
         device, dtype: of the parameters.
 
@@ -295,7 +350,8 @@ class Attention(torch.nn.Module):
         ValueError: an option is unknown, or does not go with another.
 
     Reference:
-        Luong et al. 2015, arXiv 1508.04025, eq. 7 to 10.
+        Luong et al. 2015, arXiv 1508.04025, eq. 7 to 10; of the histories see
+        :func:`pyseq.functional.attend_history`.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -311,6 +367,8 @@ class Attention(torch.nn.Module):
         window: str | None = None,
         window_size: int | None = None,
         max_positions: int | None = None,
+        history: str | None = None,
+        history_size: int | None = None,
         batch_first: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
@@ -322,6 +380,8 @@ class Attention(torch.nn.Module):
         self.batch_first = batch_first
         self.window = window
         self.window_size = check_window(window, window_size)
+        history_size = check_history(score, history, history_size)
+        self.history = cast(HistoryName | None, history)
         self.score = Score(
             score,
             query_size,
@@ -329,6 +389,7 @@ class Attention(torch.nn.Module):
             attention_size,
             heads=heads,
             max_positions=max_positions,
+            history_size=history_size,
             device=device,
             dtype=dtype,
         )
@@ -339,7 +400,14 @@ class Attention(torch.nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         fill_in(
-            self, {"window": None, "window_size": None, "positions": None, "batch_first": False}
+            self,
+            {
+                "window": None,
+                "window_size": None,
+                "positions": None,
+                "history": None,
+                "batch_first": False,
+            },
         )
 
     def forward(
@@ -350,6 +418,7 @@ class Attention(torch.nn.Module):
         need_weights: bool = False,
         *,
         step: Tensor | None = None,
+        past: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend with every query over the memory of its row.
 
@@ -360,24 +429,41 @@ class Attention(torch.nn.Module):
             need_weights: also return the weights.
             step: (B,) int64, how many queries each row had before these, with the window
                 local-m only; where steps are asked one by one. Default: none.
+            past: (B, N, S), what :meth:`attend_history` returned for the queries before, with a
+                history only. Default: zero.
 
         Returns:
             The context (T, B, M), and the weights (T, B, S), of several heads (T, B, N, S),
             or None.
 
         Raises:
-            ValueError: ``step`` is given without a window, or with predicted positions.
+            ValueError: ``step`` is given without a window, or with predicted positions; or
+                ``past`` without a history.
             RuntimeError: a tensor has the wrong shape, dtype or device.
             TypeError: what must be a tensor is none.
         """
-        if not self.batch_first:
-            return self._attend(query, memory, lengths, need_weights, step)
-        check_shape("query", query, "(B, T, Q)", (-1, -1, self.query_size))
-        check_shape("memory", memory, "(B, S, M)", (query.shape[0], -1, self.memory_size))
-        context, weights = self._attend(
-            query.transpose(0, 1), memory.transpose(0, 1), lengths, need_weights, step
-        )
-        return context.transpose(0, 1), None if weights is None else weights.transpose(0, 1)
+        context, weights, _ = self._attend(query, memory, lengths, need_weights, step, past)
+        return context, weights
+
+    def attend_history(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        lengths: Tensor | None = None,
+        need_weights: bool = False,
+        *,
+        step: Tensor | None = None,
+        past: Tensor | None = None,
+    ) -> AttendHistoryOutput:
+        """What calling the module returns, with a history, and the past weights (B, N, S) from
+        which the next call goes on: for queries that come one by one.
+
+        Args, Raises: see :meth:`forward`.
+        """
+        context, weights, last = self._attend(query, memory, lengths, need_weights, step, past)
+        if last is None:
+            raise ValueError("attend_history is for attention with a history, got none")
+        return AttendHistoryOutput(context, weights, last)
 
     def _attend(
         self,
@@ -386,22 +472,50 @@ class Attention(torch.nn.Module):
         lengths: Tensor | None,
         need_weights: bool,
         step: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``forward``, time-major."""
-        check_shape("query", query, "(T, B, Q)", (-1, -1, self.query_size))
-        check_shape("memory", memory, "(S, B, M)", (-1, query.shape[1], self.memory_size))
-        return self.score.attend(
-            query,
-            self.score.project(memory, lengths),
-            memory,
-            lengths,
-            positions=self.positions,
-            window_size=self.window_size,
-            step=step,
-            need_weights=need_weights,
-        )
+        past: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Context, weights, and with a history the past after the last query."""
+        if self.batch_first:
+            check_shape("query", query, "(B, T, Q)", (-1, -1, self.query_size))
+            check_shape("memory", memory, "(B, S, M)", (query.shape[0], -1, self.memory_size))
+            query, memory = query.transpose(0, 1), memory.transpose(0, 1)
+        else:
+            check_shape("query", query, "(T, B, Q)", (-1, -1, self.query_size))
+            check_shape("memory", memory, "(S, B, M)", (-1, query.shape[1], self.memory_size))
+        keys = self.score.project(memory, lengths)
+        last: Tensor | None = None
+        if self.history is not None:
+            context, weights, last = self.score.attend_history(
+                query,
+                keys,
+                memory,
+                lengths,
+                history=self.history,
+                past=past,
+                positions=self.positions,
+                window_size=self.window_size,
+                step=step,
+                need_weights=need_weights,
+            )
+        else:
+            if past is not None:
+                raise ValueError("past goes with a history, got one without")
+            context, weights = self.score.attend(
+                query,
+                keys,
+                memory,
+                lengths,
+                positions=self.positions,
+                window_size=self.window_size,
+                step=step,
+                need_weights=need_weights,
+            )
+        if self.batch_first:
+            context = context.transpose(0, 1)
+            weights = None if weights is None else weights.transpose(0, 1)
+        return context, weights, last
 
     def extra_repr(self) -> str:
         return f"{self.query_size}, {self.memory_size}" + changed_options(
-            self, window=None, window_size=None, batch_first=False
+            self, window=None, window_size=None, history=None, batch_first=False
         )

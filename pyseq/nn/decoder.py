@@ -16,7 +16,6 @@ from .._checks import check_number, check_positive, check_shape
 from .._dropout import apply_dropout, check_probability
 from .._pickled import fill_in
 from ..types import (
-    DEFAULT_HISTORY_SIZE,
     GATES,
     AttentionState,
     DecoderOutput,
@@ -31,7 +30,7 @@ from ..types import (
     join_parts,
     state_parts,
 )
-from ._attention_options import check_attention
+from ._attention_options import check_attention, check_history
 from ._common import (
     Device,
     cell_name,
@@ -170,8 +169,8 @@ class AttentionDecoder(torch.nn.Module):
             heads=heads,
             window=window,
             history=history,
-            history_size=history_size,
         )
+        history_size = check_history(score, history, history_size)
         if forget_bias is not None and cell != "lstm":
             raise ValueError(f"forget_bias goes with the cell 'lstm', got {cell!r}")
         if forget_bias is not None:
@@ -191,8 +190,6 @@ class AttentionDecoder(torch.nn.Module):
         self.window = window
         self.window_size = check_window(window, window_size)
         self.history = cast(HistoryName | None, history)
-        if history is not None and history_size is None:
-            history_size = DEFAULT_HISTORY_SIZE
 
         rows = GATES[self.cell] * hidden_size
         for layer in range(num_layers):

@@ -8,12 +8,14 @@ not know the cell or an option of the layers.
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .._checks import check_positive, check_shape
 from ..nn import AttentionDecoder, AttentionOptions, Positions, Score
+from ..nn._attention_options import check_history
 from ..nn._common import Device, changed_options
 from ..nn._masks import DrawnMasks
 from ..nn.attention import check_window
@@ -26,6 +28,7 @@ from ..types import (
     DecoderOutput,
     DecoderStart,
     DecoderState,
+    HistoryName,
     State,
     attention_parts,
     decoder_parts,
@@ -39,8 +42,8 @@ class ScannedDecoder(torch.nn.Module):
     """Recurrent layers over all steps, then attention over all steps: two kinds of fused operators.
 
     With the output h_t of the top layer, ``out_t = tanh(W_c [c_t; h_t])`` where h_t attends
-    over the memory for the context c_t; with ``score=None`` it is h_t. The arguments are those
-    of :class:`pyseq.nn.AttentionDecoder`.
+    over the memory for the context c_t, step after step where past weights enter the score; with
+    ``score=None`` it is h_t. The arguments are those of :class:`pyseq.nn.AttentionDecoder`.
 
     Attributes:
         layers: the recurrent layers.
@@ -48,7 +51,7 @@ class ScannedDecoder(torch.nn.Module):
 
     Raises:
         ValueError: an option is unknown, a size is out of its range, or the attention is of a
-            kind that depends on what came out of the steps before.
+            kind that feeds the steps after it.
 
     Reference:
         Luong et al. 2015, arXiv 1508.04025, eq. 5 to 10, without section 3.3 (input feeding).
@@ -87,11 +90,13 @@ class ScannedDecoder(torch.nn.Module):
             heads=attention.heads,
             window=attention.window,
             window_size=attention.window_size,
+            history=attention.history,
+            history_size=attention.history_size,
         )
         if attention != (allowed if score is not None else AttentionOptions()):
             raise ValueError(
-                f"a decoder with {_described(cell, options)} attends after its layers, without a "
-                "history, and only with a score, "
+                f"a decoder with {_described(cell, options)} attends after its layers, feeds "
+                "nothing back, and attends only with a score, "
                 f"got score {score!r} and {attention}"
             )
         self.input_size = input_size
@@ -112,6 +117,8 @@ class ScannedDecoder(torch.nn.Module):
         )
         self.window = attention.window
         self.window_size = check_window(attention.window, attention.window_size)
+        history_size = check_history(score, attention.history, attention.history_size)
+        self.history = cast(HistoryName | None, attention.history)
         self.score: Score | None = None
         self.positions: Positions | None = None
         self.combine: torch.nn.Linear | None = None
@@ -123,6 +130,7 @@ class ScannedDecoder(torch.nn.Module):
                 attention.attention_size,
                 heads=attention.heads,
                 max_positions=attention.max_positions,
+                history_size=history_size,
                 device=device,
                 dtype=dtype,
             )
@@ -133,7 +141,7 @@ class ScannedDecoder(torch.nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return changed_options(self, window=None, window_size=None).removeprefix(", ")
+        return changed_options(self, window=None, window_size=None, history=None).removeprefix(", ")
 
     def project(self, memory: Tensor, lengths: Tensor | None = None) -> Tensor | None:
         """The keys of ``memory`` (S, B, M); None without attention."""
@@ -145,18 +153,23 @@ class ScannedDecoder(torch.nn.Module):
         return DecoderState(
             hidden,
             h.new_zeros(h.shape[1], self.fed_size),
-            self._after(None, 0, h.shape[1], h.device),
+            self._after(None, 0, None, h[0]),
         )
 
+    def _remembers(self) -> bool:
+        """Whether attention looks at the number of the step, or at its last weights."""
+        return self.window == "local-m" or self.history is not None
+
     def _after(
-        self, step: Tensor | None, steps: int, batch: int, device: torch.device
+        self, step: Tensor | None, steps: int, past: Tensor | None, like: Tensor
     ) -> AttentionState | None:
-        """What attention remembers ``steps`` steps after that one: where a local-m window is."""
-        if self.window != "local-m":
+        """What attention remembers ``steps`` steps after that one, of rows as in ``like`` (B, .):
+        where a local-m window is, and past weights."""
+        if not self._remembers():
             return None
         if step is None:
-            step = torch.zeros(batch, dtype=torch.int64, device=device)
-        return AttentionState(step + steps, None)
+            step = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+        return AttentionState(step + steps, past)
 
     def is_plain(self) -> bool:
         """No: a step is more than the operator of :class:`pyseq.nn.AttentionDecoder`."""
@@ -193,11 +206,11 @@ class ScannedDecoder(torch.nn.Module):
         parts, feed = decoder_parts(self.cell, state)
         if feed is not None:
             check_shape("state.feed", feed, "(B, H)", (x.shape[1], self.fed_size))
-        step, _ = attention_parts(state)
-        if self.window == "local-m" and feed is not None and step is None:
+        step, past = attention_parts(state)
+        if self._remembers() and feed is not None and step is None:
             raise ValueError(
-                "state must have a third part (step, weights) with a window, as what a call "
-                "returned has; (hidden, None) starts anew; got (hidden, feed) without it"
+                "state must have a third part (step, weights) with a window or a history, as what "
+                "a call returned has; (hidden, None) starts anew; got (hidden, feed) without it"
             )
         hidden, last = self.layers(x, join_parts(parts) if parts else None, masks=dropout_masks)
         if self.score is None or self.combine is None:
@@ -206,17 +219,32 @@ class ScannedDecoder(torch.nn.Module):
             raise RuntimeError("memory must be given unless score is None, got None")
         batch = x.shape[1] if memory_rows is None else -1
         check_shape("memory", memory, "(S, B, M)", (-1, batch, self.memory_size))
-        context, weights = self._attend(
-            hidden,
-            self.score.project(memory, lengths) if keys is None else keys,
-            memory,
-            self.score.limit(memory, lengths),  # in which positions are predicted, as in a search
-            step if self.window == "local-m" else None,
-            need_weights,
-            memory_rows,
-        )
+        keys = self.score.project(memory, lengths) if keys is None else keys
+        number = step if self.window == "local-m" else None
+        if self.history is not None:
+            if memory_rows is not None:  # those that share a row are no steps in order
+                memory, keys = memory[:, memory_rows], keys[:, memory_rows]
+                lengths = None if lengths is None else lengths[memory_rows]
+            context, weights, past = self.score.attend_history(
+                hidden,
+                keys,
+                memory,
+                lengths,
+                history=self.history,
+                past=past,
+                positions=self.positions,
+                window_size=self.window_size,
+                step=number,
+                need_weights=need_weights,
+            )
+        else:
+            # In what may have a weight positions are predicted, as in a search.
+            limit = self.score.limit(memory, lengths)
+            context, weights = self._attend(
+                hidden, keys, memory, limit, number, need_weights, memory_rows
+            )
         output = self.combine(torch.cat([context, hidden], 2)).tanh()
-        after = self._after(step, x.shape[0], x.shape[1], x.device)
+        after = self._after(step, x.shape[0], past, x[0])
         return DecoderOutput(output, weights, DecoderState(last, output[-1], after))
 
     def _attend(
