@@ -161,6 +161,18 @@ def test_a_module_pickled_by_version_0_1_keeps_its_states_as_it_did(
 # One option after the other
 
 
+def test_options_are_checked_whenever_they_are_set() -> None:
+    module = nn.LSTM(I, H, zoneout_h=0)
+    assert isinstance(module.zoneout_h, float)
+    for name in ("variational_dropout", "zoneout_c"):
+        with pytest.raises(ValueError, match=rf"{name} must be a probability in \[0, 1\], got 3"):
+            setattr(module, name, 3.0)
+        setattr(module, name, 1)
+    for value in (0, 2.5):
+        with pytest.raises(ValueError, match=f"keep_every must be a positive integer, got {value}"):
+            module.keep_every = value  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
 def test_calls_with_the_same_masks_drop_the_same(name: str) -> None:
     options: dict[str, Any] = {"variational_dropout": 0.4, "recurrent_dropout": 0.3}

@@ -18,6 +18,12 @@ from ._common import cell_name, changed_options, norm_sizes, reset_norm, set_for
 CELLS_BY_MODE = {name.upper(): cell_name(name) for name in GATES}
 
 
+#: Options that are checked and made floats whenever they are set.
+_PROBABILITIES = frozenset(
+    ("variational_dropout", "recurrent_dropout", "weight_dropout", "zoneout_h", "zoneout_c")
+)
+
+
 class RecurrentOptions(torch.nn.RNNBase):
     """What the recurrent layers are, besides torch.nn's arguments.
 
@@ -64,15 +70,11 @@ class RecurrentOptions(torch.nn.RNNBase):
         forget_bias: float | None = None,
     ) -> None:
         """Check and keep the options of :class:`RNN` and :class:`LSTM`, and make what they need."""
-        for name, probability in (
-            ("variational_dropout", variational_dropout),
-            ("recurrent_dropout", recurrent_dropout),
-            ("weight_dropout", weight_dropout),
-            ("zoneout_h", zoneout_h),
-            ("zoneout_c", zoneout_c),
-        ):
-            check_probability(name, probability)
-            setattr(self, name, float(probability))
+        self.variational_dropout = variational_dropout
+        self.recurrent_dropout = recurrent_dropout
+        self.weight_dropout = weight_dropout
+        self.zoneout_h = zoneout_h
+        self.zoneout_c = zoneout_c
         directions = 2 if self.bidirectional else 1
         width = self.proj_size or self.hidden_size
         if residual and self.num_layers == 1 and self.input_size != directions * width:
@@ -89,7 +91,6 @@ class RecurrentOptions(torch.nn.RNNBase):
         if forget_bias is not None:
             check_number("forget_bias", forget_bias)
         self.forget_bias = forget_bias
-        check_positive(keep_every=keep_every)
         self.keep_every = keep_every
         self.learned_state = learned_state
         if learned_state:
@@ -165,6 +166,11 @@ class RecurrentOptions(torch.nn.RNNBase):
         return super().extra_repr() + changed_options(self, **defaults)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PROBABILITIES:
+            check_probability(name, value)
+            value = float(value)
+        elif name == "keep_every":
+            check_positive(keep_every=value)
         # Past RNNBase, which would look for cuDNN's list of the weights.
         torch.nn.Module.__setattr__(self, name, value)
         if hasattr(type(self), name) and not name.startswith("_"):
