@@ -96,7 +96,9 @@ TORCH_LIBRARY(pyseq, m) {
       "bool need_weights, int min_length=0, int n_best=1, int block_ngrams=0, "
       "Tensor? prefix=None, Tensor? weight_history=None, Tensor? weight_position=None, "
       "Tensor? weight_position_v=None, Tensor? step=None, Tensor? past=None, int heads=1, "
-      "int window=0, str history=\"none\", str order=\"luong\", str fed=\"output\") -> "
+      "int window=0, str history=\"none\", str order=\"luong\", str fed=\"output\", "
+      "float coverage_penalty=0, bool sample=False, float temperature=1, int top_k=0, "
+      "float top_p=1, int seed=0) -> "
       "(Tensor tokens, Tensor lengths, Tensor scores, Tensor attn)");
   m.def(
       "scheduled_inputs(Tensor tokens, Tensor coins, Tensor? draws, Tensor embedding, "

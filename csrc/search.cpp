@@ -81,7 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     int64_t block_ngrams, const OptionalTensor& prefix_in, const OptionalTensor& weight_history,
     const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
     const OptionalTensor& step, const OptionalTensor& past, int64_t heads, int64_t window,
-    std::string_view history, std::string_view order, std::string_view fed) {
+    std::string_view history, std::string_view order, std::string_view fed, double coverage_penalty,
+    bool sample, double temperature, int64_t top_k, double top_p, int64_t seed) {
   const Prepared prepared = prepare({embedding,
                                      layers_in,
                                      keys,
@@ -113,8 +114,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
   TORCH_CHECK_VALUE(min_length >= 0 && min_length <= max_length,
                     "min_length must be between 0 and max_length = ", max_length, ", got ",
                     min_length);
-  TORCH_CHECK_VALUE(n_best >= 1 && n_best <= beam_size,
-                    "n_best must be between 1 and beam_size = ", beam_size, ", got ", n_best);
+  TORCH_CHECK_VALUE(coverage_penalty >= 0 && std::isfinite(coverage_penalty),
+                    "coverage_penalty must be a number of at least 0, got ", coverage_penalty);
+  TORCH_CHECK_VALUE(coverage_penalty == 0 || score != "none",
+                    "coverage_penalty goes with a score, got none");
+  const cpu::Sampling sampling{temperature, top_k, top_p, static_cast<uint64_t>(seed)};
+  if (sample) {
+    TORCH_CHECK_VALUE(beam_size == 1 && length_penalty == 0 && coverage_penalty == 0,
+                      "beam_size must be 1 and the penalties 0 for sampling, got ", beam_size, ", ",
+                      length_penalty, " and ", coverage_penalty);
+    check_options(B, max_length, n_best, length_penalty);
+  } else {
+    TORCH_CHECK_VALUE(n_best >= 1 && n_best <= beam_size,
+                      "n_best must be between 1 and beam_size = ", beam_size, ", got ", n_best);
+  }
+  TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature),
+                    "temperature must be a positive number, got ", temperature);
+  TORCH_CHECK_VALUE(top_k >= 0, "top_k must be at least 1, or 0 for all, got ", top_k);
+  TORCH_CHECK_VALUE(top_p > 0 && top_p <= 1, "top_p must be in (0, 1], got ", top_p);
   TORCH_CHECK_VALUE(block_ngrams >= 0, "block_ngrams must be at least 0, got ", block_ngrams);
   const OptionalTensor prefix = check_prefix(prefix_in, B, prepared.vocab);
   const bool keeps = need_weights && score != "none";
@@ -132,8 +149,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     std::vector<cpu::DecoderLayer<scalar_t>> layers;
     std::vector<cpu::GenerateResult<scalar_t>> found(results);
     Trace<scalar_t> trace;
-    cpu::Generate<scalar_t> args = prepared.arguments<scalar_t>(layers, beam_size);
+    cpu::Generate<scalar_t> args =
+        prepared.arguments<scalar_t>(layers, sample ? n_best : beam_size);
     args.max_length = max_length;
+    args.coverage_penalty = coverage_penalty;
+    args.sampling = sample ? &sampling : nullptr;
     args.min_length = min_length;
     args.n_best = n_best;
     args.block_ngrams = block_ngrams;

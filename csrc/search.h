@@ -19,7 +19,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     int64_t block_ngrams, const OptionalTensor& prefix, const OptionalTensor& weight_history,
     const OptionalTensor& weight_position, const OptionalTensor& weight_position_v,
     const OptionalTensor& step, const OptionalTensor& past, int64_t heads, int64_t window,
-    std::string_view history, std::string_view order, std::string_view fed);
+    std::string_view history, std::string_view order, std::string_view fed, double coverage_penalty,
+    bool sample, double temperature, int64_t top_k, double top_p, int64_t seed);
 
 // What scheduled sampling reads, (T, B); functional.py says what the arguments mean. Has no
 // derivative.

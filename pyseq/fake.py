@@ -517,6 +517,12 @@ def _generate(
     history: str = "none",
     order: str = "luong",
     fed: str = "output",
+    coverage_penalty: float = 0.0,
+    sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> tuple[Tensor, ...]:
     batch = h_0.shape[1] * n_best
     longest = get_ctx().new_dynamic_size()

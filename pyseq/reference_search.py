@@ -17,6 +17,7 @@ from torch import Tensor
 from . import search
 from .reference import decode, linear, score_keys, stack_step, with_weight
 from .search import EncodedSource, Hypothesis, SearchOptions, Step
+from .search.followed import follow
 from .types import (
     PAD,
     AttentionState,
@@ -115,6 +116,12 @@ def generate(
     heads: int = 1,
     window: int | None = None,
     history: HistoryName | None = None,
+    coverage_penalty: float = 0.0,
+    sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> GenerateOutput:
     """Greedy or beam search, step by step; see :func:`pyseq.functional.generate`."""
     weights_of = [LayerWeights(*layer) for layer in layers]
@@ -175,13 +182,20 @@ def generate(
         min_length=min_length,
         n_best=n_best,
         block_ngrams=block_ngrams,
+        coverage_penalty=coverage_penalty,
+        sample=sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         prefix=[] if prefix is None else [[t for t in row if t != PAD] for row in prefix.tolist()],
     )
     nothing = Hypothesis([], -math.inf, None)
+    if sample:
+        searched = follow(model, source, source_lengths, options, torch.tensor(seed))
+    else:
+        searched = search.search(model, source, source_lengths, options)
     found = [
-        hypothesis
-        for best in search.search(model, source, source_lengths, options)
-        for hypothesis in (*best, *[nothing] * (n_best - len(best)))
+        hypothesis for best in searched for hypothesis in (*best, *[nothing] * (n_best - len(best)))
     ]
     sizes = [len(hypothesis.tokens) for hypothesis in found]
     tokens = torch.full((len(found), max(sizes, default=0)), PAD)

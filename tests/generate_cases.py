@@ -59,6 +59,11 @@ class GenerateCase:
     history: HistoryName | None = None
     order: OrderName = "luong"
     fed: FeedName = "output"
+    coverage_penalty: float = 0.0
+    draws: int = 0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
 
     def _prefix(self, batch: int, vocab: int) -> Tensor | None:
         return make_prefix(self.prefix, batch, vocab, self.max_length)
@@ -88,6 +93,11 @@ class GenerateCase:
                 *([self.history] if self.history else []),
                 *([self.order] if self.order != "luong" else []),
                 *([self.fed] if self.fed != "output" else []),
+                *([f"covers{self.coverage_penalty:g}"] if self.coverage_penalty else []),
+                *([f"draws{self.draws}"] if self.draws else []),
+                *([f"t{self.temperature:g}"] if self.temperature != 1 else []),
+                *([f"top{self.top_k}"] if self.top_k else []),
+                *([f"p{self.top_p:g}"] if self.top_p != 1 else []),
             )
         )
 
@@ -163,6 +173,12 @@ class GenerateCase:
                 arguments[name] = getattr(self, name)
         if self.fed != "output":
             arguments["feed"] = self.fed
+        if self.coverage_penalty:
+            arguments["coverage_penalty"] = self.coverage_penalty
+        if self.draws:
+            arguments |= {"sample": True, "n_best": self.draws, "seed": 2**62 + 5}
+            for name in ("temperature", "top_k", "top_p"):
+                arguments[name] = getattr(self, name)
         return arguments
 
 

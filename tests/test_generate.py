@@ -60,6 +60,46 @@ CASES = [
 ]
 
 
+DRAWS = [
+    GenerateCase(**row)
+    for row in pairwise(
+        {
+            "cell": CELLS,
+            "score": ("general", "concat", None),
+            "sizes": SIZES,
+            "dtype": DTYPES,
+            "lengths": (None, "ragged"),
+            "max_length": (1, 2, 8, 13),
+            "min_length": (0, 1, 5),
+            "draws": (1, 3, 20),
+            "block_ngrams": (None, 1, 2, 3),
+            "prefix": (None, "ragged", "long"),
+            "temperature": (1.0, 0.3, 2.0),
+            "top_k": (None, 1, 3, 1000),
+            "top_p": (1.0, 0.6, 1e-6),
+        }
+    )
+]
+COVERAGE = [
+    GenerateCase(**row, coverage_penalty=penalty)
+    for penalty, row in enumerate(
+        pairwise(
+            {
+                "score": ("general", "concat"),
+                "sizes": SIZES[:5],
+                "dtype": DTYPES,
+                "lengths": (None, "ragged", "holes"),
+                "max_length": (1, 8, 13),
+                "beam_size": (1, 2, 4, 20),
+                "length_penalty": (0.0, 0.6),
+                "n_best": (1, 3),
+                "heads": (1, 2),
+                "window": (None, 2),
+            }
+        ),
+        1,
+    )
+]
 KINDS = kinds(
     {
         "sizes": SIZES[:5],
@@ -77,7 +117,9 @@ KINDS = kinds(
 )
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in [*CASES, *KINDS]])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.id) for case in (*CASES, *KINDS, *DRAWS, *COVERAGE)]
+)
 def test_as_step_by_step(case: GenerateCase) -> None:
     check(case)
 
@@ -124,6 +166,10 @@ LARGE = [
         beam_size=4,
         max_length=9,
     ),
+    GenerateCase(
+        sizes=(7, 17, 16, 67, 33, 35, 131), beam_size=4, coverage_penalty=0.3, max_length=9
+    ),
+    GenerateCase(sizes=(7, 17, 16, 67, 33, 35, 131), draws=3, top_p=0.9, max_length=9),
     GenerateCase(sizes=(33, 17, 8, 32, 16, 16, 60), window=3, heads=3, beam_size=3, max_length=9),
     GenerateCase(
         sizes=(20, 2, 8, 67, 35, 33, 60),
@@ -541,10 +587,25 @@ def test_a_step_of_ones_own_is_taken(fused_calls: list[int]) -> None:
     ]
 
 
-def test_sampling_goes_step_by_step(fused_calls: list[int]) -> None:
+def test_what_was_no_part_of_the_first_fused_searches_is_not_asked_of_them() -> None:
+    """Nor of one that a model of somebody else's has."""
     model, source, lengths = model_and_sources()
+    asked: list[int] = []
+
+    def narrow(encoded: Any, state: Any, *, beam_size: int, **others: Any) -> GenerateOutput:
+        asked.append(beam_size)
+        return model.decoder.generate(encoded, state, beam_size=beam_size, **others)
+
+    class Narrow(Seq2Seq):
+        def fused_search(self) -> Any:
+            return narrow
+
+    model.__class__ = Narrow
     search.sample(model, source, lengths, max_length=4)
-    assert fused_calls == []
+    search.beam(model, source, lengths, max_length=4, beam_size=2, coverage_penalty=0.2)
+    assert asked == []
+    search.beam(model, source, lengths, max_length=4, beam_size=2)
+    assert asked == [2]
 
 
 def test_options_of_a_greedy_search_are_checked() -> None:

@@ -350,6 +350,14 @@ struct ScheduledInputs {
   int64_t* fed;              // (T, rows): holds the truth; out what is read
 };
 
+// How a search draws tokens in place of comparing hypotheses.
+struct Sampling {
+  double temperature;  // what logits are divided by
+  int64_t top_k;       // 0: all
+  double top_p;
+  uint64_t seed;
+};
+
 enum class GenerateStatus { kDone, kNotFinite, kOutOfMemory };
 
 // V tokens, E features of a token's embedding.
@@ -359,18 +367,19 @@ struct Generate {
   // rows * beam_size. Without attention `combine` is null.
   Decode<T> decoder;
   int64_t rows, vocab, embedding_size, max_length, beam_size;
-  int64_t min_length, n_best;
-  int64_t block_ngrams;   // 0: none
-  int64_t prefix_length;  // P
-  double length_penalty;
+  int64_t min_length, n_best;  // draws are n_best, and as many hypotheses
+  int64_t block_ngrams;        // 0: none
+  int64_t prefix_length;       // P
+  double length_penalty, coverage_penalty;
   bool need_weights;
-  const int64_t* prefix;  // (rows, P) or null: what to begin with, 0 beyond the end of a row's
-  const T* h_0;           // (L, rows, H)
-  const T* c_0;           // (L, rows, H) or null
-  const T* feed;          // (rows, F)
-  const T* past;          // (rows*N, S) or null for zero: with taps, the weights before
-  const T* embedding;     // (V, E)
-  const T* w_x;           // (G*H, E) with rows w_x_stride apart
+  const Sampling* sampling;  // or null
+  const int64_t* prefix;     // (rows, P) or null: what to begin with, 0 beyond the end of a row's
+  const T* h_0;              // (L, rows, H)
+  const T* c_0;              // (L, rows, H) or null
+  const T* feed;             // (rows, F)
+  const T* past;             // (rows*N, S) or null for zero: with taps, the weights before
+  const T* embedding;        // (V, E)
+  const T* w_x;              // (G*H, E) with rows w_x_stride apart
   int64_t w_x_stride;
   const QuantizedWeights* quantized_x;  // in its place
   const T* w_output;                    // (V, H)

@@ -32,6 +32,7 @@ struct Hypotheses {
   T* scores;        // log P
   int32_t* tokens;  // the last one
   int32_t* rows;    // of the batch
+  int32_t* draws;   // with sampling: which of the row's
 };
 
 // The memory of a search, but for its trace. Taken twice, as in decode_step.h; what is not of
@@ -56,10 +57,13 @@ struct GenerateMemory {
   T* fresh;                  // (threads, kFresh, E), embeddings that have none yet
   T* scores;                 // (threads, 2, N)
   T* best_ranks;             // (threads, rows, n_best)
-  int32_t* numbers;          // (threads, 5, N): tokens, rows (twice each) and parents
+  int32_t* numbers;          // (threads, 7, N): tokens, rows, draws (twice each) and parents
   int64_t* counts;           // (threads, N): steps before the next one, where windows need it
   int32_t* places;           // (threads, V): where the input part of a token is, or -1
   Candidate<T>* candidates;  // (threads, 2 * beam_size)
+  T* allowed;                // with sampling: (threads, V), logits
+  Candidate<T>* pool;        // with sampling: (threads, V)
+  T* covered;                // with a coverage penalty: (threads, 2, N, S), sums of weights
   T* masked;                 // (N, H), outputs times their dropout masks; null without
   int64_t logit_stride, chunks, chunk_stride, input_rows;
 
@@ -119,7 +123,12 @@ struct GenerateMemory {
     if (args.scheduled != nullptr && args.scheduled->output_masks != nullptr) {
       memory.masked = pieces.take(N * H);
     }
-    memory.numbers = take<int32_t>(others, plan.threads * 5 * N);
+    if (args.sampling != nullptr) {
+      memory.allowed = pieces.take(plan.threads * V);
+      memory.pool = take<Candidate<T>>(others, plan.threads * V);
+    }
+    if (args.coverage_penalty > 0) memory.covered = pieces.take(plan.threads * 2 * N * S);
+    memory.numbers = take<int32_t>(others, plan.threads * 7 * N);
     memory.places = take<int32_t>(others, plan.threads * V);
     memory.counts = take<int64_t>(others, plan.threads * N);
     memory.candidates = take<Candidate<T>>(others, plan.threads * 2 * args.beam_size);

@@ -35,10 +35,10 @@ class OwnTokens {
         fed_(memory.fed) {
     const int64_t N = decoder.batch;
     T* const scores = memory.scores + thread * 2 * N;
-    int32_t* const numbers = memory.numbers + thread * 5 * N;
-    now_ = {0, scores, numbers, numbers + N};
-    next_ = {0, scores + N, numbers + 2 * N, numbers + 3 * N};
-    parents_ = numbers + 4 * N;
+    int32_t* const numbers = memory.numbers + thread * 7 * N;
+    now_ = {0, scores, numbers, numbers + N, numbers + 2 * N};
+    next_ = {0, scores + N, numbers + 3 * N, numbers + 4 * N, numbers + 5 * N};
+    parents_ = numbers + 6 * N;
     // Masks of dropout are those of a step, so that each thread has layers of its own.
     for (int64_t l = 0; l < decoder.layer_count; ++l) layers_[l] = decoder.layers[l];
     decoder_.layers = layers_;
@@ -60,21 +60,23 @@ class OwnTokens {
     return decoder_.taps == 0 ? nullptr : memory_.pasts + slot * decoder_.batch * weights_size();
   }
 
-  // One hypothesis for each row: <start>.
+  // One hypothesis for each row, or for each of its draws: <start>.
   void begin() {
+    const int64_t draws = args_.sampling == nullptr ? 1 : args_.n_best;
     const int64_t H = decoder_.hidden;
     for (int64_t token = 0; token < args_.vocab; ++token) places_[token] = -1;
-    for (int64_t row = at_.rows.begin; row < at_.rows.end; ++row) {
-      const int64_t i = now_.count++;
+    const int64_t F = decoder_.fed_size(), S = weights_size();
+    for (int64_t number = at_.rows.begin * draws; number < at_.rows.end * draws; ++number) {
+      const int64_t i = now_.count++, row = number / draws;
       now_.scores[i] = 0;
       now_.tokens[i] = kStart;
       now_.rows[i] = static_cast<int32_t>(row);
+      now_.draws[i] = static_cast<int32_t>(number % draws);
       for (int64_t l = 0; l < decoder_.layer_count; ++l) {
         const int64_t from = (l * args_.rows + row) * H, to = (begin_ + i) * H;
         copy_units(args_.h_0 + from, memory_.states[l] + to);
         if (parts_.has_cell) copy_units(args_.c_0 + from, memory_.cells[l] + to);
       }
-      const int64_t F = decoder_.fed_size(), S = weights_size();
       copy_columns(fed_columns_, args_.feed + row * F, memory_.fed + (begin_ + i) * F);
       if (decoder_.taps == 0) continue;
       T* const own_past = past(0) + (begin_ + i) * S;

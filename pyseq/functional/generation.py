@@ -61,6 +61,12 @@ def generate(
     heads: int = 1,
     window: int | None = None,
     history: HistoryName | None = None,
+    coverage_penalty: float = 0.0,
+    sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> GenerateOutput:
     """Search for the likeliest sequences of each row with an attention decoder.
 
@@ -89,6 +95,11 @@ def generate(
         prefix: (B, P) int64, tokens that each row begins with, 0 beyond the end of a row's.
         weight_history, weight_position, weight_position_v, order, feed, heads, window, history: as
             in :func:`decode`.
+        coverage_penalty: as in :class:`pyseq.search.SearchOptions`.
+        sample: draw ``n_best`` sequences of each row; ``beam_size`` is 1 then, and the penalties 0.
+        temperature, top_k, top_p: as in :class:`pyseq.search.SearchOptions`, with ``sample``.
+        seed: what the draws follow from, besides the number of the row, of the draw in it and of
+            the step.
 
     Returns:
         ``tokens`` (B, T) without ``<start>`` and ``<stop>``, ``lengths`` (B,), ``scores``
@@ -132,6 +143,17 @@ def generate(
         window=window,
         history=history,
     )
+    if coverage_penalty > 0 and score is None:
+        raise ValueError(
+            "coverage_penalty needs a model with attention, got score None and coverage_penalty "
+            f"{coverage_penalty!r}"
+        )
+    more: dict[str, object] = {}  # to give the operator's defaults takes its time
+    if sample:
+        more = {"sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p}
+        more["seed"] = seed
+    if coverage_penalty != 0:
+        more["coverage_penalty"] = coverage_penalty
     tokens, sizes, scores, weights = torch.ops.pyseq.generate(
         embedding,
         flatten(layers),
@@ -158,6 +180,7 @@ def generate(
         block_ngrams or 0,
         prefix,
         *how.arguments,
+        **more,
     )
     if any(map(math.isnan, scores.tolist())):
         raise SearchError("the model's logits must be finite, got NaN or infinity")

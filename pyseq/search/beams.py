@@ -114,12 +114,14 @@ class Coverage(NamedTuple):
         return cls(factor, lengths, None) if factor > 0 else None
 
     def add(self, weights: Tensor | None, width: int) -> Coverage:
-        """With the weights (R * k, S) of a step of k = ``width`` hypotheses for each row."""
+        """With the weights (R * k, S), or of N heads (R * k, N, S), of a step of k = ``width``
+        hypotheses for each row."""
         if weights is None:
             raise ValueError(
                 "coverage_penalty needs a model with attention, got one that gives no weights"
             )
-        weights = widened(weights).unflatten(0, (-1, width))
+        weights = widened(weights if weights.dim() == 2 else weights.mean(1))  # over the heads
+        weights = weights.unflatten(0, (-1, width))
         return self._replace(sums=weights if self.sums is None else self.sums + weights)
 
     def penalty(self, rows: Tensor) -> Tensor:

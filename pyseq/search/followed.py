@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..types import START, STOP
+from .draws import draw, uniform
 from .evaluation import search_mode
 from .options import Hypothesis, SearchOptions, StreamedToken
 from .protocols import SearchModel
@@ -33,9 +34,10 @@ def _walk(
     source: Tensor,
     source_lengths: Tensor,
     options: SearchOptions,
-    generator: torch.Generator | None,
+    seed: Tensor | None,
 ) -> Iterator[_Emission]:
-    """All steps of greedy search, or of ``n_best`` draws for each row, which stand side by side.
+    """All steps of greedy search, or with a seed of ``n_best`` draws for each row, which stand side
+    by side.
 
     The search's mode is left while the caller holds an emission.
     """
@@ -54,7 +56,10 @@ def _walk(
             step = model.step(tokens, encoded, state, need_weights=options.need_weights)
             refuse_nan(step.log_probs)
             log_probs = rules.apply(step.log_probs, rows // draws, history, emitted)
-            tokens = draw(log_probs, options, generator) if options.sample else choose(log_probs)
+            if seed is None:
+                tokens = choose(log_probs)
+            else:
+                tokens = draw(log_probs, options, uniform(seed, rows, emitted))
             scores = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
         yield _Emission(rows, tokens, scores, step.weights)
         state = step.state
@@ -68,38 +73,19 @@ def _walk(
             encoded, state = encoded.select(kept), state.select(kept)
 
 
-def draw(log_probs: Tensor, options: SearchOptions, generator: torch.Generator | None) -> Tensor:
-    """One token (N,) from each of the distributions (N, V), sharpened and cut."""
-    vocab = log_probs.shape[1]
-    count = vocab if options.top_k is None else min(options.top_k, vocab)
-    values, tokens = log_probs.topk(count)  # in descending order
-    # Where everything is forbidden <stop> is taken, as greedy search does.
-    nothing = values[:, :1] == -math.inf
-    # Of the differences to the first, which no temperature makes infinite for all.
-    below = (values - values[:, :1]).masked_fill(nothing, 0)
-    probs = torch.softmax(below / max(options.temperature, torch.finfo(below.dtype).tiny), 1)
-    # A token stays if those before it do not yet reach top_p; the first always does.
-    probs = probs.where(probs.cumsum(1) - probs < options.top_p, 0)
-    # As torch.multinomial draws, which would look at the probabilities and wait for their device:
-    # of exponential variates with these rates the smallest.
-    times = torch.empty_like(probs).exponential_(generator=generator)
-    choice = (probs / times).argmax(1, keepdim=True)
-    return tokens.gather(1, choice).masked_fill(nothing, STOP).squeeze(1)
-
-
 def follow(
     model: SearchModel,
     source: Tensor,
     source_lengths: Tensor,
     options: SearchOptions,
-    generator: torch.Generator | None,
+    seed: Tensor | None,
 ) -> list[list[Hypothesis]]:
     draws = options.n_best
     count = source.shape[0] * draws
     trace: list[Record] = []
     scores = torch.zeros(())
     lengths = torch.zeros(count, dtype=torch.int64, device=source.device)
-    for emission in _walk(model, source, source_lengths, options, generator):
+    for emission in _walk(model, source, source_lengths, options, seed):
         if not trace:
             scores = torch.zeros_like(emission.scores)
         scores[emission.rows] += emission.scores
@@ -124,12 +110,12 @@ def follow_streaming(
     source: Tensor,
     source_lengths: Tensor,
     options: SearchOptions,
-    generator: torch.Generator | None,
+    seed: Tensor | None,
 ) -> Iterator[StreamedToken]:
     if source.shape[0] == 0:
         return
     widths = source_lengths.tolist()
-    for emission in _walk(model, source, source_lengths, options, generator):
+    for emission in _walk(model, source, source_lengths, options, seed):
         columns = (emission.rows, emission.tokens, emission.scores)
         for place, (row, token, score) in enumerate(
             zip(*(column.tolist() for column in columns), strict=True)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -14,14 +16,31 @@ from .protocols import FusedSearch, SearchModel
 from .rules import Rules
 
 
-def can_fuse(options: SearchOptions) -> bool:
-    """Whether a :class:`FusedSearch` can search like that."""
-    return not options.sample and options.coverage_penalty == 0
-
-
-def fused_search_of(model: SearchModel) -> FusedSearch | None:
+def fused_search_of(model: SearchModel, options: SearchOptions) -> FusedSearch | None:
+    """The model's, if it can search like that."""
     find: Callable[[], FusedSearch | None] | None = getattr(model, "fused_search", None)
-    return None if find is None else find()
+    fused = None if find is None else find()
+    if fused is not None and (options.sample or options.coverage_penalty > 0):
+        # One of a model's own may know no more than the first searches did.
+        known = inspect.signature(fused).parameters
+        if not {"coverage_penalty", "sample"} <= known.keys():
+            return None
+    return fused
+
+
+def _drawing(options: SearchOptions, seed: Tensor | None) -> dict[str, Any]:
+    """What only some searches are told."""
+    if seed is not None:
+        return {
+            "sample": True,
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+            "seed": int(seed),
+        }
+    if options.coverage_penalty > 0:
+        return {"coverage_penalty": options.coverage_penalty}
+    return {}
 
 
 def search_fused(
@@ -30,6 +49,7 @@ def search_fused(
     source: Tensor,
     source_lengths: Tensor,
     options: SearchOptions,
+    seed: Tensor | None,
 ) -> list[list[Hypothesis]]:
     with search_mode(model):
         encoded, state = model.encode_source(source, source_lengths)
@@ -47,6 +67,7 @@ def search_fused(
             n_best=options.n_best,
             block_ngrams=options.block_ngrams,
             prefix=prefix,
+            **_drawing(options, seed),
         )
     columns = (found.tokens, found.lengths, found.scores)
     widths = source_lengths.tolist()
@@ -55,7 +76,7 @@ def search_fused(
         zip(*(column.tolist() for column in columns), strict=True)
     ):
         row = place // options.n_best
-        if hypotheses[row] and score == -math.inf:
+        if hypotheses[row] and score == -math.inf and not options.sample:
             continue  # it is none
         cut = None if found.weights is None else found.weights[place, :length, : widths[row]]
         hypotheses[row].append(Hypothesis(tokens[:length], score, cut))

@@ -247,6 +247,12 @@ def generate(
     history: str = "none",
     order: str = "luong",
     fed: str = "output",
+    coverage_penalty: float = 0.0,
+    sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator of :func:`pyseq.functional.generate`; see ``csrc/search.h``.
 
@@ -262,6 +268,11 @@ def generate(
         min_length=min_length,
         n_best=n_best,
         block_ngrams=block_ngrams or None,
+        coverage_penalty=coverage_penalty,
+        sample=sample,
+        temperature=temperature,
+        top_k=top_k or None,
+        top_p=top_p,
         prefix=_sequences(prefix),
     )
     batch, like = h_0.shape[1], embedding
@@ -302,7 +313,10 @@ def generate(
         ),
     )
     source = torch.empty(batch, 0, dtype=torch.int64, device=like.device)
-    trace, finished = run_resident(decoder, source, torch.zeros_like(source.sum(1)), options)
+    if lengths is None:
+        lengths = torch.full((batch,), positions, device=like.device)
+    number = torch.full((), seed, device=like.device) if sample else None
+    trace, finished = run_resident(decoder, source, lengths, options, number)
     all_tokens, weights = collect(trace, finished)
     sizes = finished.lengths.flatten()
     longest = int(sizes.max())

@@ -85,8 +85,17 @@ class FusedSearch(Protocol):
         n_best: int,
         block_ngrams: int | None,
         prefix: Tensor | None,
+        coverage_penalty: float = 0.0,
+        sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> GenerateOutput:
-        """The best sequences of each row of what ``encode_source`` gave."""
+        """The best sequences of each row of what ``encode_source`` gave, or draws.
+
+        One that does not take the last six arguments is not asked for what they are for.
+        """
 
 
 class SearchModel(Protocol):

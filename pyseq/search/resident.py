@@ -16,8 +16,8 @@ from torch import Tensor
 from ..errors import SearchError
 from ..types import START, STOP
 from .beams import Coverage
+from .draws import draw, uniform
 from .evaluation import search_mode
-from .followed import draw
 from .options import Hypothesis, SearchOptions, length_normalizer
 from .protocols import SearchModel
 from .rules import NOT_FINITE, Rules, choose
@@ -32,14 +32,10 @@ def search_resident(
     source: Tensor,
     source_lengths: Tensor,
     options: SearchOptions,
-    generator: torch.Generator | None,
+    seed: Tensor | None,
 ) -> list[list[Hypothesis]]:
-    """See :func:`pyseq.search.search`.
-
-    Draws of rows that are done are made and left unused, so the results of sampling are others
-    than on the CPU.
-    """
-    trace, finished = run_resident(model, source, source_lengths, options, generator)
+    """See :func:`pyseq.search.search`; with a seed it samples."""
+    trace, finished = run_resident(model, source, source_lengths, options, seed)
     # Independent draws for a row stand side by side as if for several.
     draws = options.n_best if options.sample else 1
     found = trace_back(trace, finished, source_lengths.repeat_interleave(draws))
@@ -54,12 +50,12 @@ def run_resident(
     source: Tensor,
     source_lengths: Tensor,
     options: SearchOptions,
-    generator: torch.Generator | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[list[Record], Finished]:
     """The steps of a search and its results, on the device, when all steps are done."""
     with search_mode(model):
         if options.follows_one():
-            return _follow(model, source, source_lengths, options, generator)
+            return _follow(model, source, source_lengths, options, seed)
         return _beam_search(model, source, source_lengths, options)
 
 
@@ -122,7 +118,7 @@ def _follow(
     source: Tensor,
     source_lengths: Tensor,
     options: SearchOptions,
-    generator: torch.Generator | None,
+    seed: Tensor | None,
 ) -> tuple[list[Record], Finished]:
     """Greedy search, or ``n_best`` draws for each row, which stand side by side."""
     draws, device = options.n_best, source.device
@@ -142,7 +138,10 @@ def _follow(
         step = model.step(tokens, encoded, state, need_weights=options.need_weights)
         progress.watch(step.log_probs)
         log_probs = rules.apply(step.log_probs, source_rows, history, emitted - 1)
-        tokens = draw(log_probs, options, generator) if options.sample else choose(log_probs)
+        if seed is None:
+            tokens = choose(log_probs)
+        else:
+            tokens = draw(log_probs, options, uniform(seed, rows, emitted - 1))
         if emitted == 1:
             scores = log_probs.new_zeros(count)
         own = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .beams import beam_search
+from .draws import draw_seed
 from .evaluation import in_eval_mode
 from .followed import follow, follow_streaming
-from .fused import can_fuse, fused_search_of, search_fused
+from .fused import fused_search_of, search_fused
 from .options import Hypothesis, SearchOptions, StreamedToken
 from .protocols import SearchModel
 from .resident import search_resident
@@ -50,14 +51,14 @@ def search(
     if source.shape[0] == 0:
         return []
     model = in_eval_mode(model)
-    if can_fuse(options):
-        fused = fused_search_of(model)
-        if fused is not None:
-            return search_fused(model, fused, source, source_lengths, options)
+    seed = draw_seed(generator, source.device) if options.sample else None
+    fused = fused_search_of(model, options)
+    if fused is not None:
+        return search_fused(model, fused, source, source_lengths, options, seed)
     if source.device.type != "cpu":
-        return search_resident(model, source, source_lengths, options, generator)
+        return search_resident(model, source, source_lengths, options, seed)
     if options.follows_one():
-        return follow(model, source, source_lengths, options, generator)
+        return follow(model, source, source_lengths, options, seed)
     return beam_search(model, source, source_lengths, options)
 
 
@@ -93,7 +94,8 @@ def stream(
             f"length_penalty={options.length_penalty}, coverage_penalty={options.coverage_penalty}"
         )
     check_prefix_rows(options, source.shape[0])
-    return follow_streaming(in_eval_mode(model), source, source_lengths, options, generator)
+    seed = draw_seed(generator, source.device) if options.sample else None
+    return follow_streaming(in_eval_mode(model), source, source_lengths, options, seed)
 
 
 def greedy(

@@ -18,7 +18,7 @@ from ..nn import AttentionDecoder, AttentionOptions
 from ..nn._common import Device
 from ..recurrent import LayerOptions
 from ..scheduled import Sampling
-from ..search import EncodedSource, choose
+from ..search import EncodedSource
 from ..types import (
     PAD,
     UNK,
@@ -34,6 +34,7 @@ from .inputs import check_tokens, embed
 from .masks import Masks, masked
 from .scanned import build_decoder
 from .sharing import Groups
+from .stepwise import inputs_step_by_step
 
 __all__ = ["Decoder"]
 
@@ -424,7 +425,8 @@ class Decoder(torch.nn.Module):
                 state=state,
                 masks=masks,
             ).t()
-        return self._inputs_step_by_step(
+        return inputs_step_by_step(
+            self,
             target_in.t(),
             coins,
             draws,
@@ -434,42 +436,6 @@ class Decoder(torch.nn.Module):
             masks=masks,
             conditions=conditions or Conditions(),
         ).t()
-
-    def _inputs_step_by_step(
-        self,
-        tokens: Tensor,
-        coins: Tensor,
-        draws: Tensor | None,
-        memory: Tensor | None,
-        *,
-        lengths: Tensor | None,
-        state: DecoderStart | None,
-        masks: Masks,
-        conditions: Conditions,
-    ) -> Tensor:
-        """See :func:`pyseq.functional.scheduled_inputs`; for any decoder."""
-        fed = tokens.clone()
-        keys = None if memory is None else self.rnn.project(memory, lengths)
-        steps = len(tokens) - 1
-        if tokens.device.type == "cpu":  # to look elsewhere would wait
-            # Where all rows read the truth to the end nothing is to be found out.
-            ends = (~coins).any(1).nonzero()
-            steps = int(ends.max()) if len(ends) else 0
-        for t in range(steps):
-            hidden, decoded, x = self._hidden(
-                fed[t].unsqueeze(1),
-                memory,
-                lengths=lengths,
-                state=state,
-                keys=keys,
-                masks=masks.step(t),
-                conditions=conditions.step(t),
-            )
-            predicted = self._predict(hidden, x, memory, conditions)[:, 0]
-            chosen = choose(predicted, None if draws is None else draws[t + 1])
-            fed[t + 1] = torch.where(coins[t + 1], fed[t + 1], chosen)
-            state = decoded.state
-        return fed
 
     def generate(
         self,
@@ -484,8 +450,14 @@ class Decoder(torch.nn.Module):
         n_best: int = 1,
         block_ngrams: int | None = None,
         prefix: Tensor | None = None,
+        coverage_penalty: float = 0.0,
+        sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> GenerateOutput:
-        """Greedy or beam search in one operator, for a decoder that :meth:`is_fused`.
+        """A search in one operator, for a decoder that :meth:`is_fused`.
 
         Args, Returns, Raises: see :func:`pyseq.functional.generate`.
         """
@@ -510,6 +482,12 @@ class Decoder(torch.nn.Module):
                 n_best=n_best,
                 block_ngrams=block_ngrams,
                 prefix=prefix,
+                coverage_penalty=coverage_penalty,
+                sample=sample,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
                 **fused.options_of(rnn),
             )
         if found.weights is None or found.weights.dim() == 3:
