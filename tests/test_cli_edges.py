@@ -86,6 +86,13 @@ def test_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "import"])
+def test_no_name_is_not_this_folder(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["--from", "layers"] if command == "import" else []
+    assert cli.main([command, "file", *layout, "--out", ""]) == 2
+    assert "argument --out: must name a place, got ''" in capsys.readouterr().err
+
+
 def test_a_model_that_copies_needs_no_vocabulary(pairs: Path, tmp_path: Path) -> None:
     assert train(pairs, tmp_path / "out", "--min-count", "1000", "--copy", "pointer") == 0
 

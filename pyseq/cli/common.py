@@ -37,6 +37,12 @@ def positive(text: str) -> int:
     return value
 
 
+def place(text: str) -> str:
+    if not text:  # which would be the folder that the command is run in
+        raise argparse.ArgumentTypeError("must name a place, got ''")
+    return text
+
+
 def thread_count(text: str) -> int:
     value = positive(text)
     if value > _MOST_THREADS:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import checkpoint, importers
 from ..errors import PyseqError
-from .common import say
+from .common import place, say
 from .fields import flag
 
 _LAYERS = "layers"
@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument(
         "--out",
+        type=place,
         required=True,
         metavar="DIR",
         help="where the model goes; of layers the file, for pyseq.importers.load_layers",

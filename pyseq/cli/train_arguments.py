@@ -15,7 +15,7 @@ from ..extra import EXTRA_MODES, EXTRA_PLACES
 from ..text import TOKENS
 from ..training import LabelerOptions, ModelOptions, TrainingOptions
 from ..types import FEEDS, HISTORIES, ORDERS, SCAN_GATES, SCORES, WINDOWS
-from .common import add_device, add_features, add_threads, positive, seed, share
+from .common import add_device, add_features, add_threads, place, positive, seed, share
 from .fields import Need, add_fields, given_fields, require_switches
 
 MODEL: dict[str, str] = {
@@ -136,7 +136,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="g2p: train on the CMU pronouncing dictionary instead of PAIRS.tsv; tag: a label for "
         "each token; classify: a label for each line",
     )
-    command.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
+    command.add_argument(
+        "--out", type=place, required=True, metavar="DIR", help="where the model goes"
+    )
     command.add_argument(
         "--tensorboard", metavar="FOLDER", help="write curves there that TensorBoard shows"
     )
