@@ -68,7 +68,8 @@ void decode_forward_cell(const Decode<T>& args) {
   constexpr int G = Cell::kGates;
   const int64_t B = args.batch, H = args.hidden, L = args.layer_count;
   const Plan plan = plan_decode(args, G, static_cast<int>(L) + 3 + (args.projects_query() ? 1 : 0));
-  const bool packs = repays_packing(args.steps, B, decoder_cost(args, G, 0).weight_bytes);
+  const bool packs =
+      repays_packing(args.steps, B, args.hidden, decoder_cost(args, G, 0).weight_bytes);
 
   Pieces<T> count(nullptr);
   DecoderWeights<T>::take(args, G, packs, /*folded=*/false, count);

@@ -22,7 +22,6 @@ constexpr int64_t kWorkOfFewRows = 100000;
 
 template <class T>
 PYSEQ_FORCE_INLINE Vec<T> gather(const T* from, int64_t stride, int count) {
-  if (stride == 1) return load(from, count);
   Vec<T> value = {};
   for (int i = 0; i < count; ++i) value[i] = from[i * stride];
   return value;
@@ -44,6 +43,10 @@ void pack_group(const Gemm<T>& args, int64_t k0, int64_t depth, int64_t panel, i
     } else {
       for (int64_t k = 0; k < depth; k += kLanes<T>) {
         const int rows = lanes_inside<T>(depth, k / kLanes<T>);
+        if (args.b_row == 1) {
+          transpose_block(from + k, args.b_column, count, rows, to + k * kLanes<T>, kLanes<T>);
+          continue;
+        }
         Vec<T> block[kLanes<T>];
         for (int lane = 0; lane < kLanes<T>; ++lane) {
           const T* const column = from + lane * args.b_column + k * args.b_row;
@@ -62,44 +65,65 @@ void pack_group(const Gemm<T>& args, int64_t k0, int64_t depth, int64_t panel, i
 constexpr int kMoved = 8;
 PYSEQ_FORCE_INLINE int64_t copied_size(int64_t depth) { return depth * kMaxRows<1> + kMoved; }
 
+// Tiles that are copied at a time: their sums fit the registers.
+constexpr int kTilesAtOnce = 8;
+
 // Copies `count` columns of a (rows of a transpose, which would be read at large strides, over
-// and over), `depth` long: tile by tile, as [k][column]. The rows are read along, which the
-// machine foresees; a tile's share of one is moved as a vector, of which the end is overwritten
-// by the next.
+// and over), `depth` long: tile by tile, as [k][column]. The rows are read along, some tiles of
+// them, since each line would be fetched again for the next tile; a tile's share of one is moved as
+// a vector, of which the end is overwritten by the next.
 template <class T>
 void copy_columns(const Gemm<T>& args, int64_t begin, int64_t count, int tiles, int64_t k0,
                   int64_t depth, T* copied, T* sums, bool adds) {
-  constexpr int kTiles = (kCopiedRows + kMaxRows<1> - 1) / kMaxRows<1>;
   typedef T Moved __attribute__((vector_size(kMoved * sizeof(T))));
   static_assert(kMaxRows<1> <= kMoved);
-  const T* from = args.a + begin * args.a_row + k0 * args.a_column;
-  Moved total[kTiles] = {};
-  const bool along = args.a_row == 1;
-  const int64_t each = count / tiles, more = count % tiles;  // as `share` deals them
-  for (int64_t k = 0; k < depth; ++k) {
-    T* to = copied;
-    int64_t column = 0;
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int64_t size = each + (tile < more ? 1 : 0);
-      Moved value = {};
-      // A vector may not reach past the end of a row.
-      if (along && begin + column + kMoved <= args.m) {
-        __builtin_memcpy(&value, from + column, sizeof value);
-      } else {
-        for (int64_t m = 0; m < size; ++m) value[m] = from[(column + m) * args.a_row];
-      }
-      __builtin_memcpy(to + k * size, &value, sizeof value);
-      to += copied_size(depth);
-      column += size;
-      total[tile] += value;
+  for (int first = 0; first < tiles; first += kTilesAtOnce) {
+    const int wide = static_cast<int>(smaller(kTilesAtOnce, tiles - first));
+    const T* from[kTilesAtOnce];
+    T* to[kTilesAtOnce];
+    int64_t size[kTilesAtOnce];
+    Moved total[kTilesAtOnce] = {};
+    bool inside[kTilesAtOnce];  // a vector may not reach past the end of a row
+    bool whole = wide == kTilesAtOnce;
+    for (int i = 0; i < wide; ++i) {
+      const Range part = share(count, first + i, tiles);
+      const int64_t column = begin + part.begin;
+      from[i] = args.a + column * args.a_row + k0 * args.a_column;
+      to[i] = copied + (first + i) * copied_size(depth);
+      size[i] = part.size();
+      inside[i] = args.a_row == 1 && column + kMoved <= args.m;
+      whole = whole && inside[i];
     }
-    from += args.a_column;
-  }
-  for (int tile = 0; sums != nullptr && tile < tiles; ++tile) {
-    const Range part = share(count, tile, tiles);
-    for (int64_t m = 0; m < part.size(); ++m) {
-      T& sum = sums[begin + part.begin + m];
-      sum = total[tile][m] + (adds ? sum : T(0));
+    const auto move = [&](int64_t k, int i, const Moved& value) __attribute__((always_inline)) {
+      __builtin_memcpy(to[i] + k * size[i], &value, sizeof value);
+      total[i] += value;
+    };
+    if (whole) {
+      for (int64_t k = 0; k < depth; ++k) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kTilesAtOnce; ++i) {
+          Moved value;
+          __builtin_memcpy(&value, from[i] + k * args.a_column, sizeof value);
+          move(k, i, value);
+        }
+      }
+    } else {
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int i = 0; i < wide; ++i) {
+          const T* const row = from[i] + k * args.a_column;
+          Moved value = {};
+          if (inside[i]) {
+            __builtin_memcpy(&value, row, sizeof value);
+          } else {
+            for (int64_t m = 0; m < size[i]; ++m) value[m] = row[m * args.a_row];
+          }
+          move(k, i, value);
+        }
+      }
+    }
+    for (int i = 0; sums != nullptr && i < wide; ++i) {
+      T* const own = sums + begin + share(count, first + i, tiles).begin;
+      for (int64_t m = 0; m < size[i]; ++m) own[m] = total[i][m] + (adds ? own[m] : T(0));
     }
   }
 }
@@ -136,7 +160,7 @@ void gemm(const Gemm<T>& args) {
   using detail::kGroup;
   constexpr int kRows = detail::kMaxRows<1>;
   const bool copies_a = args.a_column != 1 || args.a_sums != nullptr;
-  if (!repays_packing(1, args.m, args.n * args.k * static_cast<int64_t>(sizeof(T))) &&
+  if (!repays_packing(1, args.m, args.k, args.n * args.k * static_cast<int64_t>(sizeof(T))) &&
       args.b_row == 1 && !copies_a && !args.accumulate) {
     return detail::gemm_of_few_rows(args);
   }

@@ -42,7 +42,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
   const int64_t head_panels = vectors<T>(H / heads);
   Weights<T> w_hr{args.w_hr, H, P, 1, H, nullptr, args.quantized_hr};
   const bool packs =
-      args.quantized_hh == nullptr && repays_packing(args.steps, B, weights * kBytes);
+      args.quantized_hh == nullptr && repays_packing(args.steps, B, P, weights * kBytes);
   const int64_t w_ih_size = packs && reads_input ? w_ih.packed_size() : 0;
   const int64_t w_hh_size = packs ? blocks * w_block.packed_size() : 0;
   const int64_t w_hr_size = packs && projects ? w_hr.packed_size() : 0;

@@ -73,7 +73,7 @@ struct GenerateMemory {
     const int64_t N = decoder.batch, H = decoder.hidden, E = args.embedding_size, V = args.vocab;
     // Results are about as long as their sources, whatever the limit.
     const int64_t S = decoder.source, steps = S > 0 ? smaller(args.max_length, S) : args.max_length;
-    const bool packs = repays_packing(steps, N, decoder_cost(decoder, gates, 0).weight_bytes);
+    const bool packs = repays_packing(steps, N, H, decoder_cost(decoder, gates, 0).weight_bytes);
     // Positions are combined once, hypotheses at every step. For as many of the one as of the
     // other it would not repay: of a few rows the product costs little more than half of it.
     const bool folded =

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // SIMD vectors of the tier that this translation unit is compiled for (kernels.cpp is
 // compiled once per tier). Everything lives in the tier's own namespace and nothing here
-// instantiates a shared template: the linker keeps one copy of each shared inline function,
-// and a copy made for AVX-512 must never run on a machine without it.
+// instantiates a shared function template: the linker keeps one copy of each shared inline
+// function, and a copy made for AVX-512 must never run on a machine without it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
@@ -134,86 +135,155 @@ PYSEQ_FORCE_INLINE VecInt<T> lanes_below(int count) {
   return number < count;
 }
 
+namespace detail {
+
+template <class T, class Index, int... kLane>
+PYSEQ_FORCE_INLINE Vec<T> choose(Vec<T> a, Vec<T> b, Index, std::integer_sequence<int, kLane...>) {
+  return __builtin_shuffle(a, b, VecInt<T>{Index{}(kLane)...});
+}
+
+// Lane i is lane index(i) of a, or if that is no lane of a, of b behind it. A list of constants: of
+// indices that a loop writes the compiler makes no instruction, but vectors anew at every call.
+template <class T, class Index>
+PYSEQ_FORCE_INLINE Vec<T> choose(Vec<T> a, Vec<T> b, Index index) {
+  return choose<T>(a, b, index, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// Vectors as blocks of 16 bytes, within which most instructions move numbers.
+template <class T>
+constexpr int kInBlock = 16 / sizeof(T);
+template <class T>
+constexpr int kBlocks = kLanes<T> / kInBlock<T>;
+
+// Lanes Lane, Lane + Step, ... of each block of a, then of the same one of b.
+template <class T, int Lane, int Step>
+PYSEQ_FORCE_INLINE Vec<T> lanes_of(Vec<T> a, Vec<T> b) {
+  return choose<T>(a, b, [](int lane) {
+    constexpr int kHalf = kInBlock<T> / 2;
+    const int inside = lane % kInBlock<T>, block = lane - inside;
+    return (inside < kHalf ? 0 : kLanes<T>)+block + Lane + inside % kHalf * Step;
+  });
+}
+
+// The same of blocks in the vectors.
+template <class T, int Block, int Step>
+PYSEQ_FORCE_INLINE Vec<T> blocks_of(Vec<T> a, Vec<T> b) {
+  return choose<T>(a, b, [](int lane) {
+    constexpr int kHalf = kBlocks<T> / 2;
+    const int inside = lane % kInBlock<T>, block = lane / kInBlock<T>;
+    return (block < kHalf ? 0 : kLanes<T>)+inside + (Block + block % kHalf * Step) * kInBlock<T>;
+  });
+}
+
+// Of each block the lanes in the half from Lane on, of a and b in turns.
+template <class T, int Lane>
+PYSEQ_FORCE_INLINE Vec<T> interleaved(Vec<T> a, Vec<T> b) {
+  return choose<T>(a, b, [](int lane) {
+    const int inside = lane % kInBlock<T>, block = lane - inside;
+    return (inside % 2 == 0 ? 0 : kLanes<T>)+block + Lane + inside / 2;
+  });
+}
+
+template <class T, int Distance>
+PYSEQ_FORCE_INLINE Vec<T> swapped(Vec<T> value) {
+  return choose<T>(value, value, [](int lane) { return lane ^ Distance; });
+}
+
+// Adds up halves of a and b, first of blocks and then of the vectors: level by level the numbers
+// that belong together move side by side.
+template <class T, int Level>
+PYSEQ_FORCE_INLINE Vec<T> add_halves(Vec<T> a, Vec<T> b) {
+  constexpr int kInside = kInBlock<T> / 2;  // levels within a block: 2 or 1
+  if constexpr (Level < kInside) {
+    return lanes_of<T, 0, 2>(a, b) + lanes_of<T, 1, 2>(a, b);
+  } else if constexpr (Level == kInside && kBlocks<T> == 4) {
+    return blocks_of<T, 0, 1>(a, b) + blocks_of<T, 2, 1>(a, b);
+  } else {
+    return blocks_of<T, 0, 2>(a, b) + blocks_of<T, 1, 2>(a, b);
+  }
+}
+
+}  // namespace detail
+
 // Sum over the lanes, halving the vector: in an order that does not depend on anything.
-template <class T>
+template <class T, int Half = kLanes<T> / 2>
 PYSEQ_FORCE_INLINE T sum_lanes(Vec<T> value) {
-  constexpr int kHalf = kLanes<T> / 2;
-#pragma GCC unroll 4
-  for (int half = kHalf; half >= 1; half /= 2) {
-    VecInt<T> other;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes<T>; ++lane) other[lane] = lane ^ half;
-    value += __builtin_shuffle(value, other);
+  value += detail::swapped<T, Half>(value);
+  if constexpr (Half > 1) {
+    return sum_lanes<T, Half / 2>(value);
+  } else {
+    return value[0];
   }
-  return value[0];
 }
 
-template <class T>
+template <class T, int Half = kLanes<T> / 2>
 PYSEQ_FORCE_INLINE T max_lanes(Vec<T> value) {
-#pragma GCC unroll 4
-  for (int half = kLanes<T> / 2; half >= 1; half /= 2) {
-    VecInt<T> other;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes<T>; ++lane) other[lane] = lane ^ half;
-    const Vec<T> shuffled = __builtin_shuffle(value, other);
-    value = shuffled > value ? shuffled : value;
+  const Vec<T> other = detail::swapped<T, Half>(value);
+  value = other > value ? other : value;
+  if constexpr (Half > 1) {
+    return max_lanes<T, Half / 2>(value);
+  } else {
+    return value[0];
   }
-  return value[0];
-}
-
-// Adds halves of two vectors while it transposes blocks of Size lanes.
-template <class T, int Size>
-PYSEQ_FORCE_INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
-  VecInt<T> kept, moved;
-#pragma GCC unroll 16
-  for (int lane = 0; lane < kLanes<T>; ++lane) {
-    const int from = (lane & Size) == 0 ? 0 : kLanes<T>;
-    kept[lane] = from + lane;
-    moved[lane] = from + (lane ^ Size);
-  }
-  return __builtin_shuffle(a, b, kept) + __builtin_shuffle(a, b, moved);
 }
 
 // The sum over the lanes of each of Count vectors, a power of two and no more than there are
 // lanes, that of vector i in lane i. Each is added up in the same order, whatever Count.
-template <class T, int Count, int Size = 1>
+template <class T, int Count, int Level = 0>
 PYSEQ_FORCE_INLINE Vec<T> sum_each(const Vec<T>* vectors) {
-  static_assert(Count * Size <= kLanes<T> || Count == 1);
-  if constexpr (Size == kLanes<T>) {
+  static_assert(Count << Level <= kLanes<T> || Count == 1);
+  if constexpr (1 << Level == kLanes<T>) {
     return vectors[0];
-  } else if constexpr (Count == 1) {
-    VecInt<T> other;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes<T>; ++lane) other[lane] = lane ^ Size;
-    const Vec<T> sum = vectors[0] + __builtin_shuffle(vectors[0], other);
-    return sum_each<T, 1, Size * 2>(&sum);
   } else {
-    Vec<T> half[Count / 2];
+    constexpr int kCount = Count == 1 ? 1 : Count / 2;
+    Vec<T> half[kCount];
 #pragma GCC unroll 8
-    for (int i = 0; i < Count / 2; ++i) half[i] = fold<T, Size>(vectors[2 * i], vectors[2 * i + 1]);
-    return sum_each<T, Count / 2, Size * 2>(half);
+    for (int i = 0; i < kCount; ++i) {
+      half[i] = detail::add_halves<T, Level>(vectors[Count == 1 ? 0 : 2 * i],
+                                             vectors[Count == 1 ? 0 : 2 * i + 1]);
+    }
+    return sum_each<T, kCount, Level + 1>(half);
   }
 }
 
-// Transposes a square block of as many vectors as a vector has lanes: at each size the
-// off-diagonal halves of neighbouring blocks change places.
+// Transposes a square block of as many vectors as a vector has lanes: first blocks of 16 bytes, of
+// vectors that lie as far apart as they have lanes, then the numbers in them.
 template <class T>
 PYSEQ_FORCE_INLINE void transpose(Vec<T> (&block)[kLanes<T>]) {
-  constexpr int N = kLanes<T>;
+  using detail::blocks_of;
+  using detail::interleaved;
+  using detail::lanes_of;
+  constexpr int E = detail::kInBlock<T>, Q = detail::kBlocks<T>;
 #pragma GCC unroll 4
-  for (int size = N / 2; size >= 1; size /= 2) {
-    VecInt<T> low, high;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < N; ++lane) {
-      low[lane] = (lane & size) == 0 ? lane : N + lane - size;
-      high[lane] = (lane & size) == 0 ? lane + size : N + lane;
+  for (int i = 0; i < E; ++i) {
+    if constexpr (Q == 4) {
+      const Vec<T> a = blocks_of<T, 0, 1>(block[i], block[i + E]);
+      const Vec<T> b = blocks_of<T, 0, 1>(block[i + 2 * E], block[i + 3 * E]);
+      const Vec<T> c = blocks_of<T, 2, 1>(block[i], block[i + E]);
+      const Vec<T> d = blocks_of<T, 2, 1>(block[i + 2 * E], block[i + 3 * E]);
+      block[i] = blocks_of<T, 0, 2>(a, b);
+      block[i + E] = blocks_of<T, 1, 2>(a, b);
+      block[i + 2 * E] = blocks_of<T, 0, 2>(c, d);
+      block[i + 3 * E] = blocks_of<T, 1, 2>(c, d);
+    } else if constexpr (Q == 2) {
+      const Vec<T> a = block[i], b = block[i + E];
+      block[i] = blocks_of<T, 0, 1>(a, b);
+      block[i + E] = blocks_of<T, 1, 1>(a, b);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      if ((i & size) != 0) continue;
-      const Vec<T> a = block[i], b = block[i + size];
-      block[i] = __builtin_shuffle(a, b, low);
-      block[i + size] = __builtin_shuffle(a, b, high);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes<T>; i += E) {
+    Vec<T>* const x = block + i;
+    const Vec<T> a = interleaved<T, 0>(x[0], x[1]), b = interleaved<T, E / 2>(x[0], x[1]);
+    if constexpr (E == 4) {
+      const Vec<T> c = interleaved<T, 0>(x[2], x[3]), d = interleaved<T, 2>(x[2], x[3]);
+      x[0] = lanes_of<T, 0, 1>(a, c);
+      x[1] = lanes_of<T, 2, 1>(a, c);
+      x[2] = lanes_of<T, 0, 1>(b, d);
+      x[3] = lanes_of<T, 2, 1>(b, d);
+    } else {
+      x[0] = a;
+      x[1] = b;
     }
   }
 }

@@ -88,13 +88,17 @@ void pack_columns(const Weights<T>& weights, int thread, int present) {
   }
 }
 
-// Whether packing the weights of a forward loop repays. Measured with 256 and 512 units: to
-// pack takes as long as the products of 40 rows gain by it, however many steps they are in.
-// A single row gains nothing where memory beyond the caches decides how fast weights are read.
-// The number of threads has no say, so that it cannot change bits.
-PYSEQ_FORCE_INLINE bool repays_packing(int64_t steps, int64_t batch, int64_t weight_bytes) {
+// Whether packing the weights of a forward loop repays, whose rows are `length` long. Measured
+// with 32 to 512 units: to pack takes as long as the products of an eighth as many rows gain by it,
+// but of 40 at most, however many steps they are in. (The lanes of a dot product are summed, which
+// takes as long for a short row of weights.) A single row gains nothing where memory beyond the
+// caches decides how fast weights are read. The number of threads has no say, so that it cannot
+// change bits.
+PYSEQ_FORCE_INLINE bool repays_packing(int64_t steps, int64_t batch, int64_t length,
+                                       int64_t weight_bytes) {
   constexpr int64_t kFarWeights = 8 << 20;
-  return steps * batch > 40 && (batch > 1 || weight_bytes <= kFarWeights);
+  const int64_t rows = smaller(40, larger(4, length / 8));
+  return steps * batch > rows && (batch > 1 || weight_bytes <= kFarWeights);
 }
 
 // One summand of a product: rows of `a` times weights. Gate g adds to sum slot[g].
