@@ -91,6 +91,12 @@ def autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(name) and torch.is_autocast_enabled(name)
 
 
+def check_lines(lines: object) -> None:
+    """Raise a TypeError for a single string, which is a sequence of strings, but of its letters."""
+    if isinstance(lines, str):
+        raise TypeError(f"lines must be a sequence of strings, got the string {lines[:40]!r}")
+
+
 def read_json(text: str | bytes) -> Any:
     """What a file of JSON says.
 

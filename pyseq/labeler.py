@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
+from ._checks import check_lines
 from .devices import AnyDevice
 from .errors import CheckpointError, DataError
 from .labels import LabelExamples, Labels
@@ -109,7 +110,9 @@ class Labeler(ReadsFeatures):
 
         Raises:
             DataError: a line has not the extra information that the model takes.
+            TypeError: ``lines`` is a single string.
         """
+        check_lines(lines)
         read = [self._read(line) for line in lines]
         sources = [source for source, _ in read]
         results: dict[int, Labelling] = {}

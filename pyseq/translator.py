@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import checkpoint
 from . import search as searches
+from ._checks import check_lines
 from .devices import AnyDevice
 from .errors import CheckpointError, DataError
 from .search import Ensemble, Hypothesis, SearchModel, SearchOptions
@@ -207,11 +208,13 @@ class Translator(ReadsFeatures):
             ValueError: ``options.prefix`` is given, or the options do not go with the model.
             DataError: the prefix holds a symbol that the model does not know, or a line has not
                 the extra information that the model takes.
+            TypeError: ``lines`` is a single string.
 
         Reference:
             Luong et al. 2015, arXiv 1508.04025, section 4.1 (replacing unknown words), without
             its dictionary.
         """
+        check_lines(lines)
         options = self._text_options(options, prefix, replace_unknown=replace_unknown)
         read = [self._read(line) for line in lines]
         sources = [source for source, _ in read]

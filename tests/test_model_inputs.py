@@ -58,3 +58,14 @@ def test_schedules_are_made_of_numbers() -> None:
     for make in (lambda: Sampling("1"), lambda: Linear("1e-4"), lambda: InverseSigmoid(None)):  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="must be a number, got"):
             make()
+
+
+def test_text_that_is_none() -> None:
+    translator = pyseq.train([("ab", "ba")], hidden_size=4, epochs=1)
+    labeler = pyseq.train_labeler([("ab", "x")], task="classify", hidden_size=4, epochs=1)
+    for wrong in (3, ["ab"]):
+        with pytest.raises(TypeError, match="text must be a string, got"):
+            translator(wrong)  # type: ignore[arg-type]
+    for of_lines in (translator.search, labeler.predict):
+        with pytest.raises(TypeError, match="a sequence of strings, got the string 'ab'"):
+            of_lines("ab")

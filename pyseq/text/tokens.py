@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from ..types import kind
+
 TokensName = Literal["char", "space", "word", "line"]
 TOKENS: tuple[str, ...] = ("char", "space", "word", "line")
 
@@ -96,7 +98,13 @@ class Tokenizer:
         self._join = _JOIN[name]
 
     def split(self, text: str) -> list[str]:
-        """The tokens of one line."""
+        """The tokens of one line.
+
+        Raises:
+            TypeError: it is no string.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, got {kind(text)}")
         return self._split(unicodedata.normalize("NFC", text))
 
     def join(self, tokens: Sequence[str]) -> str:
