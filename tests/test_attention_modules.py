@@ -91,7 +91,8 @@ def test_windows_go_on_where_the_last_call_ended(score: str) -> None:
         step = torch.full((B,), t)
         context, own = module(query[t : t + 1], memory, LENGTHS, True, step=step)
         assert own is not None
-        assert_same_bits({"c": context[0], "w": own[0]}, {"c": whole[t], "w": weights[t]})
+        # Not the same bits: a product of few rows adds up in another order.
+        assert_close({"c": context[0], "w": own[0]}, {"c": whole[t], "w": weights[t]})
     rows = torch.tensor([4, 0, 2])  # each row may be elsewhere
     context, _ = module(query[:1], memory, step=rows)
     for row, step in enumerate(rows.split(1)):
