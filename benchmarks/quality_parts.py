@@ -245,19 +245,23 @@ _FULL_MODEL: Options = {
     "encoder_num_layers": 2,
     "encoder_hidden_size": 512,
     "bridge": "linear",
-    "dropout": 0.25,
+    "dropout": 0.35,
+    "score": "concat",
+    "history": "previous",
+    "history_size": 5,
 }
 _FULL_TRAINING: Options = {
     "batch_size": 64,
     "learning_rate": 1e-3,
-    "epochs": 9,
+    "epochs": 20,
+    "label_smoothing": 0.1,
     "select": "accuracy",
 }
 
 _FULL = Table(
     "g2p",
     (1, 2, 3),
-    {"LSTM, general score, input feeding": (_FULL_MODEL, _FULL_TRAINING)},
+    {"LSTM, location-sensitive score, input feeding": (_FULL_MODEL, _FULL_TRAINING)},
     beams=_BEAMS,
 )
 
