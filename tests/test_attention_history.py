@@ -248,6 +248,16 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         RuntimeError,
         r"past must be \(B, N, S\) = \(3, 1, 7\), got \(3, 7\)",
     ),
+    "keys_rows": (
+        {"keys": torch.ones(7, 1, 6, dtype=torch.float64)},
+        RuntimeError,
+        r"keys must be \(S, B, A\) = \(7, 3, .*got \(7, 1, 6\)",
+    ),
+    "keys_dtype": (
+        {"keys": torch.ones(7, 3, 6)},
+        RuntimeError,
+        "keys must have the dtype of query",
+    ),
     "dtype": ({"past": torch.ones(3, 1, 7)}, RuntimeError, "past must have the dtype of query"),
     "heads": ({"heads": 4}, ValueError, "heads must divide A = 6, got 4"),
     "window": ({"window": 0}, ValueError, "window must be .*got 0"),

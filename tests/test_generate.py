@@ -444,6 +444,12 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
         {"lengths": torch.tensor([1, 5, 1])},
         "lengths must be between 0 and S = 4, got 5 at row 1",
     ),
+    "drawn": (
+        ValueError,
+        {"temperature": 0.5},
+        "temperature, top_k and top_p go with sample=True, got 0.5, None and 1.0 without",
+    ),
+    "top_k": (ValueError, {"sample": True, "top_k": 0}, "top_k must be at least 1, got 0"),
     "unattended": (
         ValueError,
         {"score": None, "weight": None},

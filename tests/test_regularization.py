@@ -190,6 +190,8 @@ def test_calls_with_the_same_masks_drop_the_same(name: str) -> None:
     assert_close({"y": torch.cat((first, second))}, {"y": expected})
     with pytest.raises(RuntimeError, match=f"masks must be drawn for T, B = {T - 1}, {B}, got {T}"):
         module(x[1:], masks=masks)
+    with pytest.raises(ValueError, match=f"steps must be from 0 to {T}, .*, got 1 to {T + 1}"):
+        masks.of_steps(1, T + 1)
     packed = torch.nn.utils.rnn.pack_sequence([x[:, 0]])
     for bad, module_ in ((packed, module), (x, copy.deepcopy(module).eval())):
         with pytest.raises(ValueError, match="masks must be None in evaluation, and for a Packed"):

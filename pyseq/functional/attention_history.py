@@ -64,9 +64,11 @@ def attend_history(
     check_option("history", history, HISTORIES)
     check_centres(window, positions, step)
     check_shape("query", query, "(T, B, Q)", (-1, -1, -1))
-    check_shape("keys", keys, "(S, B, A)", (-1, -1, -1))
     check_shape("memory", memory, "(S, B, M)", (-1, query.shape[1], -1))
-    (source, batch, size), attention_size = memory.shape, keys.shape[2]
+    source, batch, size = memory.shape
+    check_shape("keys", keys, "(S, B, A)", (source, batch, -1))
+    check_like("keys", keys, "query", query)
+    attention_size = keys.shape[2]
     check_tensor("weight_v", weight_v)
     check_tensor("weight_history", weight_history)
     if weight_history.dim() != 2 or weight_history.shape[1] % 2 == 0:

@@ -104,9 +104,8 @@ def generate(
     Returns:
         ``tokens`` (B, T) without ``<start>`` and ``<stop>``, ``lengths`` (B,), ``scores``
         (B,), log P without the length penalty, and ``weights`` (B, T, S), of several heads
-        (B, T, N, S), or None. With
-        ``n_best`` above 1 there are B * n_best rows: those of a source together, the best one
-        first; what was not found is empty, with a score of minus infinity.
+        (B, T, N, S), or None. With ``n_best`` above 1 there are B * n_best rows: those of a source
+        together, the best one first; what was not found is empty, with a score of minus infinity.
 
     Raises:
         ValueError: an option is unknown or out of its range, a weight does not go with the
@@ -149,6 +148,13 @@ def generate(
             f"{coverage_penalty!r}"
         )
     more: dict[str, object] = {}  # to give the operator's defaults takes its time
+    if not sample and (temperature, top_k, top_p) != (1.0, None, 1.0):
+        raise ValueError(
+            "temperature, top_k and top_p go with sample=True, got "
+            f"{temperature!r}, {top_k!r} and {top_p!r} without"
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k!r}")
     if sample:
         more = {"sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p}
         more["seed"] = seed

@@ -39,7 +39,16 @@ class DrawnMasks(NamedTuple):
     layers: tuple[LayerMasks, ...]
 
     def of_steps(self, start: int, stop: int) -> DrawnMasks:
-        """Those of the steps from ``start`` to before ``stop``."""
+        """Those of the steps from ``start`` to before ``stop``.
+
+        Raises:
+            ValueError: these are not steps of theirs.
+        """
+        if not 0 <= start <= stop <= self.steps:
+            raise ValueError(
+                f"steps must be from 0 to {self.steps}, which masks were drawn for, got {start} "
+                f"to {stop}"
+            )
 
         def part(mask: Tensor | None) -> Tensor | None:
             return None if mask is None else mask[start:stop]

@@ -277,17 +277,6 @@ class AttentionDecoder(torch.nn.Module):
             return self.score.project(memory.transpose(0, 1), lengths).transpose(0, 1)
         return self.score.project(memory, lengths)
 
-    def is_plain(self) -> bool:
-        """Whether attention is global, in one head, after the cells, without a memory of its
-        weights, and the output is what is fed, if anything."""
-        return (
-            self.window is None
-            and self.history is None
-            and self.order == "luong"
-            and self.feed == "output"
-            and (self.score is None or self.score.heads == 1)
-        )
-
     def start(self, hidden: State) -> DecoderState:
         """The state before the first step: nothing is fed yet, and no weights are past.
 

@@ -171,10 +171,6 @@ class ScannedDecoder(torch.nn.Module):
             step = torch.zeros(len(like), dtype=torch.int64, device=like.device)
         return AttentionState(step + steps, past)
 
-    def is_plain(self) -> bool:
-        """No: a step is more than the operator of :class:`pyseq.nn.AttentionDecoder`."""
-        return False
-
     def draw_dropout_masks(self, steps: int, batch: int) -> DrawnMasks | None:
         """What the layers drop in a call; see :meth:`pyseq.nn.LSTM.draw_masks`."""
         return self.layers.draw_masks(steps, batch)
