@@ -63,8 +63,8 @@ def _check_built() -> None:
 
 _check_built()
 
-from . import _C as _C  # noqa: E402
-from . import fake as fake  # noqa: E402
+from . import _C as _C  # noqa: E402  after the check, which says more than a failed import
+from . import fake as fake  # noqa: E402  needs the operators of _C
 
 
 def has_kernels(device: str) -> bool:

@@ -125,7 +125,9 @@ class Copying(torch.nn.Module):
         check_smoothing(label_smoothing)
         vocab = logits.shape[2]
         dtype, logits = logits.dtype, widened(logits)
-        _check_target(target, copies, vocab)
+        same = copies.ids.unsqueeze(1) == target.unsqueeze(2)
+        same = same & (copies.ids >= UNK).unsqueeze(1)
+        _check_target(target, same, vocab, copies.extra)
         if label_smoothing > 0:
             log_probs = self(logits, hidden, memory, embedded, copies)
             losses = -log_probs.gather(2, target.unsqueeze(2)).squeeze(2)
@@ -136,8 +138,6 @@ class Copying(torch.nn.Module):
             known = target < vocab
             picked = logits.gather(2, target.masked_fill(~known, UNK).unsqueeze(2))
             generated = picked - torch.logsumexp(logits, 2, keepdim=True) + generates
-            same = copies.ids.unsqueeze(1) == target.unsqueeze(2)
-            same = same & (copies.ids >= UNK).unsqueeze(1)
             losses = -_log_sum(generated.squeeze(2), known, copied, same)
         valid = target != PAD
         return (losses.masked_fill(~valid, 0.0).sum() / valid.sum()).to(dtype)
@@ -164,9 +164,10 @@ class Copying(torch.nn.Module):
         return generates, (attn + F.logsigmoid(-gate)).masked_fill(fixed, -math.inf)
 
 
-def _check_target(target: Tensor, copies: Copies, vocab: int) -> None:
-    """Raise unless each token is in the vocabulary, or may be copied from the row's own source."""
-    bound = vocab + copies.extra
+def _check_target(target: Tensor, same: Tensor, vocab: int, extra: int) -> None:
+    """Raise unless each token is in the vocabulary, or the same as one that the row's own source
+    has to copy, (B, T, S) bool."""
+    bound = vocab + extra
     check_all(
         target < bound,
         "target_out must be below V + S, the vocabulary and what may be copied",
@@ -175,8 +176,7 @@ def _check_target(target: Tensor, copies: Copies, vocab: int) -> None:
             f"{int(target.max())}"
         ),
     )
-    present = (copies.ids.unsqueeze(1) == target.unsqueeze(2)).any(2)
-    missing = (target >= vocab) & ~present
+    missing = (target >= vocab) & ~same.any(2)
     must = f"target_out must hold, from {vocab} on, what the source of its own row has to copy"
 
     def said() -> str:

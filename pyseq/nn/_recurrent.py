@@ -32,7 +32,7 @@ class Recurrent(RecurrentOptions):
     # functional_call and deepcopy of them work; the list is made for those who ask for it.
 
     @property
-    def _flat_weights(self) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def _flat_weights(self) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # a list there
         """All weights as they are now, in the order of torch.nn; a tuple, as changing it would
         change nothing else."""
         return tuple(getattr(self, name, None) for names in self._all_weights for name in names)

@@ -165,13 +165,13 @@ def _step_by_parts(
 
     if decoder.order == "luong":
         query, parts = run_cells(x)
+    # Positions are predicted within the limit, as by the operator.
+    limit = decoder.score.limit(memory, lengths)
     found = decoder.score.attend(
         query,
         keys,
         memory,
-        decoder.score.limit(
-            memory, lengths
-        ),  # in which positions are predicted, as by the operator
+        limit,
         positions=decoder.positions,
         window_size=decoder.window_size,
         step=None,

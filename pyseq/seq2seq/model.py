@@ -518,13 +518,16 @@ class Seq2Seq(torch.nn.Module):
         memory, hidden, context = self._encode(source, lengths, None, source_extra)
         rnn = self.decoder.rnn
         state = rnn.start(hidden)
-        keys = rnn.project(memory)
-        if keys is None or rnn.score is None:
+        projected = rnn.project(memory)
+        if projected is None or rnn.score is None:
             return EncodedSource(None, None, None, context), state
-        # Every step reads both row by row, so they are laid out like that once.
-        memory, keys = (
-            each.transpose(0, 1).contiguous().transpose(0, 1) for each in (memory, keys)
-        )
+        # Every step reads both row by row, so they are laid out like that once; where nothing is
+        # projected they are one.
+        laid_out = memory.transpose(0, 1).contiguous().transpose(0, 1)
+        keys = laid_out
+        if projected is not memory:
+            keys = projected.transpose(0, 1).contiguous().transpose(0, 1)
+        memory = laid_out
         limit = rnn.score.limit(memory, lengths.to(source.device))
         rows = None
         if memory.is_cpu:  # on other devices each hypothesis has a row of its own
