@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The output layer with its loss as the dispatcher knows it; see functional.py.
+// The output layer with its loss as the dispatcher knows it; see pyseq/functional/.
 #pragma once
 
 #include "ops.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operators as the dispatcher knows them: check, allocate, choose the device. The
-// schemas are in bindings.cpp; what the arguments mean is said once, in functional.py.
+// schemas are in bindings.cpp; what the arguments mean is said once, in pyseq/functional/.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -19,8 +19,8 @@ using OptionalTensor = std::optional<Tensor>;
 // A result that a call cannot have (c_n of a GRU, say) is a tensor without elements:
 // operators may return neither nothing nor the same memory twice.
 
-// What acts on a scan besides its weights; functional.py says how. The arguments of `scan` after
-// return_states; where they come as one list they are in this order, and it may be left out.
+// What acts on a scan besides its weights; pyseq/functional/ says how. The arguments of `scan`
+// after return_states; where they come as one list they are in this order, and it may be left out.
 enum ScanExtra : size_t {
   kHMask,
   kZoneoutH,

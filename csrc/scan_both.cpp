@@ -9,6 +9,8 @@
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <map>
+
 #include "devices.h"
 #include "layers.h"
 
@@ -27,6 +29,16 @@ bool one_thread_each(int64_t batch, int64_t weights, int threads) {
   return threads == 2 || (threads > 2 && batch * weights <= kShortStep);
 }
 
+// A stream of `device` beside `own`, the same one again: the allocator keeps memory by stream.
+c10::Stream stream_beside(const c10::impl::VirtualGuardImpl& streams, c10::Device device,
+                          c10::Stream own) {
+  thread_local std::map<c10::DeviceIndex, c10::Stream> kept;
+  auto& beside = kept.try_emplace(device.index(), own).first->second;
+  // At first, and where the caller has taken the very same one from the pool.
+  while (beside == own) beside = streams.getStreamFromGlobalPool(device);
+  return beside;
+}
+
 // Calls run(0) for the caller's stream of `device` and run(1) for another one beside it; what the
 // caller's stream does next waits for both. Nothing waits on the host, so that a graph may hold it.
 template <class Run>
@@ -36,8 +48,7 @@ void side_by_side(c10::Device device, const Run& run) {
     ~Shared() { loops_at_once = 1; }
   } const shared;
   const c10::impl::VirtualGuardImpl streams(device.type());
-  const c10::Stream own = streams.getStream(device),
-                    other = streams.getStreamFromGlobalPool(device);
+  const c10::Stream own = streams.getStream(device), other = stream_beside(streams, device, own);
   c10::Event ready(device.type()), done(device.type());
   ready.record(own);
   ready.block(other);

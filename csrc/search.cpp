@@ -17,11 +17,16 @@ namespace pyseq {
 
 namespace {
 
+// Of what is called `name`: so many hypotheses or draws are followed in each row.
+void check_followed(const char* name, int64_t count, int64_t batch) {
+  const int64_t most = std::numeric_limits<int32_t>::max() / std::max<int64_t>(batch, 1) / 2;
+  TORCH_CHECK_VALUE(count >= 1 && count <= most, name, " must be between 1 and ", most, " for ",
+                    batch, " rows, got ", count);
+}
+
 void check_options(int64_t batch, int64_t max_length, int64_t beam_size, double length_penalty) {
   TORCH_CHECK_VALUE(max_length >= 1, "max_length must be at least 1 token, got ", max_length);
-  const int64_t most = std::numeric_limits<int32_t>::max() / std::max<int64_t>(batch, 1) / 2;
-  TORCH_CHECK_VALUE(beam_size >= 1 && beam_size <= most, "beam_size must be between 1 and ", most,
-                    " for ", batch, " rows, got ", beam_size);
+  check_followed("beam_size", beam_size, batch);
   TORCH_CHECK_VALUE(
       length_penalty >= 0 && std::isfinite(std::pow((5.0 + max_length) / 6, length_penalty)),
       "length_penalty must be at least 0 and ((5 + max_length) / 6) ** length_penalty finite, got ",
@@ -123,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     TORCH_CHECK_VALUE(beam_size == 1 && length_penalty == 0 && coverage_penalty == 0,
                       "beam_size must be 1 and the penalties 0 for sampling, got ", beam_size, ", ",
                       length_penalty, " and ", coverage_penalty);
-    check_options(B, max_length, n_best, length_penalty);
+    check_followed("n_best", n_best, B);
   } else {
     TORCH_CHECK_VALUE(n_best >= 1 && n_best <= beam_size,
                       "n_best must be between 1 and beam_size = ", beam_size, ", got ", n_best);
@@ -135,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
   TORCH_CHECK_VALUE(block_ngrams >= 0, "block_ngrams must be at least 0, got ", block_ngrams);
   const OptionalTensor prefix = check_prefix(prefix_in, B, prepared.vocab);
   const bool keeps = need_weights && score != "none";
-  const int64_t results = B * n_best;
+  const int64_t results = B * n_best, followed = sample ? n_best : beam_size;
   const auto options = embedding.options(), integers = options.dtype(at::kLong);
   const auto result = [&](int64_t longest) {
     return std::tuple{
@@ -149,8 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     std::vector<cpu::DecoderLayer<scalar_t>> layers;
     std::vector<cpu::GenerateResult<scalar_t>> found(results);
     Trace<scalar_t> trace;
-    cpu::Generate<scalar_t> args =
-        prepared.arguments<scalar_t>(layers, sample ? n_best : beam_size);
+    cpu::Generate<scalar_t> args = prepared.arguments<scalar_t>(layers, followed);
     args.max_length = max_length;
     args.coverage_penalty = coverage_penalty;
     args.sampling = sample ? &sampling : nullptr;
@@ -166,8 +170,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     const cpu::GenerateStatus status = cpu::kernels<scalar_t>().generate(args);
     if (status == cpu::GenerateStatus::kNotFinite) return result(0);
     TORCH_CHECK_WITH(OutOfMemoryError, status == cpu::GenerateStatus::kDone,
-                     "no memory for the steps of a search of ", B, " rows with beam_size ",
-                     beam_size);
+                     "no memory for the steps of a search of ", B, " rows with ",
+                     sample ? "n_best " : "beam_size ", followed);
 
     int64_t longest = 0;
     for (const auto& best : found) longest = std::max(longest, best.length);

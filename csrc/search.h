@@ -6,7 +6,7 @@
 
 namespace pyseq {
 
-// (tokens, lengths, scores, attn): the best hypotheses of each row; functional.py says what
+// (tokens, lengths, scores, attn): the best hypotheses of each row; pyseq/functional/ says what
 // the arguments mean. Has no derivative. Scores are NaN if the logits were not finite.
 std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     const Tensor& embedding, at::TensorList layers, const OptionalTensor& keys,
@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(
     std::string_view history, std::string_view order, std::string_view fed, double coverage_penalty,
     bool sample, double temperature, int64_t top_k, double top_p, int64_t seed);
 
-// What scheduled sampling reads, (T, B); functional.py says what the arguments mean. Has no
+// What scheduled sampling reads, (T, B); pyseq/functional/ says what the arguments mean. Has no
 // derivative.
 Tensor scheduled_inputs(const Tensor& tokens, const Tensor& coins, const OptionalTensor& draws,
                         const Tensor& embedding, at::TensorList layers, const OptionalTensor& keys,

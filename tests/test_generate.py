@@ -390,6 +390,11 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
         "min_length must be between 0 and max_length = 8",
     ),
     "n_best": (ValueError, {"n_best": 2}, "n_best must be between 1 and beam_size = 1, got 2"),
+    "draws": (
+        ValueError,
+        {"sample": True, "n_best": 2**40},
+        "n_best must be between 1 and .* got 1099511627776",
+    ),
     "block": (ValueError, {"block_ngrams": -1}, "block_ngrams must be at least 0, got -1"),
     "prefix": (
         ValueError,
