@@ -429,7 +429,7 @@ def with_weight(
     score: ScoreName, lengths: Tensor | None, weight: Tensor | None, memory: Tensor
 ) -> Tensor | None:
     """How many positions of each row (B,) may have a weight: for the score location none past
-    the rows of its matrix."""
+    the rows of its matrix. Local-p predicts its positions among these."""
     if score != "location":
         return lengths
     assert weight is not None

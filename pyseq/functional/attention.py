@@ -148,7 +148,8 @@ def predict_positions(
         weight: (P, Q), ``W``.
         weight_v: (P,), ``v``.
         source: S, positions of the memory.
-        lengths: (B,) int64, the S of each row. Default: ``source``.
+        lengths: (B,) int64, the S of each row: how many positions may have a weight, which with
+            the score location is what :func:`position_limit` gives. Default: ``source``.
 
     Returns:
         (T, B), between 0 and S, for :func:`attend`. In float32 for a query in float16 or bfloat16,
@@ -159,7 +160,8 @@ def predict_positions(
         TypeError: what must be a tensor is none.
 
     Reference:
-        Luong et al. 2015, arXiv 1508.04025, eq. 9.
+        Luong et al. 2015, arXiv 1508.04025, eq. 9; section 3.1 has the score location ignore the
+        words past its last, which are none of the S here.
     """
     check_shape("query", query, "(T, B, Q)", (-1, -1, -1))
     check_shape("weight", weight, "(P, Q)", (-1, query.shape[-1]))

@@ -65,10 +65,10 @@ def decode(
 
     The attention is that of :func:`attend`, with windows around ``p_t = t`` (local-m), or with
     ``weight_position`` around ``p_t = S sigmoid(v_p . tanh(W_p q_t))`` with a Gaussian (local-p),
-    where q_t is the state that asks and S the row's length, with the score location at most R, the
-    positions that can have a weight. With a ``history`` the additive score sees past weights,
-    ``v . tanh(q + k_s + sum_j U_j past_{s + j - (K - 1) / 2})``, where ``past`` is those of the
-    step before (location-sensitive attention), or the sum of all (coverage with K = 1).
+    where q_t is the state that asks and S the positions of the row that may have a weight: its
+    length, with the score location at most R. With a ``history`` the additive score sees past
+    weights, ``v . tanh(q + k_s + sum_j U_j past_{s + j - (K - 1) / 2})``, where ``past`` is those
+    of the step before (location-sensitive attention), or the sum of all (coverage with K = 1).
 
     In float32 and without gradients ``layers``, ``combine`` and ``weight_query`` may be quantized;
     see :func:`pyseq.quantize`.

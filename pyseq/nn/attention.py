@@ -176,7 +176,7 @@ class Score(torch.nn.Module):
 
     def limit(self, memory: Tensor, lengths: Tensor | None) -> Tensor | None:
         """How many positions of each row (B,) may have a weight: ``lengths``, but for location
-        at most R."""
+        at most R. It is the S of local-p, too."""
         if self.name != "location":
             return lengths
         assert self.weight is not None
@@ -203,12 +203,13 @@ class Score(torch.nn.Module):
             lengths, step, need_weights: as there.
             window_size: the ``window`` there.
         """
-        centres = None if positions is None else positions(query, memory.shape[0], lengths)
+        limit = self.limit(memory, lengths)
+        centres = None if positions is None else positions(query, memory.shape[0], limit)
         return functional.attend(
             query,
             keys,
             memory,
-            self.limit(memory, lengths),
+            limit,
             score=self.fused,
             weight_query=self.weight_query,
             weight_v=self.weight_v,
@@ -325,8 +326,9 @@ class Attention(torch.nn.Module):
     """Attention: ``a_ts = softmax_s score(q_t, m_s)``, ``context_t = sum_s a_ts m_s``.
 
     Over all of the memory, or a window in it: the positions within D of ``p_t``, which is t
-    for local-m, and for local-p is predicted by :class:`Positions` and weighed by a Gaussian of
-    standard deviation D/2 around it. See :func:`pyseq.functional.attend`.
+    for local-m, and for local-p is predicted by :class:`Positions` among those that may have a
+    weight, and weighed by a Gaussian of standard deviation D/2 around it. See
+    :func:`pyseq.functional.attend`.
 
     Args:
         query_size: Q.

@@ -234,10 +234,8 @@ class ScannedDecoder(torch.nn.Module):
                 need_weights=need_weights,
             )
         else:
-            # In what may have a weight positions are predicted, as in a search.
-            limit = self.score.limit(memory, lengths)
             context, weights = self._attend(
-                hidden, keys, memory, limit, number, need_weights, memory_rows
+                hidden, keys, memory, lengths, number, need_weights, memory_rows
             )
         output = self.combine(torch.cat([context, hidden], 2)).tanh()
         after = self._after(step, x.shape[0], past, x[0])
