@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from operator import index
 from typing import Any, cast
 
 import torch
@@ -69,6 +70,36 @@ def check_number(name: str, value: object) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(cast(float, value)):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def integer(name: str, value: Any) -> int:
+    """``value``, of any integer type but bool, as an int.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+
+
+def number(name: str, value: Any) -> float:
+    """``value``, of any type of numbers but bool, as an int or a float.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
 
 
 def check_all(valid: Tensor, short: str, said: Callable[[], str]) -> None:

@@ -24,6 +24,9 @@ __all__ = ["BRIDGES", "Bridge", "BridgeName"]
 BridgeName = Literal["copy", "linear", "tanh", "relu", "zero", "learned"]
 BRIDGES: tuple[str, ...] = ("copy", "linear", "tanh", "relu", "zero", "learned")
 
+#: Those of which the decoder's first state says nothing of the source.
+SOURCELESS: tuple[str, ...] = ("zero", "learned")
+
 
 class Bridge(torch.nn.Module):
     """The first state of a decoder, ``s_0 = bridge(h)``, from the last state of an encoder.

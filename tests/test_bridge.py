@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +113,25 @@ def test_joins_what_differs(kind: str, cell: str, bidirectional: bool) -> None:
         if len(found.tokens) < 6:
             expected = expected + log_probs[-1, 2]
         assert found.score == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("kind", ["zero", "learned"])
+def test_a_decoder_that_knows_nothing_of_the_source_warns(kind: str) -> None:
+    with pytest.warns(UserWarning, match=f"knows nothing of the source.* '{kind}'") as caught:
+        Seq2Seq(11, 9, hidden_size=4, score=None, input_feeding=False, bridge=kind)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Seq2Seq(11, 9, hidden_size=4, bridge=kind)
+        Seq2Seq(
+            11,
+            9,
+            hidden_size=4,
+            score=None,
+            input_feeding=False,
+            context_every_step=True,
+            bridge=kind,
+        )
 
 
 Call = Callable[[], Any]

@@ -115,3 +115,11 @@ def test_a_schedule_is_no_number() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     assert "--scheduled-sampling SCHEDULE" in parser.format_help()
+
+
+def test_warnings_are_said_in_one_line(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(pairs, tmp_path / "model", "--score", "none", "--bridge", "zero") == 0
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "warning" in each]
+    assert line.startswith("pyseq: warning: the decoder knows nothing of the source")

@@ -15,7 +15,7 @@ from chains import LENGTHS, SOURCE, Chain, chain
 from generate_cases import MODEL_KINDS
 from torch import Tensor
 
-from pyseq import Ensemble, Seq2Seq, functional, search
+from pyseq import Ensemble, Seq2Seq, Tagger, functional, search
 from pyseq.search import Hypothesis, SearchOptions
 from pyseq.types import PAD, START, STOP, UNK, GenerateOutput
 
@@ -451,6 +451,17 @@ def test_weights_of_an_ensemble_may_be_of_any_size() -> None:
     model, _, _ = model_and_sources()
     for scale in (1e308, 5e-324, 1.0):
         assert Ensemble([model, model], weights=[scale, scale]).weights == (0.5, 0.5)
+
+
+def test_an_ensemble_is_made_of_models() -> None:
+    model, _, _ = model_and_sources()
+    for models, match in (
+        (model, "models must be a sequence of models, got Seq2Seq"),
+        ([model, 3], "models must have modules, encode_source and step, got int without modules"),
+        ([model, Tagger(5, 5)], "got Tagger without encode_source"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            Ensemble(models)  # type: ignore[arg-type]
 
 
 def test_ensembles_that_make_no_sense_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import json
 import math
 import os
 import random
@@ -16,10 +17,11 @@ import time
 import types
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -436,11 +438,30 @@ def test_patience_needs_validation() -> None:
         ("warmup_steps", -1),
         ("seed", -1),
         ("checkpoint_every", 0),
+        ("learning_rate", "x"),
+        ("clip_norm", None),
+        ("average_decay", True),
+        ("epochs", 2.5),
+        ("epochs", True),
+        ("batch_size", "64"),
+        ("patience", 1.0),
+        ("freeze_source", "all"),
+        ("warmup_steps", 1.5),
+        ("scheduled_sampling", "linear:1e-4"),
+        ("scheduled_sampling", 0.5),
+        ("schedule", ["linear"]),
     ],
 )
 def test_options_are_checked(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
         TrainingOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_options_may_be_numbers_of_other_types() -> None:
+    given: dict[str, Any] = {"epochs": np.int64(3), "seed": torch.tensor(4)}
+    options = TrainingOptions(learning_rate=np.float32(0.5), **given)  # type: ignore[arg-type]
+    assert (options.epochs, options.learning_rate, options.seed) == (3, 0.5, 4)
+    assert json.loads(json.dumps(asdict(options)))["learning_rate"] == 0.5
 
 
 def test_learns_to_reverse() -> None:

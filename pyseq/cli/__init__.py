@@ -12,7 +12,11 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from .. import __version__, info
 from ..errors import PyseqError
@@ -21,6 +25,7 @@ from . import convert, evaluate, predict, train
 from .common import EXIT_SIGNAL, say
 
 _EXIT_ERROR = 1
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], None] = arguments.run
-        run(arguments)
+        with _saying_warnings():
+            run(arguments)
         sys.stdout.flush()
     except SystemExit as error:  # argparse: 0 after --help, 2 after wrong arguments
         return error.code if isinstance(error.code, int) else _EXIT_ERROR
@@ -65,6 +71,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{where}{error.strerror or error}")
         return _EXIT_ERROR
     return 0
+
+
+@contextmanager
+def _saying_warnings() -> Iterator[None]:
+    """Say pyseq's own warnings like all else, without the line of the program."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(
+            message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any
+        ) -> None:
+            if filename.startswith(_PACKAGE):
+                say(f"warning: {message}")
+            else:
+                others(message, category, filename, *rest, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

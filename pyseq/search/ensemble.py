@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..types import kind
 from .evaluation import in_eval_mode
 from .protocols import SearchModel, Selectable, Step
 from .rules import widened
@@ -39,14 +40,24 @@ class Ensemble:
 
     Raises:
         ValueError: there is no model, or the weights do not go with the models.
+        TypeError: one of the models has no such methods as :class:`SearchModel` describes.
     """
 
     def __init__(
         self, models: Sequence[SearchModel], *, weights: Sequence[float] | None = None
     ) -> None:
+        if not isinstance(models, Iterable):
+            raise TypeError(f"models must be a sequence of models, got {kind(models)}")
         self.models = tuple(models)
         if not self.models:
             raise ValueError("models must hold at least one model, got none")
+        for model in self.models:
+            for name in ("modules", "encode_source", "step"):
+                if not callable(getattr(model, name, None)):
+                    raise TypeError(
+                        f"models must have modules, encode_source and step, got {kind(model)} "
+                        f"without {name}"
+                    )
         shares = [1.0] * len(self.models) if weights is None else [float(w) for w in weights]
         if len(shares) != len(self.models) or not all(0 < w < math.inf for w in shares):
             raise ValueError(

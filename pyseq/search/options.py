@@ -6,11 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .._checks import integer, number
 from ..types import STOP, UNK, kind
 
 
@@ -69,9 +69,9 @@ class SearchOptions:
         for name in ("max_length", "min_length", "beam_size", "n_best", "block_ngrams", "top_k"):
             value = getattr(self, name)
             if value is not None or name not in ("block_ngrams", "top_k"):
-                object.__setattr__(self, name, _integer(name, value))
+                object.__setattr__(self, name, integer(name, value))
         for name in ("length_penalty", "coverage_penalty", "temperature", "top_p"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
+            object.__setattr__(self, name, number(name, getattr(self, name)))
         object.__setattr__(self, "prefix", _sequences(self.prefix))
         if self.max_length < 1:
             raise ValueError(f"max_length must be at least 1 token, got {self.max_length!r}")
@@ -141,6 +141,7 @@ class Hypothesis(NamedTuple):
     tokens: list[int]  # without <start> and <stop>
     #: Sum of the tokens' log-probabilities, in nats. That of ``<stop>`` is in it if the
     #: search reached it, which is so exactly if there are fewer than max_length tokens.
+    #: Minus infinity, of no tokens, if the options or the model came to forbid all of them.
     score: float
     weights: Tensor | None  # (len(tokens), S of the row), attention; None if there is none
 
@@ -152,28 +153,6 @@ class StreamedToken(NamedTuple):
     token: int  # never <stop>: a row that emits it ends
     score: float  # its log-probability, in nats
     weights: Tensor | None  # (S of the row,), attention; None if there is none
-
-
-def _integer(name: str, value: Any) -> int:
-    """``value``, of any integer type but bool, as an int."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r}") from None
-
-
-def _number(name: str, value: Any) -> float:
-    """``value``, of any type of numbers but bool, as an int or a float."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value
-    try:
-        if isinstance(value, (bool, str, bytes)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} must be a number, got {value!r}") from None
 
 
 def _sequences(prefix: Any) -> tuple[tuple[int, ...], ...]:
@@ -190,7 +169,7 @@ def _sequences(prefix: Any) -> tuple[tuple[int, ...], ...]:
             raise ValueError(
                 f"prefix must be sequences of token ids, got {kind(row)} in it"
             ) from None
-        found.append(tuple(_integer("each token id of prefix", token) for token in tokens))
+        found.append(tuple(integer("each token id of prefix", token) for token in tokens))
     return tuple(found)
 
 

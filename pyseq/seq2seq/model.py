@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import search
 from .._arguments import constructor_takes
 from .._checks import check_all, check_shape
-from ..bridge import Bridge
+from ..bridge import SOURCELESS, Bridge
 from ..extra import Conditions
 from ..scheduled import Sampling
 from ..search import (
@@ -78,7 +79,9 @@ class Seq2Seq(torch.nn.Module):
             running their cell: :class:`pyseq.LayerOptions`, or a mapping of their names. Those of
             the decoder but ``forget_bias`` go without input feeding.
         bridge: ``"copy"``, ``"linear"``, ``"tanh"``, ``"relu"``, ``"zero"`` or ``"learned"``;
-            see :class:`pyseq.bridge.Bridge`. Copying needs equal layers and sizes.
+            see :class:`pyseq.bridge.Bridge`. Copying needs equal layers and sizes; with the last
+            two a decoder without attention knows the source by ``context_every_step`` alone, and
+            without that not at all, of which a warning tells.
         tie_embeddings: one matrix serves as the decoder's embedding and as the weight of its
             output layer; needs a target embedding of hidden_size numbers.
         source_features: D, where the source is no tokens but (B, S, D) features.
@@ -127,6 +130,13 @@ class Seq2Seq(torch.nn.Module):
         if options.memory_bias and options.score is None:
             raise ValueError("memory_bias goes with a score, got None")
         self._config = config_of(options)
+        if not (options.score or options.context_every_step) and options.bridge in SOURCELESS:
+            warnings.warn(
+                "the decoder knows nothing of the source: it starts from the bridge "
+                f"{options.bridge!r} and has no attention; give it a score, another bridge or "
+                "context_every_step",
+                stacklevel=3,  # past the wrapper of the constructor
+            )
 
         def or_else(size: int | None, default: int) -> int:
             return default if size is None else size

@@ -45,6 +45,10 @@ class EncoderOptions:
     encoder_options: LayerOptions = _NO_OPTIONS
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(each.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{each.name} must be True or False, got {value!r}")
         object.__setattr__(self, "encoder_options", LayerOptions.of(self.encoder_options))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from .._checks import integer, number
 from ..averaging import AVERAGES, AverageName
 from ..labels import Labels
 from ..scheduled import CHOICES, COINS, ChoiceName, CoinName, Sampling, Schedule
@@ -145,37 +146,30 @@ class TrainingOptions:
     scheduled_sampling: Schedule | None = None
     sampling_choice: ChoiceName = "argmax"
     sampling_coin: CoinName = "token"
-
-    def sampling(self, updates: int) -> Sampling | None:
-        """What the decoder reads after so many updates; None for the truth alone."""
-        if self.scheduled_sampling is None:
-            return None
-        return Sampling(self.scheduled_sampling(updates), self.sampling_choice, self.sampling_coin)
-
     freeze_source: int | None = 0
     freeze_target: int | None = 0
 
     def __post_init__(self) -> None:
-        if self.sampling_choice not in CHOICES:
-            raise ValueError(
-                f"sampling_choice must be one of {', '.join(CHOICES)}, got {self.sampling_choice!r}"
-            )
-        if self.sampling_coin not in COINS:
-            raise ValueError(
-                f"sampling_coin must be one of {', '.join(COINS)}, got {self.sampling_coin!r}"
-            )
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
-            )
-        if self.select not in SELECTIONS:
-            raise ValueError(f"select must be one of {', '.join(SELECTIONS)}, got {self.select!r}")
-        if self.average not in AVERAGES:
-            raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {self.average!r}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
-            )
+        for name, names in _CHOICES.items():
+            value = getattr(self, name)
+            check_option(name, value, value in names, f"one of {', '.join(names)}")
+        for name in _INTEGERS:
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
+        for name in _INTEGERS_OR_NONE:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, integer(name, getattr(self, name)))
+        for name in _NUMBERS:
+            object.__setattr__(self, name, number(name, getattr(self, name)))
+        schedules = get_args(Schedule)
+        check_option(
+            "scheduled_sampling",
+            self.scheduled_sampling,
+            self.scheduled_sampling is None or isinstance(self.scheduled_sampling, schedules),
+            f"a {', '.join(each.__name__ for each in schedules)} of pyseq.scheduled, or None",
+        )
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
         for name in ("epochs", "batch_size", "average_epochs"):
             check_option(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "clip_norm", "halve_every"):
@@ -196,6 +190,33 @@ class TrainingOptions:
         for name in ("checkpoint_every", "patience"):
             value = getattr(self, name)
             check_option(name, value, value is None or value >= 1, "at least 1 or None")
+
+    def sampling(self, updates: int) -> Sampling | None:
+        """What the decoder reads after so many updates; None for the truth alone."""
+        if self.scheduled_sampling is None:
+            return None
+        return Sampling(self.scheduled_sampling(updates), self.sampling_choice, self.sampling_coin)
+
+
+#: The values of options that are names.
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "schedule": SCHEDULES,
+    "select": SELECTIONS,
+    "optimizer": OPTIMIZERS,
+    "average": AVERAGES,
+    "sampling_choice": CHOICES,
+    "sampling_coin": COINS,
+}
+_INTEGERS = ("epochs", "batch_size", "warmup_steps", "seed", "average_epochs")
+_INTEGERS_OR_NONE = ("checkpoint_every", "patience", "freeze_source", "freeze_target")
+_NUMBERS = (
+    "learning_rate",
+    "clip_norm",
+    "label_smoothing",
+    "halve_after",
+    "halve_every",
+    "average_decay",
+)
 
 
 def check_option(name: str, value: object, valid: bool, allowed: str) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .. import checkpoint
+from .._checks import integer
 from ..devices import AnyDevice, find_device
 from ..embeddings import Embeddings, EmbeddingsFile
 from ..errors import CheckpointError, DataError
@@ -78,7 +79,7 @@ def start(
     """
     place = find_device(device)
     _check_begin(data, out, overwrite=overwrite)
-    check_option("min_count", min_count, min_count >= 1, "at least 1")
+    check_option("min_count", min_count, integer("min_count", min_count) >= 1, "at least 1")
     source_vocab: Vocab | None = None
     if features is None:
         source_vocab = Vocab.build((pair.source for pair in data.pairs), min_count=min_count)
