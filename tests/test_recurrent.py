@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,20 @@ def test_scheduled_sampling_drops_the_same_at_every_step() -> None:
     assert torch.equal(decoder.output(likeliest).argmax(2).t()[:, :-1], fed[:, 1:])
     others = [decoder.scheduled_inputs(target_in, memory, Sampling(0.0), **given) for _ in range(5)]
     assert not all(torch.equal(each, fed) for each in others)
+
+
+@pytest.mark.parametrize("window", [None, "local-p"])
+def test_scanned_decoders_pickled_before_there_were_histories_still_work(
+    window: str | None,
+) -> None:
+    module = translating("gru_reset_before", window=window).decoder.rnn
+    assert isinstance(module, ScannedDecoder)
+    x, memory = torch.randn(4, 3, module.input_size), torch.randn(5, 3, module.memory_size)
+    x, memory = x.double(), memory.double()
+    expected = module(x, memory).output
+    for name in ("window", "history"):
+        del vars(module)[name]
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x, memory).output, expected)
 
 
 def test_what_a_scanned_decoder_does_not_read_is_checked() -> None:

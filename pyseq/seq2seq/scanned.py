@@ -8,12 +8,13 @@ not know the cell or an option of the layers.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .._checks import check_positive, check_shape
+from .._pickled import fill_in
 from ..nn import AttentionDecoder, AttentionOptions, Positions, Score
 from ..nn._attention_options import check_history
 from ..nn._common import Device, changed_options
@@ -139,6 +140,10 @@ class ScannedDecoder(torch.nn.Module):
             self.combine = torch.nn.Linear(
                 memory_size + hidden_size, hidden_size, bias=False, device=device, dtype=dtype
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        fill_in(self, {"window": None, "history": None})
 
     def extra_repr(self) -> str:
         return changed_options(self, window=None, window_size=None, history=None).removeprefix(", ")

@@ -21,7 +21,11 @@ class Groups(NamedTuple):
 
     @classmethod
     def of(cls, memory_rows: Tensor, rows: int) -> Groups:
-        """Of those that attend to the same of ``rows`` rows, by ``memory_rows`` (N,)."""
+        """Of those that attend to the same of ``rows`` rows, by ``memory_rows`` (N,).
+
+        How many share a row is asked of what ``memory_rows`` hold, which on another device than
+        the CPU waits for it. Searches there give every hypothesis a row of its own.
+        """
         sources, order = memory_rows.sort(stable=True)
         number = torch.arange(len(sources), device=sources.device)
         number = number - torch.searchsorted(sources, sources)  # in its group
