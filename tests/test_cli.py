@@ -184,6 +184,18 @@ def test_predict_with_rules(
     assert two == ["x y", "y y"]
 
 
+def test_predict_says_that_rules_leave_no_output(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, b"ab\nbb\n")
+    rules = ["--min-length", "9", "--max-length", "10", "--block-ngrams", "1"]
+    assert cli.main(["predict", str(model), "--n-best", "1", *rules]) == 0
+    said = capsys.readouterr()
+    assert said.out == "1\t-inf\t\n2\t-inf\t\n"
+    assert said.err.startswith("pyseq: line 1: the options of the search allow no output")
+    assert said.err.count("\n") == 1
+
+
 def test_evaluate_by_position(model: Path, pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", str(model), str(pairs), "--by-position"]
     assert cli.main(arguments) == 0

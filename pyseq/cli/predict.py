@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -81,9 +82,16 @@ def _predict(arguments: argparse.Namespace) -> None:
         if any(model.config["score"] is None for model in (translator.model, *translator.others)):
             raise PyseqError(f"{arguments.model}: this model has no attention to draw")
         pictures.mkdir(parents=True, exist_ok=True)
+    warned = False
     for batch in _input_batches(translator, arguments.batch_size):
         texts = [text for _, text in batch]
         for (number, text), results in zip(batch, search(texts), strict=True):
+            if results[0].score == -math.inf and not warned:
+                warned = True
+                say(
+                    f"line {number}: the options of the search allow no output, so that there is "
+                    "none, here and wherever the log-probability is -inf"
+                )
             if arguments.n_best is None:
                 print(results[0].text)
             else:
