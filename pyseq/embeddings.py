@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
@@ -391,7 +392,7 @@ def _check_header(header: tuple[int, int] | None, line: bytes, name: str) -> tup
     if header is None or not 1 <= header[1] <= _LARGEST_SIZE:
         raise DataError(
             f"{name}:1: the first line of a word2vec file must be the numbers of words and of "
-            f"columns, got {line[:60]!r}"
+            f"columns, of these 1 to {_LARGEST_SIZE}, got {line[:60]!r}"
         )
     return header
 
@@ -426,7 +427,7 @@ class _TextRows:
         if self._format == "word2vec" or (self._format is None and header is not None):
             promised, self.size = _check_header(header, first, self._name)
         else:
-            self.size = len(first.split()) - 1
+            self.size = _numbers_at_the_end(first.split()[1:])
             if not 1 <= self.size <= _LARGEST_SIZE:
                 raise DataError(
                     f"{self._name}:{number}: expected a word and its numbers, got {first[:60]!r}"
@@ -502,6 +503,11 @@ def _is_number(field: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _numbers_at_the_end(fields: Sequence[bytes]) -> int:
+    """How many of the last fields are numbers; what stands before them belongs to the word."""
+    return sum(1 for _ in takewhile(_is_number, reversed(fields)))
 
 
 def _chain(

@@ -147,9 +147,10 @@ def test_special_symbols_of_the_file() -> None:
     assert found.matrix[[PAD, START, UNK]].flatten().tolist() == [0, 2, 3]
 
 
-def test_words_with_spaces(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["a 1 2\n. . . 3 4\n", ". . . 3 4\na 1 2\n"])
+def test_words_with_spaces(text: str, tmp_path: Path) -> None:
     path = tmp_path / "glove.txt"
-    path.write_text("a 1 2\n. . . 3 4\n")
+    path.write_text(text)
     found = read(path, Vocab(["a", ". . ."]))
     assert found.matrix[4:].tolist() == [[1, 2], [3, 4]]
 
