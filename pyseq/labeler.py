@@ -17,7 +17,7 @@ from torch import Tensor
 from . import checkpoint
 from ._checks import check_lines
 from .devices import AnyDevice
-from .errors import CheckpointError, DataError
+from .errors import CheckpointError
 from .labels import LabelExamples, Labels
 from .search.evaluation import in_eval_mode, search_mode
 from .seq2seq.inputs import weight_of
@@ -146,10 +146,7 @@ class Labeler(ReadsFeatures):
         Raises:
             DataError: the features have not been given.
         """
-        found = self.source_vocab if self.features is None else self.features
-        if found is None:
-            raise DataError("this model reads features, not text: give it those that lines name")
-        return found
+        return self.named_features() if self.source_vocab is None else self.source_vocab
 
     def _steps(self, source: list[str]) -> int:
         """Steps of a source as the encoder reads it."""

@@ -321,7 +321,7 @@ class Translator(ReadsFeatures):
         like = weight_of(self.model)
         lines = [self.in_reading_order(source) for source in sources]
         if self.source_vocab is None:
-            source, lengths = pad_features([self._named().encode(line) for line in lines])
+            source, lengths = pad_features([self.named_features().encode(line) for line in lines])
             source = source.to(like.dtype)
         else:
             source, lengths = encode_sources(self.source_vocab, lines, marks=self.source_marks)
@@ -390,22 +390,12 @@ class Translator(ReadsFeatures):
             return []
         return [token for token in self._read(line)[0] if token not in vocab]
 
-    def _named(self) -> Features:
-        """The arrays that sources name.
-
-        Raises:
-            DataError: they have not been given.
-        """
-        if self.features is None:
-            raise DataError("this model reads features, not text: give it those that lines name")
-        return self.features
-
     def _steps(self, source: list[str]) -> int:
         """Steps of a source as the encoder reads it; of a blank line none."""
         if not source:
             return 0
         if self.source_vocab is None:
-            return len(self._named().encode(source))
+            return len(self.named_features().encode(source))
         return len(source) + 1  # <stop>
 
     def encode(self, pairs: Sequence[Pair], *, name: str) -> Examples:
@@ -430,7 +420,7 @@ class Translator(ReadsFeatures):
         ]
         return Examples.encode(
             ordered,
-            self._named() if self.source_vocab is None else self.source_vocab,
+            self.named_features() if self.source_vocab is None else self.source_vocab,
             self.target_vocab,
             name=name,
             copy=self.copies,

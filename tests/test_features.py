@@ -171,3 +171,24 @@ def test_commands(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"zz\n")))
     assert cli.main(["predict", out, *features]) == 1
     assert "has no array 'zz'" in capsys.readouterr().err
+    # Features of another size, other numbers of the same size, and features for models of text.
+    wide, other = tmp_path / "wide.safetensors", tmp_path / "other.safetensors"
+    safetensors.save_file({name: torch.ones(len(x), 4) for name, x in ARRAYS.items()}, wide)
+    safetensors.save_file({name: x + 1 for name, x in ARRAYS.items()}, other)
+    again = [*command, "--resume", "--epochs", "3", "--source-features"]
+    tags, text = tmp_path / "tags.tsv", [str(tmp_path / "text"), str(tmp_path / "tagger")]
+    tags.write_text("".join(f"{name}\t{' '.join(letters)}\n" for name, letters in PAIRS))
+    small += ["--epochs", "1", "--threads", "1"]
+    assert cli.main(["train", str(pairs), "--out", text[0], *small]) == 0
+    tagger = ["train", str(tags), "--task", "tag", "--out", text[1]]
+    assert cli.main([*tagger, *small, *features]) == 0
+    for arguments, message in (
+        (["predict", out, "--source-features", str(wide)], "must have 3 columns like the model's"),
+        ([*again, str(wide)], "must have 3 columns like the model's"),
+        ([*again, str(other)], "give the same file and the same features"),
+        (["predict", text[0], *features], "this model reads text, not features"),
+        (["evaluate", text[0], str(pairs), *features], "this model reads text, not features"),
+        (["evaluate", text[1], str(tags)], "this model reads features, not text"),
+    ):
+        assert cli.main(arguments) == 1
+        assert message in capsys.readouterr().err

@@ -150,9 +150,8 @@ def _evaluate_labels(arguments: argparse.Namespace) -> None:
     expected = training.tokenise_labels(
         pairs, task=task, tokens=tokens, extra_size=size, name=arguments.pairs
     )
-    check_labels(
-        expected, name=arguments.pairs, per_token=labeler.per_token, features=labeler.features
-    )
+    features = labeler.named_features() if labeler.source_vocab is None else None
+    check_labels(expected, name=arguments.pairs, per_token=labeler.per_token, features=features)
     lines = ["\t".join((pair.source, *pair.columns[: int(size is not None)])) for pair in pairs]
     results = labeler.predict(lines, batch_size=arguments.batch_size)
     predicted, right = [result.labels for result in results], [pair.target for pair in expected]

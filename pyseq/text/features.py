@@ -125,7 +125,8 @@ class ReadsFeatures:
         """The arrays that lines are the names of, for a model that reads features.
 
         Raises:
-            ValueError: when set, to those of another size than the model reads.
+            DataError: when set, to those of another size than the model reads, or though it reads
+                text. It is a ValueError.
         """
         return self._features
 
@@ -133,9 +134,21 @@ class ReadsFeatures:
     def features(self, features: Features | None) -> None:
         if features is not None:
             for size in (config["source_features"] for config in self._configs()):
+                if size is None:
+                    raise DataError(f"{features.name}: this model reads text, not features")
                 if features.size != size:
-                    raise ValueError(
+                    raise DataError(
                         f"{features.name}: features must have {size} columns like the model's, "
                         f"got {features.size}"
                     )
         self._features = features
+
+    def named_features(self) -> Features:
+        """The arrays that sources name.
+
+        Raises:
+            DataError: they have not been given.
+        """
+        if self._features is None:
+            raise DataError("this model reads features, not text: give it those that lines name")
+        return self._features

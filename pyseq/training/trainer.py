@@ -401,10 +401,12 @@ class Trainer:
         """
         record, tensors = state.record, state.tensors
         if record["data"] != self._data_fingerprint:
+            features = self.model.config["source_features"] is not None
             raise CheckpointError(
                 f"{self.examples.name}: these are not the training pairs that the run to be "
-                "resumed was begun with: give the same file, and the same --valid or --valid-share "
-                "and --valid-seed (of a run that version 0.1.0 began, its --seed)"
+                f"resumed was begun with: give the same file{' and the same features' * features}, "
+                "and the same --valid or --valid-share and --valid-seed (of a run that version "
+                "0.1.0 began, its --seed)"
             )
         if record["validation"] != self._validation_fingerprint:
             before = "" if record["validation"] else ", which had none"
