@@ -34,6 +34,9 @@ _LAYERS: dict[str, tuple[type[Layers], dict[str, Any]]] = {
 }
 _SHORT_NAMES = {"rnn": "rnn_tanh", "indrnn": "indrnn_relu", "slstm": "slstm_sigmoid"}
 
+#: What the cells of models may be called.
+CELLS: tuple[str, ...] = (*_LAYERS, *_SHORT_NAMES)
+
 
 def layer_cell(cell: str) -> CellName:
     """``cell`` as the operators spell it; short names stand for what is the default in ``nn``.
@@ -43,8 +46,7 @@ def layer_cell(cell: str) -> CellName:
     """
     name = _SHORT_NAMES.get(cell, cell)
     if name not in _LAYERS:
-        names = ", ".join((*_LAYERS, *_SHORT_NAMES))
-        raise ValueError(f"cell must be one of {names}, got {cell!r}")
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
     return cast(CellName, name)
 
 

@@ -123,3 +123,15 @@ def test_warnings_are_said_in_one_line(
     assert train(pairs, tmp_path / "model", "--score", "none", "--bridge", "zero") == 0
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "warning" in each]
     assert line.startswith("pyseq: warning: the decoder knows nothing of the source")
+
+
+def test_cells_have_their_short_names(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = ["--cell", "rnn", "--encoder-cell", "indrnn"]
+    assert train(pairs, tmp_path / "model", *cells) == 0
+    config = pyseq.load(tmp_path / "model").model.config
+    assert (config["cell"], config["encoder_cell"]) == ("rnn_tanh", "indrnn_relu")
+    assert train(pairs, tmp_path / "model", *cells, "--resume", "--epochs", "2") == 0
+    assert train(pairs, tmp_path / "model", "--cell", "gru", "--resume", "--epochs", "3") == 1
+    assert "goes on with cell = rnn_tanh, got gru" in capsys.readouterr().err

@@ -12,9 +12,10 @@ from .. import embeddings, training
 from ..bridge import BRIDGES
 from ..copying import COPIES
 from ..extra import EXTRA_MODES, EXTRA_PLACES
+from ..recurrent import CELLS, layer_cell
 from ..text import TOKENS
 from ..training import LabelerOptions, ModelOptions, TrainingOptions
-from ..types import FEEDS, HISTORIES, ORDERS, SCAN_GATES, SCORES, WINDOWS
+from ..types import FEEDS, HISTORIES, ORDERS, SCORES, WINDOWS
 from .common import add_device, add_features, add_threads, place, positive, seed, share
 from .fields import Need, add_fields, given_fields, require_switches
 
@@ -113,8 +114,8 @@ NEEDS: dict[str, tuple[Need, ...]] = {
 
 #: The names that options take which are strings.
 _NAMES: dict[str, tuple[str, ...]] = {
-    "cell": tuple(SCAN_GATES),
-    "encoder_cell": tuple(SCAN_GATES),
+    "cell": CELLS,
+    "encoder_cell": CELLS,
     "bridge": BRIDGES,
     "copy": COPIES,
     "score": (*SCORES, "none"),
@@ -246,6 +247,8 @@ _freeze.__name__ = "number of epochs, or all"
 def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
     """The fields of an options class that were given, and what follows from them."""
     given = given_fields(arguments, options)
+    for name in {"cell", "encoder_cell"} & given.keys():
+        given[name] = layer_cell(given[name])  # as the model and its checkpoint have it
     if options is ModelOptions and "score" in given and given["score"] is None:
         given.setdefault("input_feeding", False)  # what is fed back is made by attention
     return given
