@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from pathlib import Path
 
@@ -12,17 +13,28 @@ import pytest
 import torch
 
 from pyseq.errors import CheckpointError
-from pyseq.importers import read_model
+from pyseq.importers import read_layers, read_model
 from pyseq.importers._pickles import load_pickle
 
 
+class _Command:
+    """Would be run by a loader that runs what is in a file."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("exit 1",)
+
+
 def _damaged() -> dict[str, bytes]:
-    whole = io.BytesIO()
+    whole, archive, command = io.BytesIO(), io.BytesIO(), io.BytesIO()
     torch.save({"model": {"w": torch.ones(2)}}, whole, _use_new_zipfile_serialization=False)
+    torch.save({"model": {"w": torch.ones(2)}}, archive)
+    torch.save({"model": _Command()}, command)
     return {
         "empty": b"",
         "noise": b"\x80\x02R.",
         "cut": whole.getvalue()[:-5],
+        "cut-archive": archive.getvalue()[:-200],
+        "command": command.getvalue(),
         "pickle": pickle.dumps({"model": {}}),
         "text": b"a\tb\n",
     }
@@ -73,3 +85,23 @@ def test_g2p_en_puts_out_twenty_phonemes_at_most(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint20.npz"
     numpy.savez(path, allow_pickle=False, **{name: x.numpy() for name, x in arrays.items()})
     assert len(read_model("g2p-en", path)("word").split()) == 20
+
+
+LAYERS = torch.nn.GRU(3, 4).state_dict()
+BAD_LAYERS: dict[str, tuple[dict[object, object], str]] = {
+    "no-recurrent-weights": ({"weight_ih_l0": torch.ones(12, 3)}, "weight_hh_l0 is missing"),
+    "of-a-cell": ({"weight_ih": torch.ones(12, 3)}, "weight_hh is missing"),
+    "no-tensor": ({"weight_ih_l0": "x"}, "weight_ih_l0 is missing"),
+    "integers": (
+        {**LAYERS, "weight_hh_l0": torch.ones(12, 4, dtype=torch.int8)},
+        "weight_hh_l0 must be floating-point numbers, got torch.int8",
+    ),
+    "other-names": ({**LAYERS, 3: torch.ones(1), "foo": torch.ones(1)}, "no place for 3, foo"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LAYERS)
+def test_layers_that_are_none(case: str) -> None:
+    state, match = BAD_LAYERS[case]
+    with pytest.raises(CheckpointError, match=match):
+        read_layers(state)  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ class Weights:
                 raise self.refuse(
                     f"{name} has fewer numbers in the file than its shape {tuple(given.shape)} says"
                 )
-        self._left = {name: tensors[name].detach().float() for name in self.names}
+        self._left = {name: tensors[name].detach() for name in self.names}
 
     def refuse(self, reason: str) -> CheckpointError:
         """The error that says why this checkpoint cannot be read, and what is in it."""
@@ -70,11 +70,19 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._left
 
+    def require(self, *names: str) -> None:
+        """Refuse the checkpoint if one of these is not left to be taken."""
+        for name in names:
+            if name not in self._left:
+                raise self.refuse(f"{name} is missing")
+
     def take(self, name: str) -> Tensor:
         """The tensor of this name."""
-        if name not in self._left:
-            raise self.refuse(f"{name} is missing")
-        return self._left.pop(name)
+        self.require(name)
+        tensor = self._left.pop(name)
+        if not tensor.is_floating_point():
+            raise self.refuse(f"{name} must be floating-point numbers, got {tensor.dtype}")
+        return tensor.float()
 
     def drop(self, *names: str) -> None:
         """Leave out tensors that say nothing new, if they are there."""

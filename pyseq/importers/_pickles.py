@@ -7,6 +7,7 @@ that a file names becomes an :class:`Inert` record of what the file says about i
 
 from __future__ import annotations
 
+import errno
 import pickle
 import re
 import warnings
@@ -75,9 +76,9 @@ def load_pickle(path: Path) -> Any:
                 raise _unreadable(path, error) from error
             name = unknown.group(1)
             stand_ins.append((Inert, name if "." in name else f"builtins.{name}"))
-        except OSError:
-            raise
         except Exception as error:  # a damaged file makes the unpickler fail anywhere
+            if _is_of_the_system(error):
+                raise
             raise _unreadable(path, error) from error
     raise CheckpointError(f"{path}: names more than {_MOST_NAMES} classes")
 
@@ -86,9 +87,9 @@ def _unknown_names(path: Path) -> list[str]:
     """The classes and functions that a file names and torch does not make by itself."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except OSError:
-        raise
-    except Exception:  # not a zip file, or a damaged one, of which loading says more
+    except Exception as error:  # not a zip file, or a damaged one, of which loading says more
+        if _is_of_the_system(error):
+            raise
         return []
     return sorted(
         name if "." in name else f"builtins.{name}"
@@ -97,9 +98,16 @@ def _unknown_names(path: Path) -> list[str]:
     )
 
 
+def _is_of_the_system(error: Exception) -> bool:
+    """Whether the system cannot read the file; of an archive without its end torch asks for a place
+    before its beginning, which is an invalid argument."""
+    return isinstance(error, OSError) and error.errno != errno.EINVAL
+
+
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     # torch puts advice around the reason: to run the file after all, and whom to write to.
-    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+    told = str(error).rpartition("WeightsUnpickler error:")[2].splitlines()
+    reason = next((line.strip() for line in told if line and "weights_only" not in line), "")
     reason = reason.partition(". This is an internal")[0][:200] or type(error).__name__
     return CheckpointError(
         f"{path}: is no file of torch.save, is damaged, or cannot be read without running what is "

@@ -216,11 +216,13 @@ def _build(plan: _Plan, path: Path) -> Layer:
 def _below(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """What belongs to a module itself, by its name there."""
     dot = f"{prefix}." if prefix else ""
-    own = {name[len(dot) :]: value for name, value in content.items() if name.startswith(dot)}
+    named = ((str(name), value) for name, value in content.items())
+    own = {name[len(dot) :]: value for name, value in named if name.startswith(dot)}
     return {name: value for name, value in own.items() if "." not in name}
 
 
 def _torch_layer(weights: Weights, nonlinearity: str) -> _Plan:
+    weights.require("weight_ih_l0", "weight_hh_l0")
     tensors = {name: weights.take(name) for name in weights.names if _is_layers(name)}
     state_size = tensors["weight_hh_l0"].shape[1]
     proj_size = state_size if "weight_hr_l0" in tensors else 0
@@ -242,6 +244,7 @@ def _torch_layer(weights: Weights, nonlinearity: str) -> _Plan:
 
 def _torch_cell(weights: Weights, nonlinearity: str) -> _Plan:
     """One step of ``RNNCell``, ``GRUCell`` or ``LSTMCell``."""
+    weights.require("weight_ih", "weight_hh")
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     tensors = {name: weights.take(name) for name in names if name in weights}
     hidden_size = tensors["weight_hh"].shape[1]
