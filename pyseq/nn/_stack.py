@@ -137,6 +137,12 @@ def join_layers(
     return tuple(join(list(part)) for part in zip(*states, strict=True))
 
 
+def runs_both() -> bool:
+    """Whether the two directions of a layer may be one operator, which has no gradient."""
+    # A trace knows no list with None in it.
+    return not torch.is_grad_enabled() and not torch.jit.is_tracing()
+
+
 def _scan_layer(
     x: Tensor,
     weights: Sequence[ScanWeights],
@@ -161,9 +167,7 @@ def _scan_layer(
         regularization.extras(own, cell, first + direction, masks[direction])
         for direction, own in enumerate(weights)
     ]
-    # A trace knows no list with None in it.
-    together = len(weights) == 2 and not return_states and not torch.jit.is_tracing()
-    if together and not torch.is_grad_enabled():
+    if len(weights) == 2 and not return_states and runs_both():
         output, last = functional.scan_both(
             x,
             weights[0],

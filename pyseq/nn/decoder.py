@@ -270,12 +270,13 @@ class AttentionDecoder(torch.nn.Module):
             memory: (S, B, M), or (B, S, M) with ``batch_first``; the keys likewise.
             lengths: (B,) int64, as in :meth:`Score.project`.
         """
-        if self.score is None:
+        score = self.score
+        if score is None:
             return None
         if self.batch_first:
             check_shape("memory", memory, "(B, S, M)", (-1, -1, self.memory_size))
-            return self.score.project(memory.transpose(0, 1), lengths).transpose(0, 1)
-        return self.score.project(memory, lengths)
+            return score.project(memory.transpose(0, 1), lengths).transpose(0, 1)
+        return score.project(memory, lengths)
 
     def start(self, hidden: State) -> DecoderState:
         """The state before the first step: nothing is fed yet, and no weights are past.

@@ -15,7 +15,7 @@ from .._pickled import fill_in
 from ..copying import Copying
 from ..extra import Conditions, ExtraInformation, ExtraOptions, check_extra
 from ..nn import AttentionDecoder, AttentionOptions
-from ..nn._common import Device
+from ..nn._common import Device, weights_now
 from ..recurrent import LayerOptions
 from ..scheduled import Sampling
 from ..search import EncodedSource
@@ -461,18 +461,21 @@ class Decoder(torch.nn.Module):
 
         Args, Returns, Raises: see :func:`pyseq.functional.generate`.
         """
-        rnn, output = self.rnn, self.output
+        rnn = self.rnn
         assert isinstance(rnn, AttentionDecoder)  # or it is not fused
-        with fused.exact_results(self.embedding.weight):
+        combine = rnn.combine
+        (embedding,) = weights_now(self.embedding, ("weight",))
+        output_weight, output_bias = weights_now(self.output, ("weight", "bias"))
+        with fused.exact_results(embedding):
             found = functional.generate(
-                self.embedding.weight,
+                embedding,
                 rnn.layer_weights(),
                 state,
-                output.weight,
-                output.bias,
+                output_weight,
+                output_bias,
                 encoded.keys,
                 encoded.memory,
-                None if rnn.combine is None else rnn.combine.weight,
+                None if combine is None else combine.weight,
                 max_length=max_length,
                 beam_size=beam_size,
                 length_penalty=length_penalty,

@@ -157,11 +157,12 @@ class Encoder(torch.nn.Module):
         Raises:
             RuntimeError: a tensor has the wrong shape, dtype or device.
         """
-        check_source(source, self.embedding)
+        embedding = self.embedding  # once: a module is found by name in half a microsecond
+        check_source(source, embedding)
         x = source.transpose(0, 1)
         if source.dim() == 3:  # a NaN in the padding of features would reach the gradient
             x = without_padding(x, lengths)
-        x = embed("source", self.embedding, x)
+        x = embed("source", embedding, x)
         if self.training:
             x = apply_dropout(x, self.dropout)
         check_extra("source_extra", self.extra, extra, rows=x.shape[1], steps=x.shape[0])

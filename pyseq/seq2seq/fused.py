@@ -13,7 +13,7 @@ from torch.nn.modules import module as _of_all_modules
 from .. import functional
 from .._checks import check_smoothing
 from ..nn import AttentionDecoder, Positions, Score
-from ..nn._common import is_bare
+from ..nn._common import is_bare, weights_now
 from ..nn._masks import DrawnMasks
 from ..types import DecoderStart
 from .masks import Masks
@@ -60,12 +60,15 @@ def attends_plainly(rnn: torch.nn.Module | None) -> bool:
 def options_of(rnn: AttentionDecoder) -> dict[str, Any]:
     """How such a decoder attends, as the operators that make their own steps are told."""
     score, positions = rnn.score, rnn.positions
+    query = v = past = None
+    if score is not None:
+        query, v, past = weights_now(score, ("weight_query", "weight_v", "weight_history"))
     return {
         "cell": rnn.cell,
         "score": None if score is None else score.fused,
-        "weight_query": None if score is None else score.weight_query,
-        "weight_v": None if score is None else score.weight_v,
-        "weight_history": None if score is None else score.weight_history,
+        "weight_query": query,
+        "weight_v": v,
+        "weight_history": past,
         "weight_position": None if positions is None else positions.weight,
         "weight_position_v": None if positions is None else positions.weight_v,
         "order": rnn.order,

@@ -63,6 +63,12 @@ def valid_steps(lengths: Tensor, like: Tensor) -> Tensor:
     return steps < lengths.to(like.device).unsqueeze(1)
 
 
+def rows_together(x: Tensor) -> Tensor:
+    """``x`` (S, B, .), in memory laid out as (B, S, .), which is how the operators read it."""
+    rows = x.transpose(0, 1)
+    return x if rows.is_contiguous() else rows.contiguous().transpose(0, 1)
+
+
 def last_steps(x: Tensor, lengths: Tensor) -> Tensor:
     """(T, B, Z) to (B, Z): the last valid step of each row, the first where there is none."""
     last = lengths.to(x.device).clamp(min=1) - 1

@@ -30,7 +30,7 @@ from ..types import PAD, Copies, DecoderState, State, kind, state_parts
 from .decoder import Decoder
 from .encoder import Encoder
 from .given import Given
-from .inputs import check_vocab_size, valid_steps
+from .inputs import check_vocab_size, rows_together, valid_steps
 from .options import Placing, Seq2SeqArguments, config_of
 
 __all__ = ["Seq2Seq"]
@@ -527,18 +527,17 @@ class Seq2Seq(torch.nn.Module):
         checked = self._copies(copies, source, lengths)
         memory, hidden, context = self._encode(source, lengths, None, source_extra)
         rnn = self.decoder.rnn
+        score = rnn.score
         state = rnn.start(hidden)
         projected = rnn.project(memory)
-        if projected is None or rnn.score is None:
+        if projected is None or score is None:
             return EncodedSource(None, None, None, context), state
         # Every step reads both row by row, so they are laid out like that once; where nothing is
         # projected they are one.
-        laid_out = memory.transpose(0, 1).contiguous().transpose(0, 1)
-        keys = laid_out
-        if projected is not memory:
-            keys = projected.transpose(0, 1).contiguous().transpose(0, 1)
+        laid_out = rows_together(memory)
+        keys = laid_out if projected is memory else rows_together(projected)
         memory = laid_out
-        limit = rnn.score.limit(memory, lengths.to(source.device))
+        limit = score.limit(memory, lengths.to(source.device))
         rows = None
         if memory.is_cpu:  # on other devices each hypothesis has a row of its own
             rows = torch.arange(memory.shape[1])
@@ -587,4 +586,5 @@ class Seq2Seq(torch.nn.Module):
         own, or with a decoder that is not :meth:`Decoder.is_fused`.
         """
         own = type(self).step is not Seq2Seq.step or "step" in vars(self)
-        return None if own or not self.decoder.is_fused() else self.decoder.generate
+        decoder = self.decoder
+        return None if own or not decoder.is_fused() else decoder.generate
