@@ -123,7 +123,10 @@ def autocasts(device: torch.device) -> bool:
 
 
 def check_lines(lines: object) -> None:
-    """Raise a TypeError for a single string, which is a sequence of strings, but of its letters."""
+    """Raise a TypeError for what is no sequence, and for a single string, which is one, but of its
+    letters."""
+    if not hasattr(lines, "__len__"):
+        raise TypeError(f"lines must be a sequence of strings, got {kind(lines)}")
     if isinstance(lines, str):
         raise TypeError(f"lines must be a sequence of strings, got the string {lines[:40]!r}")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from ._checks import check_lines
+from ._checks import check_lines, check_positive, integer
 from .devices import AnyDevice
 from .errors import CheckpointError
 from .labels import LabelExamples, Labels
@@ -110,9 +110,11 @@ class Labeler(ReadsFeatures):
 
         Raises:
             DataError: a line has not the extra information that the model takes.
-            TypeError: ``lines`` is a single string.
+            ValueError: ``batch_size`` is below 1.
+            TypeError: ``lines`` is a single string, or no sequence.
         """
         check_lines(lines)
+        check_positive(batch_size=integer("batch_size", batch_size))
         read = [self._read(line) for line in lines]
         sources = [source for source, _ in read]
         results: dict[int, Labelling] = {}

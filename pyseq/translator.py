@@ -16,10 +16,11 @@ from torch import Tensor
 
 from . import checkpoint
 from . import search as searches
-from ._checks import check_lines
+from ._checks import check_lines, check_positive, integer
 from .devices import AnyDevice
 from .errors import CheckpointError, DataError
 from .search import Ensemble, Hypothesis, SearchModel, SearchOptions
+from .search.options import check_kind
 from .seq2seq import Seq2Seq
 from .seq2seq.inputs import weight_of
 from .text import (
@@ -205,16 +206,18 @@ class Translator(ReadsFeatures):
             For each line, in their order, what :func:`pyseq.search.search` gives for a row.
 
         Raises:
-            ValueError: ``options.prefix`` is given, or the options do not go with the model.
+            ValueError: ``options.prefix`` is given, the options do not go with the model, or
+                ``batch_size`` is below 1.
             DataError: the prefix holds a symbol that the model does not know, or a line has not
                 the extra information that the model takes.
-            TypeError: ``lines`` is a single string.
+            TypeError: ``lines`` is a single string, or no sequence.
 
         Reference:
             Luong et al. 2015, arXiv 1508.04025, section 4.1 (replacing unknown words), without
             its dictionary.
         """
         check_lines(lines)
+        check_positive(batch_size=integer("batch_size", batch_size))
         options = self._text_options(options, prefix, replace_unknown=replace_unknown)
         read = [self._read(line) for line in lines]
         sources = [source for source, _ in read]
@@ -299,6 +302,7 @@ class Translator(ReadsFeatures):
         """The options of a search, with the prefix as ids."""
         if options is None:
             options = SearchOptions(max_length=self.max_length)
+        check_kind(options)
         if any(options.prefix):
             raise ValueError("give the prefix as text, by prefix=, not as ids in the options")
         if replace_unknown and any(

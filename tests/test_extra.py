@@ -469,6 +469,9 @@ def test_training_refuses_pairs_without_it() -> None:
         DataError, match=r"pairs:2: a pair must be two strings and extra .* 1 times"
     ):
         train([("a", "b", [1.0]), ("a", "b")], source_extra_size=1)
+    for none in (None, 3):
+        with pytest.raises(DataError, match=f"pairs:1: extra .* sequence of numbers.*{none}"):
+            train([("a", "b", none)], source_extra_size=1)  # type: ignore[list-item]
     with pytest.raises(DataError, match=r"pairs:1: expected a column with 1 .* for the target"):
         train([("a", "b", "1", [1.0, 2.0])], source_extra_size=1, target_extra_size=1)
     data = Data([Pair(["a"], ["b"], 3)], "x")

@@ -78,11 +78,31 @@ def test_no_file_is_unpickled(tmp_path: Path) -> None:
         ({"a": torch.ones(0, 3)}, r"at least 1 x 1, got float32 \(0, 3\)"),
         ({"a": torch.ones(2, 3).long()}, r"must be floating-point .*got int64 \(2, 3\)"),
         ({"a": torch.full((2, 3), float("nan"))}, "'a' has a number that is not finite"),
+        ({"a": numpy.full((2, 3), 1e300)}, "'a' has a number that is not finite"),
+        ({"a": numpy.array([["x"]])}, r"must be floating-point .*got <U1 \(1, 1\)"),
+        ({"a": 3}, r"must be floating-point .*got int64 \(\)"),
     ],
 )
-def test_arrays_that_cannot_be_used(arrays: dict[str, Tensor], message: str) -> None:
+def test_arrays_that_cannot_be_used(arrays: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"^features: {message}|^features: .*{message}"):
         Features(arrays)
+
+
+def test_features_are_arrays_by_name() -> None:
+    with pytest.raises(TypeError, match="features must be arrays by name, got list of 2"):
+        Features([1, 2])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["other-endian", "reversed", "columns", "long-double"])
+def test_arrays_of_any_layout(kind: str) -> None:
+    array = numpy.arange(6.0).reshape(2, 3)
+    given = {
+        "other-endian": array.astype(array.dtype.newbyteorder()),
+        "reversed": array[::-1].copy()[::-1],
+        "columns": numpy.asfortranarray(array),
+        "long-double": array.astype(numpy.longdouble),
+    }[kind]
+    assert Features({"a": given})["a"].tolist() == array.tolist()
 
 
 def test_a_translator_of_features(tmp_path: Path) -> None:

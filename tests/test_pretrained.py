@@ -229,3 +229,8 @@ def test_commands(vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main([*train, *given, "--overwrite"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == f"pyseq: {vectors}:2: expected a word and 2 numbers, got 1 fields after 'b'"
+
+
+def test_embeddings_are_a_file() -> None:
+    with pytest.raises(TypeError, match="embeddings must be a file or an EmbeddingsFile, got int"):
+        pyseq.train([("a", "b")], source_embeddings=3)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +106,20 @@ def test_search_gives_many_for_each_line(translator: Translator) -> None:
         translator.search(lines, prefix="x q")
     with pytest.raises(ValueError, match="give the prefix as text"):
         translator.search(lines, SearchOptions(max_length=5, prefix=[[4]]))
+
+
+def test_wrong_arguments_are_named(translator: Translator) -> None:
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        (lambda: translator.search("ab"), TypeError, "sequence of strings, got the string 'ab'"),
+        (lambda: translator.search(iter("ab")), TypeError, "sequence of strings, got str_"),
+        (lambda: translator.search(["ab"], {}), TypeError, "must be SearchOptions, got dict"),
+        (lambda: translator.stream("ab", 3), TypeError, "must be SearchOptions, got int"),
+        (lambda: translator.search(["ab"], batch_size=0), ValueError, "batch_size must be .*got 0"),
+        (lambda: translator.search(["ab"], batch_size="x"), ValueError, "batch_size must be an"),
+    ]
+    for call, error, match in wrong:
+        with pytest.raises(error, match=match):
+            call()
 
 
 def test_draws_repeat_with_the_generator(translator: Translator) -> None:

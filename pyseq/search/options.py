@@ -135,6 +135,12 @@ class SearchOptions:
         return self.beam_size == 1 and self.length_penalty == self.coverage_penalty == 0
 
 
+def check_kind(options: object) -> None:
+    """Raise a TypeError for anything but the options of a search."""
+    if not isinstance(options, SearchOptions):
+        raise TypeError(f"options must be SearchOptions, got {kind(options)}")
+
+
 class Hypothesis(NamedTuple):
     """A target sequence that a search has found for one source."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import SearchError
 from ..types import PAD, STOP
-from .options import SearchOptions
+from .options import SearchOptions, check_kind
 
 #: What is wrong with a model whose log-probabilities hold a NaN.
 NOT_FINITE = "the model's logits must be finite, got NaN or infinity"
@@ -108,6 +108,7 @@ class Rules(NamedTuple):
 
 
 def check_prefix_rows(options: SearchOptions, rows: int) -> None:
+    check_kind(options)
     if len(options.prefix) not in (0, 1, rows):
         raise ValueError(
             f"prefix must be one sequence for each of the {rows} rows, or a single one, "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._checks import numpy_reason
 from ..errors import DataError, require
+from ..types import kind
 
 
 class Features(Mapping[str, Tensor]):
@@ -31,9 +32,12 @@ class Features(Mapping[str, Tensor]):
     Raises:
         DataError: there are none, or one has another shape, no step, or a number that is not
             finite.
+        TypeError: it is no mapping.
     """
 
     def __init__(self, arrays: Mapping[str, Any], *, name: str = "features") -> None:
+        if not isinstance(arrays, Mapping):
+            raise TypeError(f"{name} must be arrays by name, got {kind(arrays)}")
         self.name = name
         self._tensors = {key: self._tensor(key, value) for key, value in arrays.items()}
         sizes = {tensor.shape[1] for tensor in self._tensors.values()}
@@ -43,11 +47,21 @@ class Features(Mapping[str, Tensor]):
         (self.size,) = sizes
 
     def _tensor(self, key: str, value: Any) -> Tensor:
-        tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(value)
-        if not tensor.is_floating_point() or tensor.dim() != 2 or 0 in tensor.shape:
+        given = value.detach().cpu() if isinstance(value, Tensor) else np.asarray(value)
+        tensor = given
+        if not isinstance(given, Tensor) and np.issubdtype(given.dtype, np.floating):
+            # Of any byte order and stride; what overflows is not finite.
+            with np.errstate(over="ignore"):
+                tensor = torch.from_numpy(np.array(given, dtype=np.float32, order="C"))
+        if (
+            not isinstance(tensor, Tensor)
+            or not tensor.is_floating_point()
+            or tensor.dim() != 2
+            or 0 in tensor.shape
+        ):
             raise DataError(
                 f"{self.name}: {key!r} must be floating-point numbers (S, D), at least 1 x 1, got "
-                f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+                f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
             )
         tensor = tensor.float().contiguous()
         if not tensor.isfinite().all():

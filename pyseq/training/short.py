@@ -16,6 +16,7 @@ from ..labeler import Labeler
 from ..text import Features, TextPair, Tokenizer, make_pair, tokenise_pairs
 from ..text.features import given_features
 from ..translator import Translator
+from ..types import kind
 from .judging import device_of
 from .options import (
     LABELER_TOKENS,
@@ -38,7 +39,13 @@ def _text_pair(pair: Any, line: int, *, name: str, extras: int = 0) -> TextPair:
     ):
         numbers = f" and extra information {extras} times" if extras else ""
         raise DataError(f"{name}:{line}: a pair must be two strings{numbers}, got {pair!r}")
-    columns = tuple(map(_column, pair[2:]))
+    try:
+        columns = tuple(map(_column, pair[2:]))
+    except TypeError as error:
+        raise DataError(
+            f"{name}:{line}: extra information must be a sequence of numbers, or text, got "
+            f"{pair[2:]!r}"
+        ) from error
     return make_pair(pair[0], pair[1], line, name=name)._replace(columns=columns)
 
 
@@ -54,7 +61,11 @@ def _column(numbers: Any) -> str:
 
 
 def _embeddings_file(given: EmbeddingsFile | str | Path | None) -> EmbeddingsFile | None:
-    return EmbeddingsFile(given) if isinstance(given, (str, Path)) else given
+    if given is None or isinstance(given, EmbeddingsFile):
+        return given
+    if not isinstance(given, (str, Path)):
+        raise TypeError(f"embeddings must be a file or an EmbeddingsFile, got {kind(given)}")
+    return EmbeddingsFile(given)
 
 
 #: Numbers of the whole sequence, a row of them for each step, or either as text.
