@@ -1,61 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The autograd Functions Scan, Attend, Decode and LinearCrossEntropy. They call the operators
-// through the dispatcher, so that tracing (torch.compile) sees those and not what is inside them.
-#include "autograd.h"
-
+// The autograd Functions Scan, Decode, LinearCrossEntropy and Linear.
 #include <ATen/TensorOperators.h>
-#include <ATen/core/grad_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <string>
 
-#include "dispatcher.h"
+#include "autograd_common.h"
 #include "layers.h"
 #include "loss.h"
 #include "scan_both.h"
-#include "second_order.h"
 
 namespace pyseq::autograd {
 
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-
-OptionalTensor given(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
-Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
-
-// Whether autograd has to record the call. A tangent of forward mode would be dropped without
-// a word, so it is refused.
-bool needs_grad(const char* name, std::initializer_list<const OptionalTensor*> tensors,
-                at::TensorList more = {}) {
-  bool needed = false;
-  const auto look = [&](const Tensor& tensor) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(/*level=*/0).defined(), "pyseq::", name,
-                                " has no forward-mode derivative, only a backward one");
-    needed = needed || tensor.requires_grad();
-  };
-  for (const OptionalTensor* tensor : tensors) {
-    if (tensor->has_value()) look(**tensor);
-  }
-  for (const Tensor& tensor : more) look(tensor);
-  return needed && at::GradMode::is_enabled();
-}
-
-// Whether a transform of torch.func is at work. It cannot see into the Functions below, so the
-// operator's specification takes their place, which is made of torch's own operators.
-bool is_transformed() {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
-}
-
-// A gradient that belongs to an optional argument.
-Tensor if_given(bool present, const Tensor& gradient) { return present ? gradient : Tensor(); }
 
 // Says which of the results of a scan are tensors without use, which take no gradient.
 void mark_scan_results(AutogradContext* context, const std::string& cell, bool return_states,
@@ -67,11 +24,6 @@ void mark_scan_results(AutogradContext* context, const std::string& cell, bool r
   context->mark_non_differentiable(without_use);
   context->saved_data["has_c"] = has_c;
   context->saved_data["has_c_steps"] = has_c && return_states;
-}
-
-// The gradient of such a result, if it has a use.
-OptionalTensor if_used(const c10::IValue& used, const Tensor& gradient) {
-  return used.toBool() ? given(gradient) : std::nullopt;
 }
 
 // What acts on a scan besides its weights, as a Function takes it: the tensors that there are, and
@@ -223,68 +175,6 @@ struct Scan : Function<Scan> {
           extras);
     });
     return for_function(result, present);
-  }
-};
-
-struct Attend : Function<Attend> {
-  static variable_list forward(AutogradContext* context, const Tensor& query, const Tensor& keys,
-                               const Tensor& memory, const OptionalTensor& weight_v,
-                               const OptionalTensor& lengths, std::string score,
-                               const OptionalTensor& positions, int64_t window, int64_t heads,
-                               const OptionalTensor& step, bool need_weights) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    // Backward takes them, wanted or not, but of windows on the CPU.
-    const bool keeps = need_weights || window == 0 || !query.is_cpu();
-    static const auto op = find_operator<&pyseq::attend>("pyseq::attend");
-    const auto [attended, attn] = op.call(query, keys, memory, weight_v, lengths, score, positions,
-                                          window, heads, step, keeps);
-    context->save_for_backward({query, keys, memory, or_undefined(weight_v), or_undefined(lengths),
-                                keeps ? attn : Tensor(), or_undefined(positions),
-                                or_undefined(step)});
-    auto& options = context->saved_data;
-    options["score"] = score;
-    options["window"] = window;
-    options["heads"] = heads;
-    options["need_weights"] = need_weights;
-    context->set_materialize_grads(false);
-    if (need_weights) return {attended, attn};
-    const Tensor unwanted = keeps ? attn.new_empty({0}) : attn;
-    context->mark_non_differentiable({unwanted});
-    return {attended, unwanted};
-  }
-
-  static variable_list backward(AutogradContext* context, variable_list d) {
-    const variable_list saved = context->get_saved_variables();
-    auto& options = context->saved_data;
-    const OptionalTensor weight_v = given(saved[3]), positions = given(saved[6]),
-                         step = given(saved[7]);
-    variable_list result(11);
-    {
-      const at::NoGradGuard constant;
-      static const auto op = find_operator<&attend_backward>("pyseq::attend_backward");
-      const auto [d_query, d_keys, d_memory, d_weight_v, d_positions] =
-          op.call(given(d[0]), if_used(options["need_weights"], d[1]), saved[0], saved[1], saved[2],
-                  weight_v, given(saved[4]), given(saved[5]), options["score"].toStringView(),
-                  positions, options["window"].toInt(), options["heads"].toInt(), step);
-      result[0] = d_query;
-      result[1] = d_keys;
-      result[2] = d_memory;
-      result[3] = if_given(weight_v.has_value(), d_weight_v);
-      result[6] = if_given(positions.has_value(), d_positions);
-    }
-    return differentiable("attend", std::move(result), d, [&] {
-      return torch::jit::Stack{saved[0],
-                               saved[1],
-                               saved[2],
-                               weight_v,
-                               given(saved[4]),
-                               options["score"],
-                               positions,
-                               options["window"],
-                               options["heads"],
-                               step,
-                               options["need_weights"]};
-    });
   }
 };
 
@@ -553,29 +443,6 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
       x, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, lengths, resets, std::string(cell), reverse,
       keep_every, return_states, w_ch, at::TensorList(extra.tensors), extra.present);
   return {result[0], result[1], result[2], result[3]};
-}
-
-std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& memory,
-                                  const OptionalTensor& weight_v, const OptionalTensor& lengths,
-                                  std::string_view score, const OptionalTensor& positions,
-                                  int64_t window, int64_t heads, const OptionalTensor& step,
-                                  bool need_weights) {
-  const OptionalTensor query_(query), keys_(keys), memory_(memory);
-  if (!needs_grad("attend", {&query_, &keys_, &memory_, &weight_v, &positions})) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = find_operator<&pyseq::attend>("pyseq::attend");
-    return op.call(query, keys, memory, weight_v, lengths, score, positions, window, heads, step,
-                   need_weights);
-  }
-  if (is_transformed()) {
-    static const auto reference = find_operator<&pyseq::attend>("pyseq::attend_reference");
-    return reference.call(query, keys, memory, weight_v, lengths, score, positions, window, heads,
-                          step, need_weights);
-  }
-  const variable_list result =
-      Attend::apply(query, keys, memory, weight_v, lengths, std::string(score), positions, window,
-                    heads, step, need_weights);
-  return {result[0], result[1]};
 }
 
 Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
