@@ -221,16 +221,6 @@ ScanIncoming ScanIncoming::checked(const ScanArguments& args) const {
 
 namespace {
 
-void check_choice(const char* name, std::string_view value,
-                  std::initializer_list<std::string_view> allowed) {
-  std::string text;
-  for (const std::string_view choice : allowed) {
-    if (choice == value) return;
-    text += (text.empty() ? "" : ", ") + std::string(choice);
-  }
-  TORCH_CHECK_VALUE(false, name, " must be one of ", text, ", got ", value);
-}
-
 // What goes with one another, and the tensors of what was chosen.
 void check_attending(const DecodeInputs& how, DecodeShape& shape, const char* like) {
   const Tensor& x = how.x;
@@ -260,13 +250,8 @@ void check_attending(const DecodeInputs& how, DecodeShape& shape, const char* li
                  like);
   }
   if (how.remembers()) {
-    check_dim(*how.weight_history, "weight_history", 2, "(A, K)");
-    shape.taps = how.weight_history->size(1);
-    TORCH_CHECK(shape.taps % 2 == 1, "weight_history must be (A, K) with an odd K, got ",
-                shape_text(how.weight_history->sizes()));
-    check_tensor(*how.weight_history, "weight_history", "(A, K)", {shape.key_size, shape.taps}, x,
-                 like);
-    check_tensor(how.past, "past", "(B, N, S)", {shape.batch, shape.heads, shape.source}, x, like);
+    shape.taps = check_history(*how.weight_history, how.past, shape.key_size,
+                               {shape.batch, shape.heads, shape.source}, x, like);
   }
   check_step(how.step, shape.batch, x, like);
 }
@@ -320,12 +305,6 @@ DecodeShape check_decoder(const DecodeInputs& in, int64_t batch, int64_t input, 
                     source, key_size, memory_size, 1,     fed_size, 0,      0};
   check_attending(in, shape, like);
   return shape;
-}
-
-Tensor taps_first(const Tensor& weight_history, const DecodeShape& shape) {
-  return weight_history.reshape({shape.heads, shape.key_size / shape.heads, shape.taps})
-      .transpose(1, 2)
-      .contiguous();
 }
 
 namespace {
@@ -394,7 +373,7 @@ DecodeArguments check_decode(const DecodeInputs& in) {
     all.w_hh.push_back(weights[1].contiguous());
     all.bias.push_back(fold_bias(weights[2], weights[3], shape.cell, shape.hidden));
   }
-  if (all.remembers) all.weight_history = taps_first(*in.weight_history, shape);
+  if (all.remembers) all.weight_history = by_tap(*in.weight_history, shape.heads);
   return all;
 }
 

@@ -25,6 +25,12 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const
                                   int64_t window, int64_t heads, const OptionalTensor& step,
                                   bool need_weights);
 
+std::tuple<Tensor, Tensor, Tensor> attend_history(
+    const Tensor& query, const Tensor& keys, const Tensor& memory, const Tensor& weight_v,
+    const Tensor& weight_history, const OptionalTensor& lengths, const OptionalTensor& past,
+    const OptionalTensor& positions, int64_t window, int64_t heads, const OptionalTensor& step,
+    std::string_view history, bool need_weights);
+
 Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const Tensor& memory,
                const Tensor& combine, const OptionalTensor& weight_query,
                const OptionalTensor& weight_v, const OptionalTensor& h_0, const OptionalTensor& c_0,

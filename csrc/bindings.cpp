@@ -57,6 +57,17 @@ TORCH_LIBRARY(pyseq, m) {
       "Tensor? positions=None, int window=0, int heads=1, Tensor? step=None) -> "
       "(Tensor d_query, Tensor d_keys, Tensor d_memory, Tensor d_weight_v, Tensor d_positions)");
   m.def(
+      "attend_history(Tensor query, Tensor keys, Tensor memory, Tensor weight_v, "
+      "Tensor weight_history, Tensor? lengths=None, Tensor? past=None, Tensor? positions=None, "
+      "int window=0, int heads=1, Tensor? step=None, str history=\"previous\", "
+      "bool need_weights=True) -> (Tensor context, Tensor attn, Tensor past_n)");
+  m.def(
+      "attend_history_backward(Tensor? d_context, Tensor? d_attn, Tensor? d_past_n, "
+      "Tensor query, Tensor keys, Tensor memory, Tensor weight_v, Tensor weight_history, "
+      "Tensor? lengths, Tensor? past, Tensor attn, Tensor? positions, int window, int heads, "
+      "Tensor? step, str history) -> (Tensor d_query, Tensor d_keys, Tensor d_memory, "
+      "Tensor d_weight_v, Tensor d_weight_history, Tensor d_past, Tensor d_positions)");
+  m.def(
       "decode(Tensor x, Tensor[] layers, Tensor keys, Tensor memory, Tensor combine, "
       "Tensor? weight_query, Tensor? weight_v, Tensor? h_0, Tensor? c_0, Tensor? feed, "
       "Tensor? lengths, Tensor? dropout_masks, str cell, str score, bool input_feeding, "
@@ -133,6 +144,8 @@ TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
   m.impl("scan_backward", &pyseq::scan_backward);
   m.impl("attend", pyseq::Widened<&pyseq::attend>::of("pyseq::attend"));
   m.impl("attend_backward", &pyseq::attend_backward);
+  m.impl("attend_history", pyseq::Widened<&pyseq::attend_history>::of("pyseq::attend_history"));
+  m.impl("attend_history_backward", &pyseq::attend_history_backward);
   m.impl("decode", pyseq::Widened<&pyseq::decode>::of("pyseq::decode"));
   m.impl("decode_forward", &pyseq::decode_forward);
   m.impl("decode_backward", &pyseq::decode_backward);
@@ -162,6 +175,8 @@ TORCH_LIBRARY_IMPL(pyseq, CompositeExplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(pyseq, Autograd, m) {
   m.impl("scan", pyseq::Widened<&pyseq::autograd::scan>::of("pyseq::scan"));
   m.impl("attend", pyseq::Widened<&pyseq::autograd::attend>::of("pyseq::attend"));
+  m.impl("attend_history",
+         pyseq::Widened<&pyseq::autograd::attend_history>::of("pyseq::attend_history"));
   m.impl("decode", pyseq::Widened<&pyseq::autograd::decode>::of("pyseq::decode"));
   m.impl("linear_cross_entropy",
          pyseq::Widened<&pyseq::autograd::linear_cross_entropy>::of("pyseq::linear_cross_entropy"));
@@ -178,6 +193,8 @@ template <c10::DispatchKey Key>
 void register_autocast(torch::Library& m) {
   m.impl("scan", pyseq::Autocast<Key, &pyseq::scan>::of("pyseq::scan"));
   m.impl("attend", pyseq::Autocast<Key, &pyseq::attend>::of("pyseq::attend"));
+  m.impl("attend_history",
+         pyseq::Autocast<Key, &pyseq::attend_history>::of("pyseq::attend_history"));
   m.impl("decode", pyseq::Autocast<Key, &pyseq::decode>::of("pyseq::decode"));
   m.impl("linear", pyseq::Autocast<Key, &pyseq::linear>::of("pyseq::linear"));
   m.impl("linear_cross_entropy",

@@ -444,7 +444,7 @@ DecodeGradients decode_backward(
           all.d_h,
           or_nothing(all.d_c, x),
           all.d_feed,
-          args.remembers ? all.d_taps.sum(0).transpose(1, 2).reshape({A, K}) : nothing(x),
+          args.remembers ? sum_by_tap(all.d_taps.flatten(0, 1), N) : nothing(x),
           args.predicts ? times_asking(all.d_positions) : nothing(x),
           args.predicts
               ? matrix_product(flat(kept.positions).t(), all.d_shares.view({T_ * B, 1})).view({P})

@@ -69,7 +69,4 @@ DecodeArguments check_decode(const DecodeInputs& inputs);
 DecodeShape check_decoder(const DecodeInputs& inputs, int64_t batch, int64_t input,
                           const char* like);
 
-// The convolution of past weights (A, K) as the kernels read it, tap by tap: (N, K, A/N).
-Tensor taps_first(const Tensor& weight_history, const DecodeShape& shape);
-
 }  // namespace pyseq

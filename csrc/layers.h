@@ -54,6 +54,16 @@ inline CellShape scan_cell_shape(std::string_view name, bool peepholes) {
   return cell_shape(*cell);
 }
 
+inline void check_choice(const char* name, std::string_view value,
+                         std::initializer_list<std::string_view> allowed) {
+  std::string text;
+  for (const std::string_view choice : allowed) {
+    if (choice == value) return;
+    text += (text.empty() ? "" : ", ") + std::string(choice);
+  }
+  TORCH_CHECK_VALUE(false, name, " must be one of ", text, ", got ", value);
+}
+
 inline bool is_additive(std::string_view score) {
   TORCH_CHECK_VALUE(score == "dot" || score == "concat", "score must be dot or concat, got ",
                     score);
@@ -117,6 +127,34 @@ inline void check_step(const OptionalTensor& step, int64_t batch, const Tensor& 
               shape_text(step->sizes()));
   TORCH_CHECK(step->device() == like.device(), "step must be on the device of ", like_name, ", ",
               like.device(), ", got ", step->device());
+}
+
+// The convolution of past weights, and these themselves. Returns K.
+inline int64_t check_history(const Tensor& weight_history, const OptionalTensor& past,
+                             int64_t key_size, c10::IntArrayRef past_sizes, const Tensor& like,
+                             const char* like_name) {
+  check_dim(weight_history, "weight_history", 2, "(A, K)");
+  const int64_t taps = weight_history.size(1);
+  TORCH_CHECK(taps % 2 == 1, "weight_history must be (A, K) with an odd K, got ",
+              shape_text(weight_history.sizes()));
+  check_tensor(weight_history, "weight_history", "(A, K)", {key_size, taps}, like, like_name);
+  check_tensor(past, "past", "(B, N, S)", past_sizes, like, like_name);
+  return taps;
+}
+
+// weight_history tap by tap, (N, K, A/N): the kernels add up what the taps of a position say.
+inline Tensor by_tap(const Tensor& weight_history, int64_t heads) {
+  return weight_history.unflatten(0, {heads, weight_history.size(0) / heads})
+      .transpose(1, 2)
+      .contiguous();
+}
+
+// The inverse for its gradient, summands (B*N, K, A/N) of each row.
+inline Tensor sum_by_tap(const Tensor& summands, int64_t heads) {
+  return summands.unflatten(0, {summands.size(0) / heads, heads})
+      .sum(0)
+      .transpose(1, 2)
+      .flatten(0, 1);
 }
 
 // Both biases as the kernels want them: `sum` for the sums that input and recurrent part

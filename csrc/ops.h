@@ -88,6 +88,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
     const OptionalTensor& lengths, const OptionalTensor& attn, std::string_view score,
     const OptionalTensor& positions, int64_t window, int64_t heads, const OptionalTensor& step);
 
+// The same with past weights in the additive score, of queries that are steps in order:
+// (context, attn, past_n).
+std::tuple<Tensor, Tensor, Tensor> attend_history(
+    const Tensor& query, const Tensor& keys, const Tensor& memory, const Tensor& weight_v,
+    const Tensor& weight_history, const OptionalTensor& lengths, const OptionalTensor& past,
+    const OptionalTensor& positions, int64_t window, int64_t heads, const OptionalTensor& step,
+    std::string_view history, bool need_weights);
+
+// (d_query, d_keys, d_memory, d_weight_v, d_weight_history, d_past, d_positions)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_history_backward(
+    const OptionalTensor& d_context, const OptionalTensor& d_attn, const OptionalTensor& d_past_n,
+    const Tensor& query, const Tensor& keys, const Tensor& memory, const Tensor& weight_v,
+    const Tensor& weight_history, const OptionalTensor& lengths, const OptionalTensor& past,
+    const Tensor& attn, const OptionalTensor& positions, int64_t window, int64_t heads,
+    const OptionalTensor& step, std::string_view history);
+
 // (output, attn, h_n, c_n, feed_n, past_n): the last but one where the context is fed, the last
 // where past weights enter the score.
 using Decoded = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -131,7 +131,7 @@ Prepared prepare(const OwnTokensInputs& in) {
       .weight_v = contiguous(in.weight_v),
       .lengths = check_lengths(in.lengths, B, shape.source, "S"),
       .weight_history = in.weight_history.has_value()
-                            ? OptionalTensor(taps_first(*in.weight_history, shape))
+                            ? OptionalTensor(by_tap(*in.weight_history, shape.heads))
                             : std::nullopt,
       .weight_position = contiguous(in.weight_position),
       .weight_position_v = contiguous(in.weight_position_v),

@@ -291,6 +291,61 @@ def _attend_backward(
     )
 
 
+@_fake("pyseq::attend_history")
+def _attend_history(
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    weight_v: Tensor,
+    weight_history: Tensor,
+    lengths: Tensor | None = None,
+    past: Tensor | None = None,
+    positions: Tensor | None = None,
+    window: int = 0,
+    heads: int = 1,
+    step: Tensor | None = None,
+    history: str = "previous",
+    need_weights: bool = True,
+) -> tuple[Tensor, ...]:
+    steps, batch, _ = query.shape
+    source, _, size = memory.shape
+    return (
+        query.new_empty(steps, batch, size),
+        query.new_empty(_attn_size(steps, batch, heads, source) if need_weights else 0),
+        query.new_empty(batch, heads, source),
+    )
+
+
+@_fake("pyseq::attend_history_backward")
+def _attend_history_backward(
+    d_context: Tensor | None,
+    d_attn: Tensor | None,
+    d_past_n: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    weight_v: Tensor,
+    weight_history: Tensor,
+    lengths: Tensor | None,
+    past: Tensor | None,
+    attn: Tensor,
+    positions: Tensor | None,
+    window: int,
+    heads: int,
+    step: Tensor | None,
+    history: str,
+) -> tuple[Tensor, ...]:
+    return (
+        query.new_empty(query.shape),
+        _rows_first(keys, heads),
+        _rows_first(memory, heads),
+        query.new_empty(weight_v.shape),
+        query.new_empty(weight_history.shape),
+        query.new_empty(query.shape[1], heads, memory.shape[0]),
+        query.new_empty(0 if positions is None else positions.shape),
+    )
+
+
 @_fake("pyseq::decode")
 def _decode(
     x: Tensor,

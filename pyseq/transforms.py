@@ -168,6 +168,39 @@ def _attend(
     return context, query.new_empty(0) if weights is None else weights
 
 
+def _attend_history(
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    weight_v: Tensor,
+    weight_history: Tensor,
+    lengths: Tensor | None = None,
+    past: Tensor | None = None,
+    positions: Tensor | None = None,
+    window: int = 0,
+    heads: int = 1,
+    step: Tensor | None = None,
+    history: str = "previous",
+    need_weights: bool = True,
+) -> tuple[Tensor, ...]:
+    context, weights, past = reference.attend_history(
+        query,
+        keys,
+        memory,
+        lengths,
+        weight_v=weight_v,
+        weight_history=weight_history,
+        history=cast(HistoryName, history),
+        past=past,
+        heads=heads,
+        window=window or None,
+        positions=positions,
+        step=step,
+        need_weights=need_weights,
+    )
+    return context, query.new_empty(_NOTHING) if weights is None else weights, past.clone()
+
+
 def _decode(
     x: Tensor,
     layers: Sequence[Tensor],
@@ -262,6 +295,7 @@ REFERENCES: dict[str, Callable[..., Results]] = {
     "scan": _scan,
     "scan_both": _scan_both,
     "attend": _attend,
+    "attend_history": _attend_history,
     "decode": _decode,
     "linear": reference.linear,
     "linear_cross_entropy": _linear_cross_entropy,
@@ -286,6 +320,10 @@ _BATCH_AXES = {
     "scan_both": _Axes({"x": 1, "h_0": 1, "c_0": 1, "lengths": 0, "resets": 1}, (1, 1, 1)),
     "attend": _Axes(
         {"query": 1, "keys": 1, "memory": 1, "lengths": 0, "positions": 1, "step": 0}, (1, 1)
+    ),
+    "attend_history": _Axes(
+        {"query": 1, "keys": 1, "memory": 1, "lengths": 0, "past": 0, "positions": 1, "step": 0},
+        (1, 1, 0),
     ),
     "decode": _Axes(
         {"x": 1, "keys": 1, "memory": 1, "h_0": 1, "c_0": 1, "feed": 0, "lengths": 0}
@@ -394,6 +432,6 @@ def _refuse_batches(name: str) -> Callable[..., Any]:
 
 
 # Several gradients of one result at once: torch.vmap around torch.autograd.grad.
-for _name in ("scan_backward", "attend_backward", "decode_backward"):
+for _name in ("scan_backward", "attend_backward", "attend_history_backward", "decode_backward"):
     register_vmap(f"pyseq::{_name}", _batching_rule(_name), lib=_LIBRARY)
     _LIBRARY.impl(_name, _refuse_batches(_name), "Batched")

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_close
+from tolerances import assert_close, assert_same_bits
 from torch import Tensor
 
 from pyseq import functional, nn, reference
+from pyseq.functional import _stepwise
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,54 @@ def test_values_and_gradients_are_those_of_the_reference(case: Case) -> None:
         assert actual["d_weight_history"].abs().sum() > 0
 
 
+def keyed(case: Case, given: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of the operator."""
+    options = case.options() | {"window": 0 if case.window is None else 2}
+    return {name: tensor.detach() for name, tensor in given.items()} | options
+
+
+def gradients(case: Case, given: dict[str, Tensor], results: tuple[Tensor, ...]) -> dict[str, Any]:
+    """The arguments of the backward operator."""
+    incoming = [torch.linspace(-1, 2, each.numel()).view_as(each).to(each) for each in results]
+    names = ("lengths", "past", "positions", "step")
+    return {
+        **dict(zip(("d_context", "d_attn", "d_past_n"), incoming, strict=True)),
+        **dict.fromkeys(names),
+        **keyed(case, given),
+        "attn": results[1],
+    }
+
+
+@EACH
+def test_other_devices_take_step_by_step(case: Case) -> None:
+    """What they run, on the CPU."""
+    given = case.inputs()
+    operators = torch.ops.pyseq
+    with torch.no_grad():
+        expected = operators.attend_history(**keyed(case, given))
+        found = _stepwise.attend_history(**keyed(case, given))
+        assert_close(dict(enumerate(found)), dict(enumerate(expected)))
+        arguments = gradients(case, given, expected)
+        expected = operators.attend_history_backward(**arguments)
+        found = _stepwise.attend_history_backward(**arguments)
+        assert_close(dict(enumerate(found)), dict(enumerate(expected)))
+        for name in ("d_context", "d_attn", "d_past_n"):
+            one = arguments | dict.fromkeys(("d_context", "d_attn", "d_past_n"))
+            one[name] = arguments[name]
+            expected = operators.attend_history_backward(**one)
+            found = _stepwise.attend_history_backward(**one)
+            assert_close(dict(enumerate(found)), dict(enumerate(expected)))
+
+
+def test_short_types_are_added_up_in_float32_there_too() -> None:
+    case = Case(history="cumulative", past=True)
+    given = case.inputs(torch.bfloat16)
+    expected = torch.ops.pyseq.attend_history(**keyed(case, given))
+    found = _stepwise.attend_history(**keyed(case, given))
+    assert {each.dtype for each in found} == {torch.bfloat16}
+    assert_close(dict(enumerate(found)), dict(enumerate(expected)))
+
+
 def test_the_reference_is_the_equation() -> None:
     """A loop over positions and taps, written out."""
     case = Case(history="cumulative", batch=1, heads=1, past=True)
@@ -185,6 +234,35 @@ def test_what_padding_holds_does_not_matter() -> None:
     assert actual["context"][:, 2].eq(0).all()
 
 
+@pytest.mark.parametrize("needs", [True, False], ids=["weights", "none"])
+@pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=str)
+def test_the_operators_pass_opcheck(case: Case, needs: bool) -> None:
+    given = case.inputs(torch.float32)
+    arguments = keyed(case, given)
+    torch.library.opcheck(
+        torch.ops.pyseq.attend_history.default, (), arguments | given | {"need_weights": needs}
+    )
+    backward = gradients(case, given, torch.ops.pyseq.attend_history(**arguments))
+    torch.library.opcheck(
+        torch.ops.pyseq.attend_history_backward.default,
+        (),
+        backward,
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_bits_depend_on_no_number_of_threads(set_threads: Callable[[int], None]) -> None:
+    case = Case(batch=5, heads=2, steps=12, source=64, size=32, memory=32)
+    given, found = case.inputs(torch.float32), []
+    for threads in (1, 3):
+        set_threads(threads)
+        # The product that makes the gradient of the memory is torch's.
+        results = run(functional.attend_history, given, **case.options())
+        del results["d_memory"]
+        found.append(results)
+    assert_same_bits(found[1], found[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_short_types_are_computed_in_float32(dtype: torch.dtype) -> None:
     given = Case(window="local-p", past=True).inputs(dtype)
@@ -219,6 +297,13 @@ def test_transforms_go_through() -> None:
     leaf = weights[0].clone().requires_grad_()
     (expected,) = torch.autograd.grad(context(queries[0], leaf).square().sum(), leaf)
     assert_close({"gradient": gradient}, {"gradient": expected})
+
+
+def test_autocast_leaves_the_operator_in_float32() -> None:
+    given = Case().inputs(torch.float32)
+    expected = functional.attend_history(**given).context
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(functional.attend_history(**given).context, expected)
 
 
 def test_one_graph_compiles() -> None:
@@ -273,6 +358,13 @@ def test_wrong_arguments_are_refused(
     given = Case().inputs()
     with pytest.raises(error, match=message):
         functional.attend_history(**given | changes)
+
+
+@pytest.mark.parametrize("name", ["history", "taps", "rows", "past", "keys_rows", "dtype", "heads"])
+def test_wrong_arguments_are_refused_step_by_step(name: str) -> None:
+    changes, error, message = ERRORS[name]
+    with pytest.raises(error, match=message):
+        _stepwise.attend_history(**Case().inputs() | changes)
 
 
 # The module

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import pyseq
 from pyseq import functional, reference
-from pyseq.types import CellName, ScoreName
+from pyseq.types import HISTORIES, CellName, HistoryName, ScoreName
 
 T, B, FEATURES, H, S = 7, 3, 4, 5, 6
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
@@ -162,6 +162,23 @@ def test_weights_of_windows_that_nobody_wants_are_not_kept(
         for need, context in contexts.items()
     }
     assert_same_bits(gradients[False], gradients[True])
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("history", HISTORIES)
+def test_past_weights_keep_the_weights_and_no_keys(
+    history: HistoryName, need_weights: bool
+) -> None:
+    sizes = {"query": (T, B, H), "keys": (S, B, H), "memory": (S, B, H), "weight_v": (H,)}
+    given = {
+        name: torch.randn(size, requires_grad=True)
+        for name, size in {**sizes, "weight_history": (H, 3)}.items()
+    }
+    kept = kept_numbers(
+        lambda: functional.attend_history(**given, history=history, need_weights=need_weights),
+        set(given.values()),
+    )
+    assert kept == T * B * S
 
 
 @pytest.mark.parametrize("window", [None, 2])

@@ -49,6 +49,12 @@ View<T> windowed_view(const Attend<T>& args, int64_t row, int64_t t) {
                      valid_positions<T>(args.lengths, row / N, args.source));
 }
 
+// What every query sees of its row without windows.
+template <class T>
+View<T> whole_view(const Attend<T>& args, int64_t row) {
+  return {{0, valid_positions<T>(args.lengths, row / args.heads, args.source)}, T(0), T(0)};
+}
+
 // The query itself; `attn` is where its weights lie, one for each position that it sees.
 template <class T>
 AttentionRow<T> windowed_row(const Attend<T>& args, int64_t row, int64_t t, const View<T>& view,
@@ -188,7 +194,7 @@ void windows_backward(const AttendBackward<T>& backward) {
 }
 
 template <class T>
-void attend_forward(const Attend<T>& args) {
+void queries_forward(const Attend<T>& args) {
   if (args.window > 0) return windows_forward(args);
   const int64_t B = args.batch, S = args.source, A = args.key_size, M = args.memory_size;
   const int threads = attend_threads(args);
@@ -219,7 +225,7 @@ void attend_forward(const Attend<T>& args) {
 }
 
 template <class T>
-void attend_backward(const AttendBackward<T>& backward) {
+void queries_backward(const AttendBackward<T>& backward) {
   const Attend<T>& args = backward.forward;
   if (args.window > 0) {
     return with_score(args.additive,

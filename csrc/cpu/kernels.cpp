@@ -3,7 +3,7 @@
 // and with PYSEQ_TIER as the name of its namespace.
 #include "kernels.h"
 
-#include "attend.h"
+#include "attend_history.h"
 #include "decode_backward.h"
 #include "decode_forward.h"
 #include "gemm.h"

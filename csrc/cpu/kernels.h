@@ -198,6 +198,13 @@ struct Attend {
   const int64_t* step;     // (B/N) or null: how many steps there were before step 0
   T* attn;                 // (T, B, S), or null: not wanted, or of windows not kept
   T* context;              // (T, B, M), forward only
+
+  // Where past weights enter an additive score; the queries are then steps in order. On the CPU.
+  int64_t taps = 0;              // K of the convolution of past weights, or 0 for none
+  const T* w_history = nullptr;  // (N, K, A)
+  bool cumulative = false;       // the past is the sum of all steps, not the last one
+  // (B, S), that before the first step; forward leaves there that after the last.
+  T* past = nullptr;
 };
 
 template <class T>
@@ -211,6 +218,9 @@ struct AttendBackward {
   T* d_v;              // (B, A), additive only: one summand per row
   T* d_memory;         // (B, S, M), with a window only
   T* d_centers;        // (T, B), with centers only
+  // With taps only; d_keys and d_v are then summands of a row too.
+  T* d_past = nullptr;       // (B, S): in of the last past, out of the first
+  T* d_w_history = nullptr;  // (B, K, A): one summand per row
 };
 
 constexpr int64_t kMaxLayers = 64;

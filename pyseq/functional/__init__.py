@@ -9,6 +9,7 @@ float16 and bfloat16 are computed in float32. ``pyseq.reference`` has the same i
 from __future__ import annotations
 
 from .. import transforms as transforms  # registers what stands in for the operators there
+from . import _stepwise as _stepwise  # registers operators for devices without kernels for them
 from .attention import attend, coverage_loss, predict_positions
 from .attention_history import attend_history
 from .decoding import decode

@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
-from .._checks import check_like, check_positive, check_shape, check_tensor
+from .._checks import check_like, check_shape, check_tensor
 from ..types import HISTORIES, AttendHistoryOutput, HistoryName
 from . import products
-from ._common import beside, check_option
-from .attention import attend, check_centres
+from ._common import beside, check_option, is_short
+from .attention import check_centres
+from .keys import check_window
 
 
 def attend_history(
@@ -36,8 +36,8 @@ def attend_history(
     ``a_ts = softmax_s v . tanh(W_q q_t + k_s + sum_j U_j past_{t, s + j - (K - 1) / 2})`` and
     ``context_t = sum_s a_ts m_s``, where ``past_t`` is ``a_{t-1}`` (location-sensitive attention)
     or with the history ``"cumulative"`` the sum of all before (coverage with K = 1), and zero
-    beyond both ends. Everything else is as in :func:`attend` with the score concat, whose operator
-    is called at each step.
+    beyond both ends. Everything else is as in :func:`attend` with the score concat. The CPU makes
+    all steps in one operator; other devices call that of :func:`attend` at each step.
 
     Args:
         query, keys, memory, lengths, weight_query, weight_v, heads, window, positions, step,
@@ -62,62 +62,48 @@ def attend_history(
         arXiv 1601.04811, and See et al. 2017, arXiv 1704.04368, eq. 10 and 11 (coverage).
     """
     check_option("history", history, HISTORIES)
+    check_window(window)
     check_centres(window, positions, step)
     check_shape("query", query, "(T, B, Q)", (-1, -1, -1))
-    check_shape("memory", memory, "(S, B, M)", (-1, query.shape[1], -1))
-    source, batch, size = memory.shape
-    check_shape("keys", keys, "(S, B, A)", (source, batch, -1))
-    check_like("keys", keys, "query", query)
-    attention_size = keys.shape[2]
-    check_tensor("weight_v", weight_v)
-    check_tensor("weight_history", weight_history)
-    if weight_history.dim() != 2 or weight_history.shape[1] % 2 == 0:
-        raise RuntimeError(
-            f"weight_history must be (A, K) with an odd K, got {tuple(weight_history.shape)}"
-        )
-    taps = weight_history.shape[1]
-    check_shape("weight_history", weight_history, "(A, K)", (attention_size, taps))
-    check_like("weight_history", weight_history, "query", query)
-    check_positive(heads=heads)
-    if attention_size % heads:
-        raise ValueError(f"heads must divide A = {attention_size}, got {heads}")
-    if past is None:
-        past = query.new_zeros(batch, heads, source)
-    check_shape("past", past, "(B, N, S)", (batch, heads, source))
-    check_like("past", past, "query", query)
+    check_shape("keys", keys, "(S, B, A)", (-1, -1, -1))
+    for name, tensor in (
+        ("memory", memory),
+        ("weight_v", weight_v),
+        ("weight_history", weight_history),
+    ):
+        check_tensor(name, tensor)
+    if past is not None:
+        check_tensor("past", past)
     if weight_query is not None:
-        sizes = (attention_size, query.shape[2])
+        sizes = (keys.shape[2], query.shape[2])
         check_shape("weight_query", weight_query, "(A, Q)", sizes)
         check_like("weight_query", weight_query, "query", query)
         query = products.linear(query, weight_query)
-    if positions is not None:
-        check_shape("positions", positions, "(T, B)", query.shape[:2])
-    step = beside("step", step, query)
-    contexts = [query.new_empty(0, batch, size)]
-    all_weights = [query.new_empty(0, batch, *(() if heads == 1 else (heads,)), source)]
-    for t in range(query.shape[0]):
-        number = None
-        if window is not None and positions is None:
-            number = torch.full((batch,), t, device=query.device)
-            number = number if step is None else number + step
-        context, weights = attend(
-            query[t : t + 1],
-            keys + reference.history_keys(past, weight_history),
-            memory,
-            lengths,
-            score="concat",
-            weight_v=weight_v,
-            heads=heads,
-            window=window,
-            positions=None if positions is None else positions[t : t + 1],
-            step=number,
-            need_weights=True,
-        )
-        assert weights is not None
-        contexts.append(context)
-        all_weights.append(weights)
-        now = weights.reshape(batch, heads, source)
-        past = past + now if history == "cumulative" else now
+    dtype = query.dtype
+    if positions is not None and is_short(query) and positions.dtype == torch.float32:
+        # The operator takes one type, and rounded positions would be others.
+        given = {"keys": keys, "memory": memory, "weight_v": weight_v}
+        for name, each in {**given, "weight_history": weight_history, "past": past}.items():
+            if each is not None:
+                check_like(name, each, "query", query)
+        query, keys, memory = query.float(), keys.float(), memory.float()
+        weight_v, weight_history = weight_v.float(), weight_history.float()
+        past = None if past is None else past.float()
+    context, weights, past_n = torch.ops.pyseq.attend_history(
+        query,
+        keys,
+        memory,
+        weight_v,
+        weight_history,
+        beside("lengths", lengths, query),
+        past,
+        positions,
+        window or 0,
+        heads,
+        beside("step", step, query),
+        history,
+        need_weights,
+    )
     return AttendHistoryOutput(
-        torch.cat(contexts), torch.cat(all_weights) if need_weights else None, past
+        context.to(dtype), weights.to(dtype) if need_weights else None, past_n.to(dtype)
     )
