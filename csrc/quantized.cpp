@@ -26,6 +26,13 @@ const char* no_weights() {
   return " must be a floating-point matrix or what pyseq.quantize packed, got other bytes";
 }
 
+// Whether weights of `rows` rows may have such a header.
+bool is_possible(const QuantizedWeights& run, int64_t rows) {
+  return (run.kind == QuantizedKind::kInt8 || run.kind == QuantizedKind::kBfloat16) &&
+         run.gates > 0 && rows % run.gates == 0 && run.units == rows / run.gates &&
+         run.k_count >= 0 && run.k_count <= kMostColumns;
+}
+
 // The runs of packed weights, once it is sure that these lie there.
 std::vector<const QuantizedWeights*> find_runs(const at::Tensor& weight, const char* name) {
   TORCH_CHECK(weight.is_cpu() && weight.is_contiguous(), name,
@@ -33,19 +40,23 @@ std::vector<const QuantizedWeights*> find_runs(const at::Tensor& weight, const c
   const auto& kernels = cpu::tier().quantized;
   const uint8_t* const bytes = weight.const_data_ptr<uint8_t>();
   TORCH_CHECK(reinterpret_cast<uintptr_t>(bytes) % alignof(int64_t) == 0, name, no_weights());
+  const int64_t rows = weight.size(0);
   std::vector<const QuantizedWeights*> runs;
-  for (int64_t at = 0; at + static_cast<int64_t>(sizeof(QuantizedWeights)) <= weight.numel();) {
+  int64_t at = 0;
+  while (at + static_cast<int64_t>(sizeof(QuantizedWeights)) <= weight.numel()) {
     const auto* const run = reinterpret_cast<const QuantizedWeights*>(bytes + at);
     if (run->magic != QuantizedWeights::kMagic) break;
+    // Damaged bytes may hold any number: sizes are made of those alone that can be.
+    TORCH_CHECK(is_possible(*run, rows), name, no_weights());
     const QuantizedWeights own = kernels.shape(run->kind, run->units, run->gates, run->k_count);
     TORCH_CHECK(run->lanes == own.lanes && run->group == own.group, name,
                 " was quantized for another machine or instruction set: quantize the module anew");
     at += aligned(kernels.bytes(*run));
-    TORCH_CHECK(at <= weight.numel() && run->gates * run->units == weight.size(0), name,
-                no_weights());
+    TORCH_CHECK(at <= weight.numel(), name, no_weights());
     runs.push_back(run);
   }
-  TORCH_CHECK(!runs.empty(), name, no_weights());
+  // Behind the last run a row may be filled up, no more.
+  TORCH_CHECK(!runs.empty() && weight.numel() - at < rows, name, no_weights());
   return runs;
 }
 

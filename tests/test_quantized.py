@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -438,6 +439,82 @@ def test_weights_of_another_machine_are_refused() -> None:
     words[3] *= 2  # units of a panel
     with pytest.raises(RuntimeError, match="w_hh was quantized for another machine"):
         functional.scan(torch.randn(3, 2, 5), packed(5), weight)
+
+
+def damaged(weight: Tensor, at: int, change: int) -> Tensor:
+    """``weight`` with the byte ``at`` changed."""
+    copied = weight.clone()
+    copied.view(-1)[at] ^= change
+    return copied
+
+
+HEADER = 64  # bytes before the numbers of a run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_header_of_other_bytes_gives_an_error_or_the_same(kind: Any) -> None:
+    """Whatever they say, nothing is read beyond the tensor."""
+    weight = _packed.pack(torch.randn(32, 40), kind, gates=4)
+    x, w_hh = torch.randn(3, 2, 40), _packed.pack(torch.randn(32, 8), kind, gates=4)
+    expected = functional.scan(x, weight, w_hh).output
+    refused = 0
+    for at in range(HEADER):
+        for change in (1, 0x10, 0x80, 0xFF):
+            try:
+                found = functional.scan(x, damaged(weight, at, change), w_hh).output
+            except RuntimeError:
+                refused += 1
+            else:
+                assert torch.equal(found, expected)
+    assert refused == 4 * 40  # all that is a number: the rest fills the line
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_header_is_no_less_suspected(kind: Any) -> None:
+    first = _packed.pack(torch.randn(32, 7), kind, gates=4).numel()
+    weight = _packed.pack(torch.randn(32, 47), kind, gates=4, columns=(7, 40))
+    for at in range(first, first + 40):
+        for change in (1, 0x10, 0x80, 0xFF):
+            with pytest.raises(RuntimeError, match=r"got other bytes|for another machine"):
+                _packed.unpack(damaged(weight, at, change))
+
+
+@pytest.mark.parametrize(
+    ("form", "at", "number"),
+    [
+        ("i", 8, 7),
+        ("i", 20, -1),
+        ("i", 20, 0),
+        ("q", 24, 0),
+        ("q", 24, 1 << 62),
+        ("q", 32, -(1 << 40)),
+        ("q", 32, 1 << 62),
+    ],
+    ids=["kind", "negative-gates", "gates", "no-units", "units", "negative-columns", "columns"],
+)
+def test_numbers_that_cannot_be_are_refused(form: str, at: int, number: int) -> None:
+    weight = packed(8)
+    struct.pack_into(form, weight.numpy().reshape(-1), at, number)
+    with pytest.raises(RuntimeError, match=r"what pyseq\.quantize packed, got other bytes"):
+        _packed.unpack(weight)
+
+
+@pytest.mark.parametrize("columns", [(40,), (7, 33)], ids=["one", "two"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_that_are_missing_are_missed(kind: Any, columns: tuple[int, ...]) -> None:
+    numbers = torch.randn(32, 40)
+    weight = _packed.pack(numbers, kind, gates=4, columns=columns)
+    first = _packed.pack(numbers[:, : columns[0]], kind, gates=4)
+    for size in range(weight.shape[1]):
+        prefix = weight.view(-1)[: 32 * size].view(32, size)
+        if prefix.shape == first.shape:  # which is all of what one run takes
+            assert torch.equal(prefix, first)
+            continue
+        with pytest.raises(RuntimeError, match="got other bytes"):
+            _packed.unpack(prefix)
+    for rows in (0, 16, 31):
+        with pytest.raises(RuntimeError, match="got other bytes"):
+            _packed.unpack(weight[:rows])
 
 
 def test_a_quantized_model_is_not_saved(tmp_path: Any) -> None:
