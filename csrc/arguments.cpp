@@ -324,6 +324,13 @@ DecodeShape check_shape(const DecodeInputs& in) {
 
 }  // namespace
 
+void check_shared_rows(const DecodeInputs& in) {
+  const DecodeShape shape = check_shape(in);
+  const int64_t sources = in.memory.size(1);
+  check_memory_rows(*in.memory_rows, shape.batch, sources, in.x);
+  check_lengths(in.lengths, sources, shape.source, "S");
+}
+
 DecodeArguments check_decode(const DecodeInputs& in) {
   const DecodeShape shape = check_shape(in);
   OptionalTensor source_rows, lengths = in.lengths;

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The autograd Functions Scan, Decode, LinearCrossEntropy and Linear.
 #include <ATen/TensorOperators.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 
 #include <algorithm>
 #include <string>
 
 #include "autograd_common.h"
+#include "decode.h"
 #include "layers.h"
 #include "loss.h"
 #include "scan_both.h"
@@ -468,6 +470,15 @@ Decoded decode(const Tensor& x, at::TensorList layers, const Tensor& keys, const
                    fed, memory_rows);
   }
   if (memory_rows.has_value()) {
+    // What stands for a tensor while a program is traced has no numbers to look at.
+    if (!at::areAnyTensorSubclassLike({x, keys, memory, *memory_rows})) {
+      check_shared_rows(
+          {x,        layers,     keys,          memory,         combine,         weight_query,
+           weight_v, h_0,        c_0,           feed,           lengths,         dropout_masks,
+           cell,     score,      input_feeding, weight_history, weight_position, weight_position_v,
+           step,     past,       heads,         window,         history,         order,
+           fed,      memory_rows});
+    }
     // So that the gradients of all that attend to a row are added up.
     return decode(
         x, layers, keys.index_select(1, *memory_rows), memory.index_select(1, *memory_rows),

@@ -64,6 +64,9 @@ struct DecodeArguments {
 
 DecodeArguments check_decode(const DecodeInputs& inputs);
 
+// What of that must hold before anybody takes the `memory_rows` of keys, memory and lengths.
+void check_shared_rows(const DecodeInputs& inputs);
+
 // The same of what does not depend on the steps, for an operator that makes its own: `x` then
 // gives no more than dtype and device, and is called `like`.
 DecodeShape check_decoder(const DecodeInputs& inputs, int64_t batch, int64_t input,

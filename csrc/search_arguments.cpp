@@ -86,10 +86,6 @@ GenerateShape check_generate(const OwnTokensInputs& in) {
                               in.history,
                               in.order,
                               in.fed};
-    check_dim(*in.combine, "combine", 2, "(H, M + H)");
-    TORCH_CHECK(in.combine->size(0) == hidden,
-                "h_0 must be (L, B, H) with H = ", in.combine->size(0), " as combine, got ",
-                shape_text(in.h_0.sizes()));
     decoder = check_decoder(inputs, batch, embedding.size(1), like);
   } else {
     decoder = check_stack(in, batch, hidden, like);

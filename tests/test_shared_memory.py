@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -107,6 +108,7 @@ def test_vmap_goes_sample_by_sample() -> None:
         torch.testing.assert_close(both[index], alone)
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["values", "gradients"])
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -117,10 +119,39 @@ def test_vmap_goes_sample_by_sample() -> None:
     ],
     ids=["large", "negative", "few", "int32"],
 )
-def test_rows_that_do_not_fit_are_refused(rows: Tensor, message: str) -> None:
+def test_rows_that_do_not_fit_are_refused(rows: Tensor, message: str, gradients: bool) -> None:
     shared, _ = call(DecodeCase())
-    with pytest.raises(RuntimeError, match=message):
-        functional.decode(**(shared | {"memory_rows": rows}))
+    x = shared["x"].detach().requires_grad_(gradients)
+    with pytest.raises(RuntimeError, match=message), torch.set_grad_enabled(gradients):
+        functional.decode(**(shared | {"x": x, "memory_rows": rows}))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("memory", lambda memory: memory[0], r"memory must be \(S, B, M\)"),
+        ("keys", lambda keys: keys[:, :2], r"keys must be \(S, B, A\)"),
+        ("lengths", lambda lengths: lengths[:2], r"lengths must be \(B,\) = \(3,\)"),
+        ("lengths", lambda lengths: lengths + 99, "lengths must be between 0 and S"),
+    ],
+    ids=["memory", "keys", "lengths", "too-long"],
+)
+def test_what_rows_are_taken_of_is_checked_before(
+    name: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    """With gradients and without them."""
+    shared, _ = call(DecodeCase(lengths="ragged"))
+    wrong = shared | {name: change(shared[name].detach())}
+    found = []
+    for gradients in (False, True):
+        x = shared["x"].detach().requires_grad_(gradients)
+        with (
+            pytest.raises(RuntimeError, match=message) as caught,
+            torch.set_grad_enabled(gradients),
+        ):
+            functional.decode(**(wrong | {"x": x}))
+        found.append(str(caught.value))
+    assert found[0] == found[1]
 
 
 def test_groups_come_back_as_they_went() -> None:
