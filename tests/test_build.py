@@ -162,6 +162,18 @@ def test_rebuild_command_of_an_installed_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_source_distribution_has_what_the_repository_has(tmp_path: Path) -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode or "MANIFEST.in" not in listed.stdout.split("\n"):
+        pytest.skip("not a clone of the repository")
+    result = run_python("setup.py", "-q", "egg_info", "--egg-base", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    packed = (tmp_path / "pyseq_torch.egg-info" / "SOURCES.txt").read_text().splitlines()
+    kept = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+    assert kept - set(packed) == {".gitignore"}
+    assert "pyseq/_build.py" not in packed
+
+
 def test_one_openmp_runtime_is_loaded() -> None:
     program = "import pyseq; print(open('/proc/self/maps').read())"
     files = set(run_python("-c", program).stdout.split())
