@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .files import replaced
 from .measure import Measurement
 from .workloads import ImplementationName
 
@@ -107,5 +108,6 @@ def draw(measurements: Sequence[Measurement], facts: Mapping[str, str | int], pa
             ncols=len(order),
             frameon=False,
         )
-        figure.savefig(path, metadata={"Date": None})
+        with replaced(path) as fresh:
+            figure.savefig(fresh, format="svg", metadata={"Date": None})
         pyplot.close(figure)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .chart import draw
+from .files import write_text
 from .machine import Machine
 from .measure import Measurement
 from .targets import TARGETS, Outcome, by_batch, outcomes
@@ -234,8 +235,7 @@ def _numbers(measurement: Measurement) -> dict[str, object]:
 
 def write(runs: Sequence[Run], facts: Mapping[str, str | int], command: str, folder: Path) -> None:
     """Write benchmarks.md, benchmarks.json and speed.svg."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "benchmarks.md").write_text(text(runs, facts, command), encoding="utf-8")
+    write_text(folder / "benchmarks.md", text(runs, facts, command))
     numbers = {
         "environment": dict(facts),
         "command": command,
@@ -243,5 +243,5 @@ def write(runs: Sequence[Run], facts: Mapping[str, str | int], command: str, fol
         "machines": [asdict(machine) for machine, _ in runs],
         "measurements": [_numbers(m) for _, measurements in runs for m in measurements],
     }
-    (folder / "benchmarks.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "benchmarks.json", json.dumps(numbers, indent=1) + "\n")
     draw(runs[0][1], facts, folder / "speed.svg")

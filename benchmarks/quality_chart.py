@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .files import replaced
+
 _COLOURS = ("#c44e52", "#4c72b0", "#55a868")
 
 
@@ -52,5 +54,6 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        figure.savefig(path, metadata={"Date": None})
+        with replaced(path) as fresh:
+            figure.savefig(fresh, format="svg", metadata={"Date": None})
         pyplot.close(figure)

@@ -17,11 +17,12 @@ from pathlib import Path
 from pyseq import g2p
 
 from .document import table
+from .files import write_text
 from .machine import environment
 from .quality_chart import Curve, draw
 from .quality_parts import LEAST_TRUTH, Part, Table
 from .tasks import DESCRIPTIONS
-from .trials import Archive, Result, write_text
+from .trials import Archive, Result
 
 _INTRODUCTION = """\
 What the parts of pyseq are good for, shown on models that were trained for this page. All that is

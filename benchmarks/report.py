@@ -113,12 +113,17 @@ def _measure_all(
     return measurements
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write, as the command line says."""
     parser = _options()
-    options = parser.parse_args()
+    given = sys.argv[1:] if argv is None else list(argv)
+    options = parser.parse_args(given)
+    try:
+        pattern = re.compile(options.only)
+    except re.error as error:
+        parser.error(f"--only must be a regular expression, got {options.only!r}: {error}")
     every = [*layers.workloads(), *models.workloads()]
-    chosen = [workload for workload in every if re.search(options.only, workload.name)]
+    chosen = [workload for workload in every if pattern.search(workload.name)]
     if not chosen:
         parser.error(f"no workload's name holds {options.only!r}")
     if options.list:
@@ -130,10 +135,18 @@ def main() -> None:
         parser.error(f"--threads must be numbers separated by commas, got {options.threads!r}")
     if min(counts) < 1:
         parser.error(f"--threads must be at least 1, got {options.threads!r}")
+    if not 0 < options.seconds < math.inf:
+        parser.error(f"--seconds must be a positive number, got {options.seconds}")
     part = options.quick or options.only or options.without
     passes = (1 if part else 2) if options.passes is None else options.passes
     if passes < 1:
         parser.error(f"--passes must be at least 1, got {passes}")
+    folder = options.output or (None if part else DOCS)
+    if folder is not None:
+        try:  # now, not after an hour
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--output must be a folder to write in, got {folder}: {error}")
 
     facts = environment()
     if float(facts["load"]) > 1:
@@ -145,11 +158,10 @@ def main() -> None:
         machine = measure_machine(threads)
         runs.append((machine, _measure_all(chosen, machine, options, passes)))
     facts["duration"] = f"{(time.perf_counter() - begin) / 60:.0f} minutes"
-    folder = options.output or (None if part else DOCS)
     if folder is None:
         print("\nNothing was written: a part of a run goes nowhere without --output.")
     else:
-        command = "make bench" if len(sys.argv) == 1 else f"{PROGRAM} {shlex.join(sys.argv[1:])}"
+        command = f"{PROGRAM} {shlex.join(given)}" if given else "make bench"
         document.write(runs, facts, command, folder)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from pyseq.scheduled import parse
 from pyseq.training import Data, ModelOptions, Trainer, TrainingOptions
 from pyseq.translator import Translator
 
+from .files import write_text
 from .tasks import Task, find
 
 #: What a result is: numbers, and lists and dictionaries of them, as JSON knows them.
@@ -172,14 +172,6 @@ class Archive:
     def _write(self, name: str, result: Result) -> None:
         path = self.folder / f"{name}.json"
         write_text(path, json.dumps(result, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, so that whoever reads it meanwhile gets the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
 
 
 def _together(trials: Sequence[Trial], beam: int) -> dict[str, object]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import document, floors, layers, models, onnx_rival
+from benchmarks import document, files, floors, layers, models, onnx_rival, report
 from benchmarks.machine import Level, Machine, environment, measure_machine
 from benchmarks.measure import Measurement, check, measure, with_saved_bytes
 from benchmarks.targets import TARGETS, Target, by_batch, outcomes
@@ -264,3 +264,42 @@ def test_document_marks_and_lists_what_is_slower(tmp_path: Path) -> None:
     assert "**miss**" in text
     assert '"threads": 2' in (tmp_path / "benchmarks.json").read_text(encoding="utf-8")
     assert (tmp_path / "speed.svg").read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_what_was_written_before_stays_until_the_new_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "page.md"
+    files.write_text(path, "old")
+
+    def interrupted() -> None:
+        with files.replaced(path) as fresh:
+            fresh.write_text("ne", encoding="utf-8")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text(encoding="utf-8") == "old"
+    files.write_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "("], r"--only must be a regular expression, got '\('"),
+        (["--only", "no such"], "no workload's name holds 'no such'"),
+        (["--threads", "2,x"], "--threads must be numbers separated by commas, got '2,x'"),
+        (["--threads", "0"], "--threads must be at least 1, got '0'"),
+        (["--passes", "0"], "--passes must be at least 1, got 0"),
+        (["--seconds", "0"], "--seconds must be a positive number, got 0.0"),
+        (["--seconds", "nan"], "--seconds must be a positive number, got nan"),
+        (["--output", __file__], "--output must be a folder to write in, got .*test_benchmarks"),
+    ],
+    ids=["pattern", "nothing", "threads", "no-thread", "passes", "seconds", "nan", "output"],
+)
+def test_wrong_options_end_before_anything_is_measured(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        report.main(arguments)
+    assert re.search(message, capsys.readouterr().err)

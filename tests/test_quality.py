@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import quality, quality_page, quality_parts, tasks, trials
+from benchmarks import files, quality, quality_page, quality_parts, tasks, trials
 from benchmarks.quality_parts import Part, Table
 from benchmarks.trials import Archive, Trial
 from pyseq.training import Interrupted
@@ -154,10 +154,10 @@ def test_missed_and_reached_goals_are_told(tmp_path: Path) -> None:
             "train_seconds": 60.0,
             "errors": {str(beam): errors(0.27) for beam in beams},
         }
-        trials.write_text(tmp_path / f"{trial.fingerprint}.json", json.dumps(result))
+        files.write_text(tmp_path / f"{trial.fingerprint}.json", json.dumps(result))
     for beam in beams:
         record = trials.fingerprint(trials._together(made.trials(name), beam))
-        trials.write_text(tmp_path / f"{record}.json", json.dumps({"errors": errors(0.23)}))
+        files.write_text(tmp_path / f"{record}.json", json.dumps({"errors": errors(0.23)}))
     text = quality_page.compose({"g2p": Part((made,), beams)}, archive, "command", threads=1).text
     assert "27.00% in the mean of 3 seeds, goal 26%: **missed**." in text
     assert "23.00%, goal 24%: reached." in text
