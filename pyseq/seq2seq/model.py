@@ -4,34 +4,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import search
 from .._arguments import constructor_takes
 from .._checks import check_all, check_shape
 from ..bridge import SOURCELESS, Bridge
 from ..extra import Conditions
 from ..scheduled import Sampling
-from ..search import (
-    EncodedSource,
-    FusedSearch,
-    Hypothesis,
-    SearchModel,
-    SearchOptions,
-    Step,
-    StreamedToken,
-)
+from ..search import EncodedSource, FusedSearch, Step
 from ..search.rules import widened
 from ..types import PAD, Copies, DecoderState, State, kind, state_parts
 from .decoder import Decoder
 from .encoder import Encoder
-from .given import Given
 from .inputs import check_vocab_size, rows_together, valid_steps
 from .options import Placing, Seq2SeqArguments, config_of
+from .searched import Searched
 
 __all__ = ["Seq2Seq"]
 
@@ -44,7 +34,7 @@ class _Encoded(NamedTuple):
     context: Tensor | None  # (B, M), if it is read at every step
 
 
-class Seq2Seq(torch.nn.Module):
+class Seq2Seq(Searched):
     """A model of target sequences given source sequences.
 
     ``memory, state = encoder(source)``, and
@@ -406,115 +396,6 @@ class Seq2Seq(torch.nn.Module):
         if self.decoder.context_size is not None:
             context = state_parts(self.encoder.cell, hidden)[0][-1]
         return _Encoded(memory, self.bridge(hidden), context)
-
-    def generate(
-        self,
-        source: Tensor,
-        source_lengths: Tensor,
-        *,
-        max_length: int,
-        beam_size: int = 1,
-        length_penalty: float = 0.0,
-        source_extra: Tensor | None = None,
-        target_extra: Tensor | None = None,
-        copies: Tensor | None = None,
-    ) -> list[Hypothesis]:
-        """The best target sequence that search finds for each source.
-
-        The short form of :meth:`search`, which has more options and gives more hypotheses.
-
-        Args:
-            source, source_lengths: as in :meth:`forward`.
-            max_length: the most tokens to emit, ``<stop>`` included.
-            beam_size: hypotheses to follow; 1 is greedy search.
-            length_penalty: as in :func:`pyseq.search.beam`.
-            source_extra, target_extra, copies: as in :meth:`forward`; of each step, there
-                must be at least max_length of them for the target.
-
-        Returns:
-            One :class:`pyseq.search.Hypothesis` per row, with tokens (no ``<start>``, no
-            ``<stop>``), score (nats) and attention weights (len(tokens), S of the row),
-            None without attention. Dropout is off, whatever the mode.
-
-        Raises:
-            ValueError: an option is out of its range.
-            RuntimeError: the logits are not finite.
-        """
-        model = self._given(source_extra, target_extra, copies, max_length)
-        options = SearchOptions(
-            max_length=max_length, beam_size=beam_size, length_penalty=length_penalty
-        )
-        return [best[0] for best in search.search(model, source, source_lengths, options)]
-
-    def search(
-        self,
-        source: Tensor,
-        source_lengths: Tensor,
-        options: SearchOptions,
-        *,
-        generator: torch.Generator | None = None,
-        source_extra: Tensor | None = None,
-        target_extra: Tensor | None = None,
-        copies: Tensor | None = None,
-    ) -> list[list[Hypothesis]]:
-        """The target sequences that a search with these options finds for each source.
-
-        Args, Returns, Raises: see :func:`pyseq.search.search`, and for the extra information
-            and copies :meth:`generate`.
-        """
-        model = self._given(source_extra, target_extra, copies, options.max_length)
-        return search.search(model, source, source_lengths, options, generator=generator)
-
-    def stream(
-        self,
-        source: Tensor,
-        source_lengths: Tensor,
-        options: SearchOptions,
-        *,
-        generator: torch.Generator | None = None,
-        source_extra: Tensor | None = None,
-        target_extra: Tensor | None = None,
-        copies: Tensor | None = None,
-    ) -> Iterator[StreamedToken]:
-        """The tokens of greedy search or sampling one by one, as they are found.
-
-        Args, Returns, Raises: see :func:`pyseq.search.stream`, and for the extra information
-            and copies :meth:`generate`.
-        """
-        model = self._given(source_extra, target_extra, copies, options.max_length)
-        return search.stream(model, source, source_lengths, options, generator=generator)
-
-    def given(
-        self,
-        *,
-        source_extra: Tensor | None = None,
-        target_extra: Tensor | None = None,
-        copies: Tensor | None = None,
-    ) -> Given:
-        """This model with the extra information of some sources, and what may be copied of
-        them, as :mod:`pyseq.search` and :class:`pyseq.Ensemble` take it.
-
-        Args:
-            source_extra, target_extra, copies: as in :meth:`forward`, for the sources to be
-                searched.
-        """
-        return Given(self, source_extra, target_extra, copies)
-
-    def _given(
-        self,
-        source_extra: Tensor | None,
-        target_extra: Tensor | None,
-        copies: Tensor | None,
-        max_length: int,
-    ) -> SearchModel:
-        if target_extra is not None and target_extra.dim() == 3 and len(target_extra) < max_length:
-            raise RuntimeError(
-                f"target_extra must have at least max_length = {max_length} steps, got "
-                f"{len(target_extra)}"
-            )
-        if source_extra is target_extra is copies is None:
-            return self
-        return self.given(source_extra=source_extra, target_extra=target_extra, copies=copies)
 
     def encode_source(
         self,
