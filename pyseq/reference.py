@@ -622,8 +622,10 @@ def decode(
 def history_keys(past: Tensor, weight_history: Tensor) -> Tensor:
     """What past weights (B, N, S) add to the keys (S, B, A): a convolution over positions,
     ``sum_j U_j past_{s + j - (K - 1) / 2}`` with U (A, K), zero beyond both ends."""
-    heads, taps = past.shape[1], weight_history.shape[1]
-    around = torch.nn.functional.pad(past, (taps // 2, taps // 2)).unfold(2, taps, 1)
+    (_, heads, source), taps = past.shape, weight_history.shape[1]
+    # With one more at the end, so that none is too few.
+    around = torch.nn.functional.pad(past, (taps // 2, taps // 2 + 1)).unfold(2, taps, 1)
+    around = around[:, :, :source]
     own = weight_history.unflatten(0, (heads, weight_history.shape[0] // heads))
     return torch.einsum("bnsk,nak->sbna", around, own).flatten(2)
 

@@ -79,6 +79,7 @@ CASES = [
     Case(batch=0, heads=2),
     Case(steps=0, past=True),
     Case(source=1, taps=31, history="cumulative"),
+    Case(source=0, heads=2, past=True),
     Case(source=40, size=33, memory=19, taps=31, ragged=True),
 ]
 EACH = pytest.mark.parametrize("case", CASES, ids=str)

@@ -177,15 +177,16 @@ def _history_keys_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of :func:`pyseq.reference.history_keys`: of the past and the weight."""
     (_, heads, source), taps = past.shape, weight_history.shape[1]
-    around = torch.nn.functional.pad(past, (taps // 2, taps // 2)).unfold(2, taps, 1)
+    # With one more at the end, as there.
+    around = torch.nn.functional.pad(past, (taps // 2, taps // 2 + 1)).unfold(2, taps, 1)
     split = (heads, weight_history.shape[0] // heads)
     d_own, own = d_keys.unflatten(2, split), weight_history.unflatten(0, split)
-    d_around = torch.einsum("sbna,nak->bnsk", d_own, own)
+    d_around = torch.nn.functional.pad(torch.einsum("sbna,nak->bnsk", d_own, own), (0, 0, 0, 1))
     d_padded = torch.ops.aten.unfold_backward(
-        d_around, (*past.shape[:2], source + taps - 1), 2, taps, 1
+        d_around, (*past.shape[:2], source + taps), 2, taps, 1
     )
     d_past: Tensor = d_padded.narrow(2, taps // 2, source)
-    return d_past, torch.einsum("sbna,bnsk->nak", d_own, around).flatten(0, 1)
+    return d_past, torch.einsum("sbna,bnsk->nak", d_own, around[:, :, :source]).flatten(0, 1)
 
 
 _LIBRARY = Library("pyseq", "FRAGMENT")
