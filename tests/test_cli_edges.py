@@ -135,3 +135,25 @@ def test_cells_have_their_short_names(
     assert train(pairs, tmp_path / "model", *cells, "--resume", "--epochs", "2") == 0
     assert train(pairs, tmp_path / "model", "--cell", "gru", "--resume", "--epochs", "3") == 1
     assert "goes on with cell = rnn_tanh, got gru" in capsys.readouterr().err
+
+
+def test_pairs_may_stand_behind_options(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("sacrebleu", "rapidfuzz"):
+        pytest.importorskip(package, reason="scores need the extra 'train'")
+    out = str(tmp_path / "model")
+    assert cli.main(["train", "--out", out, *SMALL, str(pairs), "--hidden-size", "6"]) == 0
+    results = set()
+    for arguments in (
+        [out, str(pairs), "--beam-size", "2"],
+        [out, "--beam-size", "2", str(pairs)],
+        ["--beam-size", "2", out, str(pairs)],
+    ):
+        capsys.readouterr()
+        assert cli.main(["evaluate", *arguments]) == 0
+        results.add(capsys.readouterr().out)
+    assert len(results) == 1
+    for wrong in ([out, str(pairs), "--beam-size", "2", "more"], [out, "--bogus", str(pairs)]):
+        assert cli.main(["evaluate", *wrong]) == 2
+        assert "unrecognized arguments: " in capsys.readouterr().err

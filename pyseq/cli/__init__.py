@@ -22,7 +22,7 @@ from .. import __version__, info
 from ..errors import PyseqError
 from ..training import Interrupted
 from . import convert, evaluate, predict, train
-from .common import EXIT_SIGNAL, say
+from .common import EXIT_SIGNAL, Parser, say
 
 _EXIT_ERROR = 1
 _PACKAGE = str(Path(__file__).parents[1])
@@ -96,8 +96,8 @@ def _is_lack_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="pyseq", description="Recurrent sequence-to-sequence models with fused kernels."
     )
     parser.add_argument("--version", action="version", version=f"pyseq {__version__}")

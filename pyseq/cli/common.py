@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,22 @@ TASK_OF: dict[str, training.TaskName] = {"Tagger": "tag", "Classifier": "classif
 _MOST_THREADS = 1024
 
 EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose PAIRS.tsv may stand behind options, wherever the command's other words stand.
+
+    argparse of Python below 3.12.7 takes an argument that may be missing for missing when the first
+    of the others is found.
+    """
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        found, rest = super().parse_known_args(args, namespace)
+        if rest and not rest[0].startswith("-") and getattr(found, "pairs", rest) is None:
+            found.pairs = rest.pop(0)
+        return found, rest
 
 
 def say(text: str) -> None:
