@@ -23,10 +23,12 @@ constexpr size_t kDirections = 2;
 constexpr size_t kWeights = 5, kWithPeepholes = 6, kWithExtras = kWithPeepholes + kScanExtras;
 
 // Whether each direction is better off with one thread, and waits for none, than both in turn
-// with all of them: if there are two, or if a step is too short to be shared out.
-bool one_thread_each(int64_t batch, int64_t weights, int threads) {
-  constexpr int64_t kShortStep = 1 << 19;  // multiply-adds
-  return threads == 2 || (threads > 2 && batch * weights <= kShortStep);
+// with all of them: if there are two, or if a step is too short to be shared out; but not if all
+// steps take no longer than it may take to wake another thread.
+bool one_thread_each(int64_t steps, int64_t batch, int64_t weights, int threads) {
+  constexpr int64_t kShortStep = 1 << 19, kShortCall = 1 << 17;  // multiply-adds
+  if (threads < 2 || steps * batch * weights <= kShortCall) return false;
+  return threads == 2 || batch * weights <= kShortStep;
 }
 
 // A stream of `device` beside `own`, the same one again: the allocator keeps memory by stream.
@@ -108,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
   };
   const OptionalTensor w_hh = weights.get(1);
   if (x.is_cpu() &&
-      one_thread_each(x.size(1), w_hh.has_value() ? w_hh->numel() : 0, thread_count())) {
+      one_thread_each(x.size(0), x.size(1), w_hh.has_value() ? w_hh->numel() : 0, thread_count())) {
     const at::ThreadLocalState caller;
     at::parallel_for(0, int64_t{kDirections}, 1, [&](int64_t begin, int64_t end) {
       const at::ThreadLocalStateGuard as_the_caller(caller);

@@ -100,9 +100,11 @@ EXTRAS = ("h_mask", "zoneout_h", "zoneout_c", "reset_state", "layer_norm")
 
 
 def both_with_extras(cell: Any, **options: Any) -> dict[str, Any]:
-    """Each direction with the masks, states and gains that a scan takes, of its own."""
-    arguments = both_call(cell, (5, 2, 4, 6), lengths="ragged", resets="random")
-    call = ScanCase(cell=cell, sizes=(5, 2, 4, 6), resets="random", **options).call()
+    """Each direction with the masks, states and gains that a scan takes, of its own. Large enough
+    to take a thread each."""
+    sizes = (5, 2, 4, 120)
+    arguments = both_call(cell, sizes, lengths="ragged", resets="random")
+    call = ScanCase(cell=cell, sizes=sizes, resets="random", **options).call()
     given = {name: call.inputs[name] for name in EXTRAS if name in call.inputs}
     more = map_leaves(lambda _, t: t.flip(-1), given)
     return arguments | {"extras": (ScanExtras(**given), ScanExtras(**more))}
@@ -217,8 +219,9 @@ def test_bad_tensors_are_refused(
 ) -> None:
     set_threads(threads)
     changes, message = BAD[name]
+    # So many steps that each direction takes a thread.
     with pytest.raises(RuntimeError, match=message):
-        functional.scan_both(**(both_call("gru", (5, 2, 4, 7)) | changes))
+        functional.scan_both(**(both_call("gru", (500, 2, 4, 7)) | changes))
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])

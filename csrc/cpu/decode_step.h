@@ -118,10 +118,10 @@ StepCost decoder_cost(const Decode<T>& args, int gates, int barriers) {
   const int64_t seen = positions_seen(args.window, args.source);
   const int64_t row_work =
       seen * (args.key_size * (args.additive ? kTanhWork : 1) + args.memory_size);
-  return quantized_cost(
-      args.layers[0].quantized_hh,
-      {args.batch, weights, row_work, weights * kBytes,
-       (args.layer_count * H + args.key_size + args.memory_size + H) * kBytes, barriers});
+  return quantized_cost(args.layers[0].quantized_hh,
+                        {args.batch, weights, row_work, weights * kBytes,
+                         (args.layer_count * H + args.key_size + args.memory_size + H) * kBytes,
+                         barriers, args.steps});
 }
 
 template <class T>

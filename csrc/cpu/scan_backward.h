@@ -295,8 +295,8 @@ void scan_backward_cell(const ScanBackward<T>& args) {
   const int64_t weights = (Cell::kRecurrent ? G * H * head_size : 0) + (projects ? P * H : 0);
   const int barriers = (projects || Cell::kGatesState ? 2 : 1) + (Normed ? 1 + Cell::kStates : 0);
   constexpr int64_t kBytes = sizeof(T);
-  const StepCost cost{B,       weights, 0, weights * kBytes, ((projects ? P : 0) + G * H) * kBytes,
-                      barriers};
+  const StepCost cost{
+      B, weights, 0, weights * kBytes, ((projects ? P : 0) + G * H) * kBytes, barriers, args.steps};
   const Plan plan = Cell::kRecurrent ? plan_steps(cost, args.threads)
                                      : plan_free(length * B * H * kUnitCost, args.threads);
   ScanBlocks<T> w_hh{{args.w_hh, P, P, 1, Cell::kRecurrent ? G * H : 0, nullptr}, 1, {}};

@@ -23,7 +23,8 @@ void scan_forward_cell(const ScanForward<T>& args) {
   // The rows of a normalisation are waited for.
   const int barriers = (projects || Cell::kGatesState ? 2 : 1) + (Normed ? 1 + K : 0);
   constexpr int64_t kBytes = sizeof(T);
-  const StepCost cost{B, weights, 0, weights * kBytes, (projects ? P + H : P) * kBytes, barriers};
+  const StepCost cost{B,        weights,   0, weights * kBytes, (projects ? P + H : P) * kBytes,
+                      barriers, args.steps};
   const Plan plan = Cell::kRecurrent
                         ? plan_steps(quantized_cost(args.quantized_hh, cost), args.threads)
                         : plan_free(args.steps * B * (weights + H * kUnitCost), args.threads);

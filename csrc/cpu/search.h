@@ -28,9 +28,9 @@ GenerateStatus generate(const Generate<T>& args) {
   const int64_t more = gates * H * args.embedding_size + H * args.vocab;
   cost.weights += more;
   cost.weight_bytes += more * static_cast<int64_t>(sizeof(T));
-  Plan plan = plan_steps(cost, args.decoder.threads);
+  cost.steps = args.max_length;
   // The hypotheses of a row stay together.
-  if (plan.teams > args.rows) plan.teams = 1;
+  const Plan plan = plan_steps(cost, args.decoder.threads, args.rows);
 
   Pieces<T> count(nullptr);
   Pieces<char> count_others(nullptr);

@@ -90,14 +90,16 @@ Range share(int64_t count, int index, int members) {
   return {begin, begin + each + (index < more ? 1 : 0)};
 }
 
-Plan plan_steps(const StepCost& cost, int threads) {
-  // Rates of one core, in multiply-adds and bytes per nanosecond, and the price of a
-  // barrier in nanoseconds, as measured on two cores that share no cache. They only have to rank
-  // three plans: one thread, a team per thread, one team of all.
+Plan plan_steps(const StepCost& cost, int threads, int64_t most_teams) {
+  // Rates of one core, in multiply-adds and bytes per nanosecond, and the price of a barrier and of
+  // calling other threads in nanoseconds, as measured on two cores that share no cache. They only
+  // have to rank three plans: one thread, a team per thread, one team of all. (Others answer a call
+  // within 2 us, or within 15 if they sleep.)
   constexpr double kMultiplyAdds = 120;
   constexpr double kWeightBytes = 160;
   constexpr double kForeignBytes = 2;
   constexpr double kBarrier = 700;
+  constexpr double kCall = 5000;
   threads = static_cast<int>(std::min<int64_t>(threads, kMaxTeams));
   if (threads <= 1 || cost.rows == 0) return {1, 1};
 
@@ -108,11 +110,13 @@ Plan plan_steps(const StepCost& cost, int threads) {
     return unit_share * (work + cost.weight_bytes / kWeightBytes);
   };
   const double alone = time(1, 1);
-  const int64_t teams = std::min<int64_t>(threads, cost.rows);
+  const int64_t teams = std::min({int64_t{threads}, cost.rows, most_teams});
   const double largest_slice = static_cast<double>((cost.rows + teams - 1) / teams) / cost.rows;
-  const double sliced = time(largest_slice, 1);
+  const double call = kCall / static_cast<double>(std::max<int64_t>(cost.steps, 1));
+  const double sliced = time(largest_slice, 1) + call;
   const double foreign = cost.rows * cost.state_bytes * (1 - 1.0 / threads);
-  const double split = time(1, 1.0 / threads) + foreign / kForeignBytes + cost.barriers * kBarrier;
+  const double split =
+      time(1, 1.0 / threads) + foreign / kForeignBytes + cost.barriers * kBarrier + call;
   if (alone <= 2000 && alone <= 2 * std::min(sliced, split)) return {1, 1};
   if (alone <= std::min(sliced, split)) return {1, 1};
   if (sliced <= split) return {static_cast<int>(teams), static_cast<int>(teams)};

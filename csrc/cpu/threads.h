@@ -53,6 +53,7 @@ struct StepCost {
   int64_t weight_bytes;  // bytes of packed weights read per step
   int64_t state_bytes;   // per row and step: what is read by others than who wrote it when split
   int barriers;          // barriers per step when the units are split
+  int64_t steps;         // so many at a time
 };
 
 struct Plan {
@@ -62,7 +63,8 @@ struct Plan {
 
 constexpr int kMaxTeams = 256;
 
-Plan plan_steps(const StepCost& cost, int threads);
+// With no more than `most_teams`, where rows belong together.
+Plan plan_steps(const StepCost& cost, int threads, int64_t most_teams = kMaxTeams);
 
 // Runs body(context, thread, threads) on up to `threads` threads; the count passed is what
 // the runtime really gave, or one while the cores turn out to be taken by other work. With one

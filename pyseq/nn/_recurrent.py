@@ -131,8 +131,10 @@ class Recurrent(RecurrentOptions):
         learned = self._learned()
         try:
             plain = self._plain and masks is None and not return_states and not self._drops()
-            if plain and (not self.bidirectional or runs_both()):
-                return self._scan_plain(x, parts, lengths, resets)
+            if plain and self.bidirectional and runs_both():
+                return self._scan_plain_both(x, parts, lengths, resets)
+            if plain and not self.bidirectional and lengths is None and resets is None:
+                return self._scan_plain(x, parts)
             steps, batch, _ = x.shape
             if masks is None:
                 masks = self.draw_masks(steps, batch)
@@ -200,40 +202,45 @@ class Recurrent(RecurrentOptions):
         return self.training and self.dropout > 0 and self.num_layers > 1
 
     def _scan_plain(
+        self, x: Tensor, parts: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """:meth:`_scan` of layers in one direction that do nothing besides. In single steps of
+        small layers the bookkeeping for more would take as long as the operator."""
+        cell, state, states = self.cell, None, []
+        for index, weights in enumerate(self._weights()):
+            if parts:
+                state = join_parts(tuple([part[index] for part in parts]))
+            # Peepholes, behind these five, are no plain layer's.
+            x, last = functional.scan(x, *weights[:5], state, cell=cell)
+            states.append(state_parts(cell, last))
+        if len(states) == 1:
+            return x, tuple([part.unsqueeze(0) for part in states[0]]), ()
+        return x, join_layers(torch.stack, states), ()
+
+    def _scan_plain_both(
         self,
         x: Tensor,
         parts: tuple[Tensor, ...],
         lengths: Tensor | None,
         resets: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """:meth:`_scan` of layers that do nothing besides, one operator each. In single steps of
-        small layers the bookkeeping for more would take as long as the operator."""
+        """The same in both directions, without gradients."""
         cell, state, states = self.cell, None, []
-        # Peepholes, behind these five, are no plain layer's.
-        weights = [own[:5] for own in self._weights()]
-        if self.bidirectional:
-            for first in range(0, len(weights), 2):
-                if parts:
-                    state = join_parts(tuple([part[first : first + 2] for part in parts]))
-                x, last = functional.scan_both(
-                    x,
-                    weights[first],
-                    weights[first + 1],
-                    state,
-                    cell=cell,
-                    lengths=lengths,
-                    resets=resets,
-                )
-                states.append(state_parts(cell, last))
-            return x, states[0] if len(states) == 1 else join_layers(torch.cat, states), ()
-        for index, own in enumerate(weights):
+        weights = self._weights()
+        for first in range(0, len(weights), 2):
             if parts:
-                state = join_parts(tuple([part[index] for part in parts]))
-            x, last = functional.scan(x, *own, state, cell=cell, lengths=lengths, resets=resets)
+                state = join_parts(tuple([part[first : first + 2] for part in parts]))
+            x, last = functional.scan_both(
+                x,
+                weights[first][:5],
+                weights[first + 1][:5],
+                state,
+                cell=cell,
+                lengths=lengths,
+                resets=resets,
+            )
             states.append(state_parts(cell, last))
-        if len(states) == 1:
-            return x, tuple([part.unsqueeze(0) for part in states[0]]), ()
-        return x, join_layers(torch.stack, states), ()
+        return x, states[0] if len(states) == 1 else join_layers(torch.cat, states), ()
 
     def forward(
         self,
