@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import constructor_takes
-from ._checks import check_positive, check_shape
+from ._checks import check_positive, check_shape, check_tensor
 from ._dropout import apply_dropout
 from .nn._common import changed_options
 from .seq2seq import Encoder, Seq2Seq, valid_steps
@@ -207,6 +207,7 @@ class Classifier(_Labelling):
         if self.pooling == "last":
             h = state_parts(self.encoder.cell, state)[0]
             return apply_dropout(h[-1], self.encoder.dropout, self.training)
+        check_tensor("lengths", lengths)
         lengths = lengths.to(memory.device)
         if self.pooling == "mean":  # padding is zero
             mean: Tensor = memory.sum(0) / lengths.clamp(min=1).unsqueeze(1)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,6 +50,43 @@ def test_a_search_names_them_too() -> None:
 def test_labels_name_them_too() -> None:
     with pytest.raises(IndexError, match="source must hold ids"):
         pyseq.Tagger(9, 3, embedding_size=4, hidden_size=4)(tokens(4, 9), LENGTHS)
+
+
+MODELS: dict[str, Callable[[Tensor], object]] = {
+    "search": lambda lengths: _seq2seq().generate(tokens(4, 5), lengths, max_length=3),
+    "features": lambda lengths: _seq2seq(None, source_features=2)(
+        torch.ones(1, 2, 2), lengths, START
+    ),
+    "copies": lambda lengths: _seq2seq(copy="pointer").generate(
+        tokens(4, 5), lengths, max_length=3, copies=tokens(4, 5)
+    ),
+    "extra": lambda lengths: _seq2seq(source_extra_size=1)(
+        tokens(4, 5), lengths, START, source_extra=torch.ones(2, 1, 1)
+    ),
+    "tagger": lambda lengths: pyseq.Tagger(9, 3, hidden_size=4)(tokens(4, 5), lengths),
+    "classifier": lambda lengths: pyseq.Classifier(9, 3, hidden_size=4, pooling="max")(
+        tokens(4, 5), lengths
+    ),
+}
+
+
+def _seq2seq(source_vocab_size: int | None = 9, **options: Any) -> pyseq.Seq2Seq:
+    return pyseq.Seq2Seq(source_vocab_size, 7, embedding_size=4, hidden_size=4, **options)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_lengths_are_one_for_each_row(model: str) -> None:
+    for wrong in (torch.tensor([2, 2]), torch.tensor([[2]]), torch.tensor(2)):
+        with pytest.raises(RuntimeError, match=r"lengths must be \(B,\) = \(1,?\), got \("):
+            MODELS[model](wrong)
+    with pytest.raises(TypeError, match="lengths must be a tensor, got list of 1"):
+        MODELS[model]([2])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", ["search", "copies", "tagger", "classifier"])
+def test_lengths_are_given(model: str) -> None:
+    with pytest.raises(TypeError, match="lengths must be a tensor, got NoneType"):
+        MODELS[model](None)  # type: ignore[arg-type]
 
 
 def test_a_bias_of_nothing() -> None:

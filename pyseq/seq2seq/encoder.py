@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_positive
+from .._checks import check_positive, check_shape
 from .._dropout import apply_dropout, check_probability
 from .._pickled import fill_in
 from ..extra import ExtraInformation, ExtraOptions, check_extra
@@ -160,6 +160,9 @@ class Encoder(torch.nn.Module):
         embedding = self.embedding  # once: a module is found by name in half a microsecond
         check_source(source, embedding)
         x = source.transpose(0, 1)
+        if lengths is not None and (source.dim() == 3 or extra is not None):
+            # Else the first to read them are the layers, which check them.
+            check_shape("lengths", lengths, "(B,)", (source.shape[0],))
         if source.dim() == 3:  # a NaN in the padding of features would reach the gradient
             x = without_padding(x, lengths)
         x = embed("source", embedding, x)

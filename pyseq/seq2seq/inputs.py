@@ -59,6 +59,7 @@ def check_vocab_size(name: str, size: int) -> None:
 
 def valid_steps(lengths: Tensor, like: Tensor) -> Tensor:
     """(B, S) bool on the device of ``like`` (B, S, ...): whether each step is no padding."""
+    check_shape("lengths", lengths, "(B,)", (like.shape[0],))
     steps = torch.arange(like.shape[1], device=like.device)
     return steps < lengths.to(like.device).unsqueeze(1)
 

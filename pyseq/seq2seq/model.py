@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import constructor_takes
-from .._checks import check_all, check_shape
+from .._checks import check_all, check_shape, check_tensor
 from ..bridge import SOURCELESS, Bridge
 from ..extra import Conditions
 from ..scheduled import Sampling
@@ -405,6 +405,7 @@ class Seq2Seq(Searched):
         copies: Tensor | None = None,
     ) -> tuple[EncodedSource, DecoderState]:
         """What a search begins with; see :class:`pyseq.search.SearchModel`."""
+        check_tensor("lengths", lengths)
         checked = self._copies(copies, source, lengths)
         memory, hidden, context = self._encode(source, lengths, None, source_extra)
         rnn = self.decoder.rnn
