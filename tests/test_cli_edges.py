@@ -86,11 +86,20 @@ def test_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "import"])
-def test_no_name_is_not_this_folder(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    layout = ["--from", "layers"] if command == "import" else []
-    assert cli.main([command, "file", *layout, "--out", ""]) == 2
-    assert "argument --out: must name a place, got ''" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["train", "file"], "--out"),
+        (["import", "file", "--from", "layers"], "--out"),
+        (["train", "file", "--out", "model"], "--tensorboard"),
+        (["predict", "model"], "--attention"),
+    ],
+)
+def test_no_name_is_not_this_folder(
+    command: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command, option, ""]) == 2
+    assert f"argument {option}: must name a place, got ''" in capsys.readouterr().err
 
 
 def test_a_model_that_copies_needs_no_vocabulary(pairs: Path, tmp_path: Path) -> None:

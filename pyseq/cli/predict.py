@@ -26,6 +26,7 @@ from .common import (
     begin,
     given_features,
     gives_labels,
+    place,
     positive,
     say,
 )
@@ -43,6 +44,7 @@ def add(commands: Any) -> None:
     command.add_argument("model", metavar="DIR", help="a folder that pyseq train wrote")
     command.add_argument(
         "--attention",
+        type=place,
         metavar="FOLDER",
         help="write a picture of the attention weights for each line: FOLDER/line-000001.png ...",
     )

@@ -141,7 +141,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--out", type=place, required=True, metavar="DIR", help="where the model goes"
     )
     command.add_argument(
-        "--tensorboard", metavar="FOLDER", help="write curves there that TensorBoard shows"
+        "--tensorboard",
+        type=place,
+        metavar="FOLDER",
+        help="write curves there that TensorBoard shows",
     )
     begun = command.add_mutually_exclusive_group()
     begun.add_argument(
