@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# make cuda-check compiles the CUDA sources and needs nvcc only; make bench-cuda builds for, tests on
-# and measures a CUDA device.
+# make cuda-check compiles the CUDA sources and needs nvcc only; make cuda-shim runs them without a
+# device, on the CPU; make bench-cuda builds for, tests on and measures a CUDA device.
 # make demo, test, bench, quality, lint: each makes .venv, installs torch and what it needs, builds
 # pyseq, and runs. A second call does again only what a change of the sources asks for.
 # Set on the command line: PYTHON (makes .venv), TORCH (what pip installs as torch), MAX_JOBS,
@@ -20,7 +20,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 # One file for each wish of torch, so that another wish installs anew.
 TORCH_STAMP := $(VENV)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1).stamp
 
-.PHONY: demo test bench quality lint bench-cuda cuda-check clean
+.PHONY: demo test bench quality lint bench-cuda cuda-check cuda-shim clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -50,6 +50,13 @@ lint: $(VENV)/dev.stamp
 
 cuda-check:
 	.ci/cuda-check
+
+# The whole way from Python to the CUDA kernels on a device made of the host's threads; then pyseq is
+# built again as it was.
+cuda-shim: $(VENV)/test.stamp
+	PYSEQ_CUDA=shim $(PIP) install -q -e '.[test]'
+	status=0; PYSEQ_CUDA=shim $(PY) -m pytest -q tests/test_cuda.py tests/test_cuda_loss.py \
+	  tests/test_routes.py tests/test_scan_both.py || status=$$?; $(PIP) install -q -e '.[test]'; exit $$status
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pyseq/_build.py pyseq/_C.*.so

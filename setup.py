@@ -78,9 +78,12 @@ def pybind11_includes(torch: Torch) -> list[str]:
 
 
 def cuda_option() -> str:
-    """PYSEQ_CUDA: ``auto`` builds CUDA kernels where that can be, ``0`` never, ``1`` or fails."""
+    """PYSEQ_CUDA: ``auto`` builds CUDA kernels where that can be, ``0`` never, ``1`` or fails.
+
+    ``shim`` builds them for the CPU, and a device that runs them there: for the tests alone.
+    """
     value = os.environ.get("PYSEQ_CUDA", "auto")
-    if value not in ("auto", "0", "1"):
+    if value not in ("auto", "0", "1", "shim"):
         raise SystemExit(f"PYSEQ_CUDA must be auto, 0 or 1, got {value!r}.")
     return value
 
@@ -117,7 +120,7 @@ def why_no_cuda(torch: Torch, nvcc: str | None) -> str | None:
 def find_cuda(torch: Torch) -> str | None:
     """The compiler for CUDA kernels, or None and a sentence that says why there are none."""
     option = cuda_option()
-    if option == "0":
+    if option in ("0", "shim"):
         return None
     nvcc = find_nvcc()
     reason = why_no_cuda(torch, nvcc)
@@ -191,6 +194,7 @@ def compile_extension(torch: Torch, jobs: list[str]) -> Path:
         "PYSEQ_TORCH_LIBRARIES": ";".join(torch.libraries),
         "PYSEQ_CXX11_ABI": str(torch.cxx11_abi),
         "PYSEQ_CUDA_COMPILER": find_cuda(torch) or "",
+        "PYSEQ_CUDA_SHIM": "ON" if cuda_option() == "shim" else "",
     }
     run(
         [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]

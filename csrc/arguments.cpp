@@ -9,6 +9,7 @@
 
 #include "decode.h"
 #include "scan.h"
+#include "widened.h"
 
 namespace pyseq {
 
@@ -162,6 +163,7 @@ ScanArguments check_scan(const ScanInputs& in) {
   TORCH_CHECK_VALUE(
       in.resets.has_value() || !(extras.reset_h.has_value() || extras.reset_c.has_value()),
       "reset_h and reset_c go with resets, got none of these");
+  extras.reset_c = at_least_float(extras.reset_c);  // as c is carried
   const Tensor w_hh = by_head(in.w_hh, shape.cell, shape.heads).contiguous();
   return {.shape = shape,
           .reverse = in.reverse,

@@ -14,6 +14,8 @@
 #include <limits>
 #include <optional>
 
+#include "check.h"
+
 namespace pyseq {
 
 inline int thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
@@ -33,6 +35,12 @@ inline at::Tensor fresh(at::IntArrayRef sizes, const at::Tensor& like) {
     tensor.fill_(std::numeric_limits<double>::quiet_NaN());
   }
   return tensor;
+}
+
+// What tensors are like that hold sums, and what is carried from step to step besides h: of a short
+// type float32. It has no elements then.
+inline at::Tensor wide_like(const at::Tensor& like) {
+  return is_short(like.scalar_type()) ? at::empty({0}, like.options().dtype(at::kFloat)) : like;
 }
 
 inline at::Tensor nothing(const at::Tensor& like) { return fresh({0}, like); }

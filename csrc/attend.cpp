@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query_in, const Tensor& keys_in,
                           ? fresh(attn_sizes(shape.steps, shape.batch, heads, shape.source), query)
                           : Tensor();
   const Tensor context = fresh({shape.steps, shape.batch, shape.memory_size}, query);
-  AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "attend", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "attend", [&] {
     kernels_of<scalar_t>(query).attend_forward(
         attend_arguments<scalar_t>(shape, additive, query, keys, memory, v, lengths, positions,
                                    step, attn, context.data_ptr<scalar_t>()));
@@ -130,20 +130,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
   const Tensor d_v = additive ? fresh({B, A}, query) : nothing(query);
   const Tensor d_centers = positions.has_value() ? fresh({T_, B, N}, query) : nothing(query);
 
-  AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "attend_backward", [&] {
-    kernels_of<scalar_t>(query).attend_backward({
-        .forward = attend_arguments<scalar_t>(shape, additive, query, keys, memory, v, lengths,
-                                              positions, step, attn, nullptr),
-        .d_context = d_context.const_data_ptr<scalar_t>(),
-        .d_attn = data<scalar_t>(d_attn),
-        .d_scores = data_if<scalar_t>(d_scores),
-        .d_query = d_query.data_ptr<scalar_t>(),
-        .d_keys = data_if<scalar_t>(d_keys),
-        .d_v = data_or_null<scalar_t>(d_v, additive),
-        .d_memory = data_if<scalar_t>(d_memory),
-        .d_centers = data_or_null<scalar_t>(d_centers, positions.has_value()),
-    });
-  });
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, query.scalar_type(), "attend_backward", [&] {
+        kernels_of<scalar_t>(query).attend_backward({
+            .forward = attend_arguments<scalar_t>(shape, additive, query, keys, memory, v, lengths,
+                                                  positions, step, attn, nullptr),
+            .d_context = d_context.const_data_ptr<scalar_t>(),
+            .d_attn = data<scalar_t>(d_attn),
+            .d_scores = data_if<scalar_t>(d_scores),
+            .d_query = d_query.data_ptr<scalar_t>(),
+            .d_keys = data_if<scalar_t>(d_keys),
+            .d_v = data_or_null<scalar_t>(d_v, additive),
+            .d_memory = data_if<scalar_t>(d_memory),
+            .d_centers = data_or_null<scalar_t>(d_centers, positions.has_value()),
+        });
+      });
   if (!keys_inside) d_keys = summed_over_steps(d_scores, query, N);
   if (!windows) d_memory = summed_over_steps(attn.view({T_, B * N, S}), d_context, N);
   return {d_query, steps_first(d_keys, N), steps_first(d_memory, N),

@@ -8,6 +8,7 @@
 
 #include "autograd_common.h"
 #include "decode.h"
+#include "devices.h"
 #include "layers.h"
 #include "loss.h"
 #include "scan_both.h"
@@ -130,6 +131,7 @@ struct Scan : Function<Scan> {
     options["reverse"] = reverse;
     options["keep_every"] = keep_every;
     options["needs_x"] = needs_x;
+    options["loops"] = loops_at_once;
     options["present"] = std::move(present);
     context->set_materialize_grads(false);
     mark_scan_results(context, cell, return_states, results[2], results[3]);
@@ -152,6 +154,7 @@ struct Scan : Function<Scan> {
     {
       const at::NoGradGuard constant;
       const bool needs_x = options["needs_x"].toBool();
+      const LoopsAtOnce shared(options["loops"].toInt());
       static const auto op = find_operator<&scan_backward>("pyseq::scan_backward");
       const auto [d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0, d_w_ch, d_extras] =
           op.call(given(d[0]), given(d[1]), if_used(options["has_c"], d[2]),
@@ -530,9 +533,9 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
   for (const OptionalTensor& weight : weights) {
     if (weight.has_value()) given.push_back(*weight);
   }
-  TORCH_CHECK(!needs_grad("scan_both", {&x_, &h_0, &c_0}, given),
-              "pyseq::scan_both is for inference and gives no gradients, got a tensor that "
-              "requires one: call pyseq::scan for each direction");
+  if (needs_grad("scan_both", {&x_, &h_0, &c_0}, given)) {
+    return scan_both_recorded(&scan, x, weights, h_0, c_0, lengths, resets, cell);
+  }
   const at::AutoDispatchBelowADInplaceOrView below;
   static const auto op = find_operator<&pyseq::scan_both>("pyseq::scan_both");
   return op.call(x, weights, h_0, c_0, lengths, resets, cell);

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <ATen/core/grad_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <initializer_list>
@@ -12,6 +11,7 @@
 #include "autograd.h"
 #include "dispatcher.h"
 #include "second_order.h"
+#include "widened.h"
 
 namespace pyseq::autograd {
 
@@ -40,12 +40,6 @@ inline bool needs_grad(const char* name, std::initializer_list<const OptionalTen
   }
   for (const Tensor& tensor : more) look(tensor);
   return needed && at::GradMode::is_enabled();
-}
-
-// Whether a transform of torch.func is at work. It cannot see into the Functions below, so the
-// operator's specification takes their place, which is made of torch's own operators.
-inline bool is_transformed() {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
 // A gradient that belongs to an optional argument.

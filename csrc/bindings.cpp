@@ -155,7 +155,8 @@ TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
   m.impl("scan_both", pyseq::Widened<&pyseq::scan_both>::of("pyseq::scan_both"));
   m.impl("generate", pyseq::Widened<&pyseq::generate>::of("pyseq::generate"));
   m.impl("scheduled_inputs",
-         pyseq::Widened<&pyseq::scheduled_inputs, kEmbedding>::of("pyseq::scheduled_inputs"));
+         pyseq::Widened<&pyseq::scheduled_inputs, pyseq::TakesShort::kNowhere, kEmbedding>::of(
+             "pyseq::scheduled_inputs"));
   m.impl("linear", pyseq::Widened<&pyseq::linear>::of("pyseq::linear"));
   m.impl("sigmoid", &pyseq::sigmoid);
   m.impl("tanh", &pyseq::tanh);
@@ -172,19 +173,29 @@ TORCH_LIBRARY_IMPL(pyseq, CompositeExplicitAutograd, m) {
   m.impl("tanh", &at::tanh);
 }
 
+namespace {
+
+// On CUDA the kernels know the short types.
+template <auto Kernel>
+auto of_every_type(const char* name) {
+  return pyseq::Widened<Kernel, pyseq::TakesShort::kOnCuda>::of(name);
+}
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(pyseq, Autograd, m) {
-  m.impl("scan", pyseq::Widened<&pyseq::autograd::scan>::of("pyseq::scan"));
-  m.impl("attend", pyseq::Widened<&pyseq::autograd::attend>::of("pyseq::attend"));
+  m.impl("scan", of_every_type<&pyseq::autograd::scan>("pyseq::scan"));
+  m.impl("attend", of_every_type<&pyseq::autograd::attend>("pyseq::attend"));
   m.impl("attend_history",
          pyseq::Widened<&pyseq::autograd::attend_history>::of("pyseq::attend_history"));
-  m.impl("decode", pyseq::Widened<&pyseq::autograd::decode>::of("pyseq::decode"));
+  m.impl("decode", of_every_type<&pyseq::autograd::decode>("pyseq::decode"));
   m.impl("linear_cross_entropy",
          pyseq::Widened<&pyseq::autograd::linear_cross_entropy>::of("pyseq::linear_cross_entropy"));
-  m.impl("scan_both", pyseq::Widened<&pyseq::autograd::scan_both>::of("pyseq::scan_both"));
+  m.impl("scan_both", of_every_type<&pyseq::autograd::scan_both>("pyseq::scan_both"));
   m.impl("generate", pyseq::WithoutGradient<&pyseq::generate>::of("pyseq::generate"));
   m.impl("scheduled_inputs", pyseq::WithoutGradient<&pyseq::scheduled_inputs, kEmbedding>::of(
                                  "pyseq::scheduled_inputs"));
-  m.impl("linear", pyseq::Widened<&pyseq::autograd::linear>::of("pyseq::linear"));
+  m.impl("linear", of_every_type<&pyseq::autograd::linear>("pyseq::linear"));
 }
 
 namespace {

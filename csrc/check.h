@@ -43,9 +43,15 @@ inline void check_tensor(const std::optional<at::Tensor>& tensor, const char* na
   if (tensor.has_value()) check_tensor(*tensor, name, letters, sizes, like, like_name);
 }
 
+// float16 and bfloat16, which are too short to add up in.
+inline bool is_short(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
+
+// Of a type that the kernels of its device compute in.
 inline void check_floating(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, name,
-              " must be float32 or float64, got ", tensor.scalar_type());
+  const at::ScalarType type = tensor.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || (is_short(type) && tensor.is_cuda()),
+              name, " must be ", tensor.is_cuda() ? "float16, bfloat16, " : "",
+              "float32 or float64, got ", type);
 }
 
 // A tensor that forward saved. Hooks may have packed and unpacked it in another layout, and

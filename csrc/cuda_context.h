@@ -5,15 +5,21 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <bit>
 #include <map>
 #include <mutex>
+#include <type_traits>
 
+#include "check.h"
 #include "cuda/facts.h"
+#include "cuda/types.h"
+#include "devices.h"
 
 namespace pyseq::on_cuda {
 
@@ -73,7 +79,44 @@ inline cuda::DeviceFacts facts() {
 }
 
 template <class T>
-constexpr cuda::Storage kStorage =
-    sizeof(T) == 8 ? cuda::Storage::kFloat64 : cuda::Storage::kFloat32;
+constexpr cuda::Storage kStorage = std::is_same_v<T, double>         ? cuda::Storage::kFloat64
+                                   : std::is_same_v<T, float>        ? cuda::Storage::kFloat32
+                                   : std::is_same_v<T, at::BFloat16> ? cuda::Storage::kBFloat16
+                                                                     : cuda::Storage::kFloat16;
+
+// What kernels call torch's types.
+template <class T>
+struct NativeOf {
+  using type = T;
+};
+template <>
+struct NativeOf<at::Half> {
+  using type = cuda::Half;
+};
+template <>
+struct NativeOf<at::BFloat16> {
+  using type = cuda::Bfloat16;
+};
+template <class T>
+using Native = typename NativeOf<T>::type;
+
+template <class T>
+Native<T>* native(T* data) {
+  return reinterpret_cast<Native<T>*>(data);
+}
+template <class T>
+const Native<T>* native(const T* data) {
+  return reinterpret_cast<const Native<T>*>(data);
+}
+// A call's arguments, which hold pointers to numbers on the device.
+template <template <class> class Arguments, class T>
+Arguments<Native<T>> native(const Arguments<T>& call) {
+  return std::bit_cast<Arguments<Native<T>>>(call);
+}
+
+// a b, in the type that numbers of theirs are added up in.
+inline at::Tensor wide_product(const at::Tensor& a, const at::Tensor& b) {
+  return is_short(a.scalar_type()) ? at::mm(a, b, at::kFloat) : at::mm(a, b);
+}
 
 }  // namespace pyseq::on_cuda

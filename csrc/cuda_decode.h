@@ -7,7 +7,7 @@
 
 namespace pyseq {
 
-// For float and double, on the current device and stream.
+// For every type, on the current device and stream.
 template <class T>
 void cuda_decode_forward(const cpu::Decode<T>& call);
 template <class T>

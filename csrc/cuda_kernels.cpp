@@ -15,14 +15,16 @@ using at::Tensor;
 
 template <class T>
 void attend_forward(const cpu::Attend<T>& args) {
-  const Tensor work = on_cuda::scratch(cuda::attend_workspace(args));
-  C10_CUDA_CHECK(cuda::attend_forward(args, work.data_ptr(), on_cuda::stream()));
+  const auto own = on_cuda::native(args);
+  const Tensor work = on_cuda::scratch(cuda::attend_workspace(own));
+  C10_CUDA_CHECK(cuda::attend_forward(own, work.data_ptr(), on_cuda::stream()));
 }
 
 template <class T>
 void attend_backward(const cpu::AttendBackward<T>& args) {
-  const Tensor work = on_cuda::scratch(cuda::attend_workspace(args.forward));
-  C10_CUDA_CHECK(cuda::attend_backward(args, work.data_ptr(), on_cuda::stream()));
+  const auto own = on_cuda::native(args);
+  const Tensor work = on_cuda::scratch(cuda::attend_workspace(own.forward));
+  C10_CUDA_CHECK(cuda::attend_backward(own, work.data_ptr(), on_cuda::stream()));
 }
 
 template <class T>
@@ -46,6 +48,8 @@ const cpu::Kernels<T> kTable{
 }  // namespace
 
 void enter_cuda_kernels() {
+  cuda_kernels<at::Half> = &kTable<at::Half>;
+  cuda_kernels<at::BFloat16> = &kTable<at::BFloat16>;
   cuda_kernels<float> = &kTable<float>;
   cuda_kernels<double> = &kTable<double>;
 }

@@ -4,7 +4,7 @@
 
 namespace pyseq {
 
-// Enters the table, for float and double. Functions that no operator on the device needs are null.
+// Enters the tables of all types. Functions that no operator on the device needs are null.
 void enter_cuda_kernels();
 
 }  // namespace pyseq

@@ -74,7 +74,7 @@ struct OnDevice<Kernel> {
   }
 };
 
-// Also for float16 and bfloat16, which are computed in float32.
+// Also for float16 and bfloat16, which its kernel computes in float32.
 template <auto Kernel>
 auto of_every_type(const char* name) {
   OnDevice<Kernel>::of(name);
@@ -85,20 +85,20 @@ auto of_every_type(const char* name) {
 
 TORCH_LIBRARY_IMPL(pyseq, CUDA, m) {
   enter_cuda_kernels();
-  m.impl("scan", of_every_type<&scan>("pyseq::scan"));
+  m.impl("scan", OnDevice<&scan>::of("pyseq::scan"));
   m.impl("scan_forward", OnDevice<&scan_forward>::of("pyseq::scan_forward"));
   m.impl("scan_backward", OnDevice<&scan_backward>::of("pyseq::scan_backward"));
-  m.impl("scan_both", of_every_type<&scan_both>("pyseq::scan_both"));
-  m.impl("attend", of_every_type<&attend>("pyseq::attend"));
+  m.impl("scan_both", OnDevice<&scan_both>::of("pyseq::scan_both"));
+  m.impl("attend", OnDevice<&attend>::of("pyseq::attend"));
   m.impl("attend_backward", OnDevice<&attend_backward>::of("pyseq::attend_backward"));
-  m.impl("decode", of_every_type<&decode>("pyseq::decode"));
+  m.impl("decode", OnDevice<&decode>::of("pyseq::decode"));
   m.impl("decode_forward", OnDevice<&decode_forward>::of("pyseq::decode_forward"));
   m.impl("decode_backward", OnDevice<&decode_backward>::of("pyseq::decode_backward"));
   m.impl("linear_cross_entropy",
          of_every_type<&linear_cross_entropy_on_cuda>("pyseq::linear_cross_entropy"));
   m.impl("linear_cross_entropy_forward", OnDevice<&linear_cross_entropy_forward_on_cuda>::of(
                                              "pyseq::linear_cross_entropy_forward"));
-  m.impl("linear", of_every_type<&linear>("pyseq::linear"));
+  m.impl("linear", OnDevice<&linear>::of("pyseq::linear"));
 }
 
 }  // namespace pyseq

@@ -20,9 +20,12 @@ namespace {
 
 using at::Tensor;
 
+using on_cuda::native;
+using on_cuda::Native;
+
 template <class T>
-cuda::Strided<T> strided(const cpu::Strided<T>& from) {
-  return {from.data, from.step, from.row};
+cuda::Strided<Native<T>> strided(const cpu::Strided<T>& from) {
+  return {native(from.data), from.step, from.row};
 }
 
 // Into the arguments of either direction: what both have.
@@ -35,25 +38,26 @@ void share(const Call& call, Args& args) {
   args.state_size = call.state_size;
   args.heads = std::max<int64_t>(1, call.heads);
   args.reverse = call.reverse;
-  args.w_hh = call.w_hh;
-  args.w_hr = call.w_hr;
-  args.unit_weights = call.unit_weights;
+  args.w_hh = native(call.w_hh);
+  args.w_hr = native(call.w_hr);
+  args.unit_weights = native(call.unit_weights);
   args.unit_weights_stride = call.unit_weights_stride;
   args.lengths = call.lengths;
   args.resets = call.resets;
-  args.gates = call.gates;
-  args.apart = call.apart;
-  args.states = call.states;
+  args.gates = native(call.gates);
+  args.apart = native(call.apart);
+  args.states = native(call.states);
   args.cells = call.cells;
-  args.h_mask = call.h_mask;
+  args.h_mask = native(call.h_mask);
   args.zoneout_h = strided(call.zoneout_h);
   args.zoneout_c = strided(call.zoneout_c);
 }
 
 template <class T>
-cuda::ScanNorm<T> norm_of(const cpu::ScanNorm<T>& norm, const T* bias) {
-  return {norm.gain_ih, norm.gain_hh, norm.gain_c, norm.bias_c, bias,
-          norm.x_sums,  norm.r_sums,  norm.c_sums, norm.moments};
+cuda::ScanNorm<Native<T>> norm_of(const cpu::ScanNorm<T>& norm, const T* bias) {
+  return {native(norm.gain_ih), native(norm.gain_hh), native(norm.gain_c),
+          native(norm.bias_c),  native(bias),         native(norm.x_sums),
+          norm.r_sums,          norm.c_sums,          norm.moments};
 }
 
 // How a persistent launch shares the work out, or nothing where steps alternate with products.
@@ -73,8 +77,8 @@ std::optional<cuda::ScanTiles> scan_tiles(const cuda::ScanSizes& sizes, int64_t 
                            static_cast<int>(rows), cuda::kScanThreads};
   };
   const auto needs_of = [&](const cuda::ScanTiles& tiles) {
-    return backward ? cuda::scan_backward_needs<T>(sizes, tiles)
-                    : cuda::scan_forward_needs<T>(sizes, tiles);
+    return backward ? cuda::scan_backward_needs<Native<T>>(sizes, tiles)
+                    : cuda::scan_forward_needs<Native<T>>(sizes, tiles);
   };
   const auto bytes = [&](int64_t units, int64_t rows) -> std::optional<int64_t> {
     const cuda::ScanNeeds needs = needs_of(tiles_of(units, rows));
@@ -97,8 +101,8 @@ std::optional<cuda::ScanTiles> scan_tiles(const cuda::ScanSizes& sizes, int64_t 
   if (plan.path == cuda::Path::kAlternating) return std::nullopt;
   const cuda::ScanTiles tiles = tiles_of(plan.tile_units, plan.group_rows);
   int blocks = 0;
-  C10_CUDA_CHECK(backward ? cuda::scan_backward_resident<T>(sizes, tiles, &blocks)
-                          : cuda::scan_forward_resident<T>(sizes, tiles, &blocks));
+  C10_CUDA_CHECK(backward ? cuda::scan_backward_resident<Native<T>>(sizes, tiles, &blocks)
+                          : cuda::scan_forward_resident<Native<T>>(sizes, tiles, &blocks));
   const cuda::ScanNeeds needs = needs_of(tiles);
   if (!cell.recurrent || needs.blocks * loops_at_once <= blocks) return tiles;
   TORCH_CHECK(choice != cuda::Choice::kPersistent,
@@ -122,6 +126,11 @@ bool launch_persistent(const Args& args, bool backward,
   return true;
 }
 
+// As wide_product, for each head.
+Tensor wide_products(const Tensor& a, const Tensor& b) {
+  return is_short(a.scalar_type()) ? at::bmm(a, b, at::kFloat) : at::bmm(a, b);
+}
+
 // The products inside the loop.
 struct StepProducts {
   Tensor w_hh;  // (heads, G*D, D), or (1, G*H, P)
@@ -130,19 +139,20 @@ struct StepProducts {
 
   // (B, P) to (B, G*H), whose rows are (gate, head, unit).
   Tensor of_state(const Tensor& h) const {
-    if (heads == 1) return at::mm(h, w_hh.select(0, 0).t());
+    if (heads == 1) return on_cuda::wide_product(h, w_hh.select(0, 0).t());
     const int64_t batch = h.size(0), size = w_hh.size(2);
-    const Tensor sums = at::bmm(h.view({batch, heads, size}).transpose(0, 1), w_hh.transpose(1, 2));
+    const Tensor sums =
+        wide_products(h.view({batch, heads, size}).transpose(0, 1), w_hh.transpose(1, 2));
     return sums.view({heads, batch, gates, size}).permute({1, 2, 0, 3}).reshape({batch, -1});
   }
 
   // The inverse way, (B, G*H) to (B, P).
   Tensor of_gates(const Tensor& rows) const {
-    if (heads == 1) return at::mm(rows, w_hh.select(0, 0));
+    if (heads == 1) return on_cuda::wide_product(rows, w_hh.select(0, 0));
     const int64_t batch = rows.size(0), size = w_hh.size(2);
     const Tensor by_head =
         rows.view({batch, gates, heads, size}).permute({2, 0, 1, 3}).reshape({heads, batch, -1});
-    return at::bmm(by_head, w_hh).transpose(0, 1).reshape({batch, -1});
+    return wide_products(by_head, w_hh).transpose(0, 1).reshape({batch, -1});
   }
 
   // Of the last gate alone, of a cell that gates its state.
@@ -161,13 +171,14 @@ StepProducts products_of(const Call& call, const CellShape& cell) {
       on_cuda::view(call.w_hr, {call.state_size, call.hidden}), cell.gates, heads};
 }
 
+// Sums, for a kernel of type T.
 template <class T>
-const T* numbers(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+const cpu::Accumulate<T>* numbers(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<cpu::Accumulate<T>>() : nullptr;
 }
 
 template <class T>
-void alternate_forward(const cpu::ScanForward<T>& call, const cuda::ScanForward<T>& args,
+void alternate_forward(const cpu::ScanForward<T>& call, const cuda::ScanForward<Native<T>>& args,
                        const CellShape& cell) {
   const int64_t T_ = call.steps, B = call.batch, H = call.hidden, P = call.state_size;
   const StepProducts products = products_of<T>(call, cell);
@@ -187,12 +198,12 @@ void alternate_forward(const cpu::ScanForward<T>& call, const cuda::ScanForward<
     if (cell.gates_state) {
       C10_CUDA_CHECK(cuda::scan_gate_forward(args, n, numbers<T>(sums), stream));
       Tensor last = sums.narrow(1, (cell.gates - 1) * H, H);
-      last.copy_(at::mm(inner.select(0, kept), products.last_rows().t()));
+      last.copy_(on_cuda::wide_product(inner.select(0, kept), products.last_rows().t()));
     }
     if (call.norm) r_sums.select(0, kept).copy_(sums);
     C10_CUDA_CHECK(cuda::scan_step_forward(args, n, numbers<T>(sums), stream));
     if (call.w_hr != nullptr) {
-      const Tensor projected = at::mm(inner.select(0, kept), products.w_hr.t());
+      const Tensor projected = on_cuda::wide_product(inner.select(0, kept), products.w_hr.t());
       C10_CUDA_CHECK(cuda::scan_project_forward(args, n, numbers<T>(projected), stream));
     }
   }
@@ -205,7 +216,7 @@ struct GateGradients {
 };
 
 template <class T>
-void alternate_backward(const cpu::ScanBackward<T>& call, const cuda::ScanBackward<T>& args,
+void alternate_backward(const cpu::ScanBackward<T>& call, const cuda::ScanBackward<Native<T>>& args,
                         const CellShape& cell, const GateGradients& d) {
   const int64_t T_ = call.steps, H = call.hidden;
   const StepProducts products = products_of<T>(call, cell);
@@ -216,18 +227,20 @@ void alternate_backward(const cpu::ScanBackward<T>& call, const cuda::ScanBackwa
     if (cell.recurrent && n + 1 < T_) {
       const Tensor after = d.r.select(0, call.reverse ? t - 1 : t + 1);
       const int64_t first_rows = (cell.gates - 1) * H;
-      sums = cell.gates_state ? at::mm(after.narrow(1, 0, first_rows),
-                                       products.w_hh.select(0, 0).narrow(0, 0, first_rows))
-                              : products.of_gates(after);
+      sums = cell.gates_state
+                 ? on_cuda::wide_product(after.narrow(1, 0, first_rows),
+                                         products.w_hh.select(0, 0).narrow(0, 0, first_rows))
+                 : products.of_gates(after);
     }
     C10_CUDA_CHECK(cuda::scan_state_backward(args, n, numbers<T>(sums), stream));
     if (call.w_hr != nullptr) {
-      const Tensor back = n >= 0 ? at::mm(d.projected.select(0, t), products.w_hr) : Tensor();
+      const Tensor back =
+          n >= 0 ? on_cuda::wide_product(d.projected.select(0, t), products.w_hr) : Tensor();
       C10_CUDA_CHECK(cuda::scan_project_backward(args, n, numbers<T>(back), stream));
     }
     if (cell.gates_state && n >= 0) {
-      const Tensor last =
-          at::mm(d.r.select(0, t).narrow(1, (cell.gates - 1) * H, H), products.last_rows());
+      const Tensor last = on_cuda::wide_product(d.r.select(0, t).narrow(1, (cell.gates - 1) * H, H),
+                                                products.last_rows());
       C10_CUDA_CHECK(cuda::scan_gate_backward(args, n, numbers<T>(last), stream));
     }
   }
@@ -272,25 +285,28 @@ struct NormRows {
 
 template <class T>
 void cuda_scan_forward(const cpu::ScanForward<T>& call) {
+  using S = Native<T>;
   if (call.batch == 0) return;
-  cuda::ScanForward<T> args{};
+  cuda::ScanForward<S> args{};
   share(call, args);
   args.save = call.save;
-  args.apart_bias = call.apart_bias;
-  args.inner = call.inner;
-  args.y = call.y;
+  args.apart_bias = native(call.apart_bias);
+  args.inner = native(call.inner);
+  args.y = native(call.y);
   args.c_steps = call.c_steps;
-  args.masked = call.masked;
+  args.masked = native(call.masked);
   args.reset_h = strided(call.reset_h);
   args.reset_c = strided(call.reset_c);
   args.norm = norm_of(call.norm, call.bias);
   const bool persistent = launch_persistent<T>(args, /*backward=*/false,
-                                               cuda::scan_forward_needs<T>, cuda::scan_forward<T>);
+                                               cuda::scan_forward_needs<S>, cuda::scan_forward<S>);
   if (!persistent) alternate_forward(call, args, cell_shape(call.cell));
 }
 
 template <class T>
 void cuda_scan_backward(const cpu::ScanBackward<T>& call) {
+  using S = Native<T>;
+  using A = cpu::Accumulate<T>;
   const CellShape cell = cell_shape(call.cell);
   const int64_t T_ = call.steps, B = call.batch, H = call.hidden, P = call.state_size,
                 rows = cell.gates * H;
@@ -299,18 +315,22 @@ void cuda_scan_backward(const cpu::ScanBackward<T>& call) {
   d.x = at::empty({T_, B, rows}, options);
   d.r = cell.has_apart || call.norm ? at::empty({T_, B, rows}, options) : d.x;
   if (call.w_hr != nullptr) d.projected = at::empty({T_, B, P}, options);
+  const at::TensorOptions wide = on_cuda::options(c10::CppTypeToScalarType<A>::value);
   const auto each_row = [&](int64_t size) {
-    return call.norm ? at::zeros({B, size}, options) : Tensor();
+    return call.norm ? at::zeros({B, size}, wide) : Tensor();
   };
   const NormRows norm{each_row(rows), each_row(rows), each_row(rows),
                       each_row(H),    each_row(H),    each_row(H)};
-  const Tensor work = call.norm ? at::empty({B, (2 * cell.gates + 2) * H}, options) : Tensor();
+  const Tensor work = call.norm ? at::empty({B, (2 * cell.gates + 2) * H}, wide) : Tensor();
   const auto to = [](const Tensor& tensor) {
-    return tensor.defined() ? tensor.data_ptr<T>() : nullptr;
+    return tensor.defined() ? native(tensor.data_ptr<T>()) : nullptr;
   };
-  cuda::ScanBackward<T> args{};
+  const auto to_wide = [](const Tensor& tensor) {
+    return tensor.defined() ? tensor.data_ptr<A>() : nullptr;
+  };
+  cuda::ScanBackward<S> args{};
   share(call, args);
-  args.d_y = call.d_y;
+  args.d_y = native(call.d_y);
   args.d_c_steps = call.d_c_steps;
   args.d_h = call.d_h;
   args.d_c = call.d_c;
@@ -321,15 +341,15 @@ void cuda_scan_backward(const cpu::ScanBackward<T>& call) {
   args.d_reset_h = call.d_reset_h;
   args.d_reset_c = call.d_reset_c;
   args.norm = norm_of(call.norm, static_cast<const T*>(nullptr));
-  args.row_gain_ih = to(norm.gain_ih);
-  args.row_gain_hh = to(norm.gain_hh);
-  args.row_bias = to(norm.bias);
-  args.row_apart = to(norm.apart);
-  args.row_gain_c = to(norm.gain_c);
-  args.row_bias_c = to(norm.bias_c);
-  args.scratch = to(work);
-  if (B > 0 && !launch_persistent<T>(args, /*backward=*/true, cuda::scan_backward_needs<T>,
-                                     cuda::scan_backward<T>)) {
+  args.row_gain_ih = to_wide(norm.gain_ih);
+  args.row_gain_hh = to_wide(norm.gain_hh);
+  args.row_bias = to_wide(norm.bias);
+  args.row_apart = to_wide(norm.apart);
+  args.row_gain_c = to_wide(norm.gain_c);
+  args.row_bias_c = to_wide(norm.bias_c);
+  args.scratch = to_wide(work);
+  if (B > 0 && !launch_persistent<T>(args, /*backward=*/true, cuda::scan_backward_needs<S>,
+                                     cuda::scan_backward<S>)) {
     alternate_backward(call, args, cell, d);
   }
 
@@ -365,9 +385,13 @@ void cuda_scan_backward(const cpu::ScanBackward<T>& call) {
   }
 }
 
-template void cuda_scan_forward<float>(const cpu::ScanForward<float>&);
-template void cuda_scan_forward<double>(const cpu::ScanForward<double>&);
-template void cuda_scan_backward<float>(const cpu::ScanBackward<float>&);
-template void cuda_scan_backward<double>(const cpu::ScanBackward<double>&);
+#define PYSEQ_INSTANTIATE(T)                                      \
+  template void cuda_scan_forward<T>(const cpu::ScanForward<T>&); \
+  template void cuda_scan_backward<T>(const cpu::ScanBackward<T>&);
+PYSEQ_INSTANTIATE(float)
+PYSEQ_INSTANTIATE(double)
+PYSEQ_INSTANTIATE(at::Half)
+PYSEQ_INSTANTIATE(at::BFloat16)
+#undef PYSEQ_INSTANTIATE
 
 }  // namespace pyseq

@@ -7,7 +7,7 @@
 
 namespace pyseq {
 
-// For float and double, on the current device and stream.
+// For every type, on the current device and stream.
 template <class T>
 void cuda_scan_forward(const cpu::ScanForward<T>& call);
 template <class T>

@@ -10,6 +10,7 @@
 
 #include "devices.h"
 #include "products.h"
+#include "widened.h"
 
 namespace pyseq {
 
@@ -35,7 +36,7 @@ std::vector<cpu::DecoderLayer<T>> decoder_layers(const DecodeArguments& args,
         l == 0 ? all.gates_first.data_ptr<T>() : all.gates_above.select(0, l - 1).data_ptr<T>();
     if (all.apart.defined()) layer.apart = all.apart.select(0, l).data_ptr<T>();
     layer.states = all.states.select(0, l).data_ptr<T>();
-    if (all.cells.defined()) layer.cells = all.cells.select(0, l).data_ptr<T>();
+    if (all.cells.defined()) layer.cells = all.cells.select(0, l).data_ptr<cpu::Accumulate<T>>();
     if (args.masks.has_value() && l + 1 < shape.layers) {
       layer.mask = args.masks->select(0, l).const_data_ptr<T>();
     }
@@ -96,15 +97,15 @@ cpu::Decode<T> decode_arguments(const DecodeArguments& args, const DecodeTensors
       .w_history = data<T>(args.weight_history),
       .cumulative = args.cumulative,
       .positions = data_if<T>(all.positions),
-      .centers = data_if<T>(all.centers),
-      .past = data_if<T>(all.pasts),
+      .centers = data_if<cpu::Accumulate<T>>(all.centers),
+      .past = data_if<cpu::Accumulate<T>>(all.pasts),
   };
 }
 
 // States of all layers in `slots`, of which the first is filled.
-Tensor first_states(const OptionalTensor& initial, const DecodeArguments& args, int64_t slots) {
-  const DecodeShape& shape = args.shape;
-  const Tensor states = fresh({shape.layers, slots, shape.batch, shape.hidden}, args.x);
+Tensor first_states(const OptionalTensor& initial, const DecodeShape& shape, int64_t slots,
+                    const Tensor& like) {
+  const Tensor states = fresh({shape.layers, slots, shape.batch, shape.hidden}, like);
   const Tensor first = states.select(1, 0);
   initial.has_value() ? first.copy_(*initial) : first.zero_();
   return states;
@@ -112,7 +113,7 @@ Tensor first_states(const OptionalTensor& initial, const DecodeArguments& args, 
 
 // Calls the kernels of the device: everything was checked and allocated.
 void launch(const DecodeArguments& args, const DecodeTensors& all, bool save) {
-  AT_DISPATCH_FLOATING_TYPES(args.x.scalar_type(), "decode", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, args.x.scalar_type(), "decode", [&] {
     const auto layers = decoder_layers<scalar_t>(args, all);
     kernels_of<scalar_t>(args.x).decode_forward(
         decode_arguments<scalar_t>(args, all, layers, save));
@@ -126,7 +127,7 @@ struct DecodeRun {
 
 DecodeRun run_decode(const DecodeArguments& args, bool save, bool keep_attn) {
   const auto& [cell, additive, T_, B, I, H, L, S, A, M, N, F, K, P] = args.shape;
-  const Tensor& x = args.x;
+  const Tensor &x = args.x, wide = wide_like(x);
   const int64_t rows = args.shape.rows(), kept = save ? T_ : 1;
   const bool all_states = save && args.keeps_states();
   const int64_t slots = all_states ? T_ + 1 : 2, last = all_states ? T_ : T_ % 2;
@@ -134,24 +135,26 @@ DecodeRun run_decode(const DecodeArguments& args, bool save, bool keep_attn) {
       .gates_first = project_input(x, args.w_ih[0], args.bias[0].sum),
       .gates_above = fresh({L - 1, kept, B, rows}, x),
       .apart = save && cell.has_apart ? fresh({L, T_, B, H}, x) : Tensor(),
-      .states = first_states(args.h_0, args, slots),
-      .cells = cell.has_cell ? first_states(args.c_0, args, slots) : Tensor(),
+      .states = first_states(args.h_0, args.shape, slots, x),
+      .cells = cell.has_cell ? first_states(args.c_0, args.shape, slots, wide) : Tensor(),
       .query = args.weight_query.has_value() ? fresh({kept, B, A}, x) : Tensor(),
       .context = fresh({save && args.keeps_context() ? T_ : 1, B, M}, x),
       .attn = fresh(attn_sizes(save || keep_attn ? T_ : 1, B, N, S), x),
       .output = fresh({T_, B, H}, x),
       .positions = args.predicts ? fresh({kept, B, P}, x) : Tensor(),
-      .centers = args.predicts ? fresh({kept, B}, x) : Tensor(),
-      .pasts = args.remembers ? fresh({save ? T_ + 1 : 2, B, N, S}, x) : Tensor(),
+      .centers = args.predicts ? fresh({kept, B}, wide) : Tensor(),
+      .pasts = args.remembers ? fresh({save ? T_ + 1 : 2, B, N, S}, wide) : Tensor(),
   };
   if (args.remembers) fill_slot(all.pasts, 0, args.past);
   launch(args, all, save);
-  return {
-      {all.output, save || keep_attn ? all.attn : nothing(x), all.states.select(1, last).clone(),
-       cell.has_cell ? all.cells.select(1, last).clone() : nothing(x),
-       args.feeds_context ? copy_slot(all.context, all.context.size(0) - 1) : nothing(x),
-       args.remembers ? copy_slot(all.pasts, save ? T_ : T_ % 2) : nothing(x)},
-      all};
+  return {rounded(Decoded{all.output, save || keep_attn ? all.attn : nothing(x),
+                          all.states.select(1, last).clone(),
+                          cell.has_cell ? all.cells.select(1, last).clone() : nothing(x),
+                          args.feeds_context ? copy_slot(all.context, all.context.size(0) - 1)
+                                             : nothing(x),
+                          args.remembers ? copy_slot(all.pasts, save ? T_ : T_ % 2) : nothing(x)},
+                  x.scalar_type()),
+          all};
 }
 
 // What is kept for backward beside output and attn, in the order in which it is handed over.
@@ -172,28 +175,21 @@ DecodeTensors unpacked(const DecodeArguments& args, const Tensor& output, const 
                        at::TensorList list) {
   const auto& [cell, additive, T_, B, I, H, L, S, A, M, N, F, K, P] = args.shape;
   const int64_t rows = args.shape.rows();
-  size_t next = 0;
-  const auto take = [&](bool is_kept, const char* name, at::IntArrayRef sizes) {
-    if (!is_kept) return Tensor();
-    TORCH_CHECK(next < list.size(), "saved must be as forward gave it, with ", name, ", got ",
-                list.size(), " tensors");
-    return check_saved(list[next++], name, sizes, args.x);
-  };
+  SavedList kept(list, args.x);
   DecodeTensors all;
   all.output = check_saved(output, "output", {T_, B, H}, args.x);
   all.attn = check_saved(attn, "attn", attn_sizes(T_, B, N, S), args.x);
-  all.gates_first = take(true, "gates_first", {T_, B, rows});
-  all.gates_above = take(L > 1, "gates_above", {L - 1, T_, B, rows});
-  all.context = take(args.keeps_context(), "context", {T_, B, M});
-  all.states = take(args.keeps_states(), "states", {L, T_ + 1, B, H});
-  all.cells = take(args.keeps_states() && cell.has_cell, "cells", {L, T_ + 1, B, H});
-  all.apart = take(cell.has_apart, "apart", {L, T_, B, H});
-  all.query = take(args.weight_query.has_value(), "query", {T_, B, A});
-  all.positions = take(args.predicts, "positions", {T_, B, P});
-  all.centers = take(args.predicts, "centers", {T_, B});
-  all.pasts = take(args.remembers, "pasts", {T_ + 1, B, N, S});
-  TORCH_CHECK(next == list.size(), "saved must be as forward gave it, ", next, " tensors, got ",
-              list.size());
+  all.gates_first = kept.take(true, "gates_first", {T_, B, rows});
+  all.gates_above = kept.take(L > 1, "gates_above", {L - 1, T_, B, rows});
+  all.context = kept.take(args.keeps_context(), "context", {T_, B, M});
+  all.states = kept.take(args.keeps_states(), "states", {L, T_ + 1, B, H});
+  all.cells = kept.take_wide(args.keeps_states() && cell.has_cell, "cells", {L, T_ + 1, B, H});
+  all.apart = kept.take(cell.has_apart, "apart", {L, T_, B, H});
+  all.query = kept.take(args.weight_query.has_value(), "query", {T_, B, A});
+  all.positions = kept.take(args.predicts, "positions", {T_, B, P});
+  all.centers = kept.take_wide(args.predicts, "centers", {T_, B});
+  all.pasts = kept.take_wide(args.remembers, "pasts", {T_ + 1, B, N, S});
+  kept.check_end();
   return all;
 }
 
@@ -201,8 +197,8 @@ DecodeTensors unpacked(const DecodeArguments& args, const Tensor& output, const 
 void complete(const DecodeArguments& args, DecodeTensors& all) {
   const auto& [cell, additive, T_, B, I, H, L, S, A, M, N, F, K, P] = args.shape;
   if (!args.keeps_states()) {
-    all.states = first_states(args.h_0, args, T_ + 1);
-    if (cell.has_cell) all.cells = first_states(args.c_0, args, T_ + 1);
+    all.states = first_states(args.h_0, args.shape, T_ + 1, args.x);
+    if (cell.has_cell) all.cells = first_states(args.c_0, args.shape, T_ + 1, args.x);
     AT_DISPATCH_FLOATING_TYPES(args.x.scalar_type(), "decode_replay", [&] {
       for (const auto& layer : decoder_layers<scalar_t>(args, all)) {
         kernels_of<scalar_t>(args.x).replay({
@@ -245,33 +241,35 @@ struct DecodeBackwardBuffers {
 
 void launch_backward(const DecodeArguments& args, const DecodeTensors& saved,
                      const DecodeBackwardBuffers& all) {
-  AT_DISPATCH_FLOATING_TYPES(args.x.scalar_type(), "decode_backward", [&] {
-    auto layers = decoder_layers<scalar_t>(args, saved);
-    for (int64_t l = 0; l < args.shape.layers; ++l) {
-      layers[l].d_x_gates = all.d_x_gates.select(0, l).data_ptr<scalar_t>();
-      layers[l].d_r_gates = all.d_r_gates.select(0, l).data_ptr<scalar_t>();
-      layers[l].d_h = all.d_h.select(0, l).data_ptr<scalar_t>();
-      if (all.d_c.defined()) layers[l].d_c = all.d_c.select(0, l).data_ptr<scalar_t>();
-    }
-    kernels_of<scalar_t>(args.x).decode_backward({
-        .forward = decode_arguments<scalar_t>(args, saved, layers, /*save=*/true),
-        .d_output = all.d_output.const_data_ptr<scalar_t>(),
-        .d_attn = data<scalar_t>(all.d_attn),
-        .d_sum = all.d_sum.data_ptr<scalar_t>(),
-        .d_context = all.d_context.data_ptr<scalar_t>(),
-        .d_scores = data_if<scalar_t>(all.d_scores),
-        .d_query = data_if<scalar_t>(all.d_query),
-        .d_keys = data_if<scalar_t>(all.d_keys),
-        .d_v = data_if<scalar_t>(all.d_v),
-        .d_feed = all.d_feed.data_ptr<scalar_t>(),
-        .d_fed = data<scalar_t>(all.d_fed),
-        .d_memory = data_if<scalar_t>(all.d_memory),
-        .d_positions = data_if<scalar_t>(all.d_positions),
-        .d_shares = data_if<scalar_t>(all.d_shares),
-        .d_past = data_if<scalar_t>(all.d_past),
-        .d_w_history = data_if<scalar_t>(all.d_taps),
-    });
-  });
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, args.x.scalar_type(), "decode_backward", [&] {
+        using Wide = cpu::Accumulate<scalar_t>;
+        auto layers = decoder_layers<scalar_t>(args, saved);
+        for (int64_t l = 0; l < args.shape.layers; ++l) {
+          layers[l].d_x_gates = all.d_x_gates.select(0, l).data_ptr<scalar_t>();
+          layers[l].d_r_gates = all.d_r_gates.select(0, l).data_ptr<scalar_t>();
+          layers[l].d_h = all.d_h.select(0, l).data_ptr<Wide>();
+          if (all.d_c.defined()) layers[l].d_c = all.d_c.select(0, l).data_ptr<Wide>();
+        }
+        kernels_of<scalar_t>(args.x).decode_backward({
+            .forward = decode_arguments<scalar_t>(args, saved, layers, /*save=*/true),
+            .d_output = all.d_output.const_data_ptr<scalar_t>(),
+            .d_attn = data<scalar_t>(all.d_attn),
+            .d_sum = all.d_sum.data_ptr<scalar_t>(),
+            .d_context = all.d_context.data_ptr<scalar_t>(),
+            .d_scores = data_if<scalar_t>(all.d_scores),
+            .d_query = data_if<scalar_t>(all.d_query),
+            .d_keys = data_if<scalar_t>(all.d_keys),
+            .d_v = data_if<scalar_t>(all.d_v),
+            .d_feed = all.d_feed.data_ptr<scalar_t>(),
+            .d_fed = data<scalar_t>(all.d_fed),
+            .d_memory = data_if<scalar_t>(all.d_memory),
+            .d_positions = data_if<scalar_t>(all.d_positions),
+            .d_shares = data_if<scalar_t>(all.d_shares),
+            .d_past = data_if<Wide>(all.d_past),
+            .d_w_history = data_if<scalar_t>(all.d_taps),
+        });
+      });
 }
 
 // The gradients of w_ih and b_ih of the first layer, which reads x and what is fed.
@@ -394,14 +392,15 @@ DecodeGradients decode_backward(
   complete(args, kept);
 
   const auto options = x.options();
+  const Tensor wide = wide_like(x);
   const bool inside = args.keys_inside();
   const Tensor none, d_x_gates = fresh({L, T_, B, args.shape.rows()}, x);
   const DecodeBackwardBuffers all{
       .d_output = or_zero(d_output, {T_, B, H}, x),
       .d_attn = contiguous(d_attn),
       .d_fed = contiguous(d_feed_n),
-      .d_h = copy_or_zero(d_h_n, {L, B, H}, x),
-      .d_c = cell_shape.has_cell ? copy_or_zero(d_c_n, {L, B, H}, x) : none,
+      .d_h = copy_or_zero(d_h_n, {L, B, H}, wide),
+      .d_c = cell_shape.has_cell ? copy_or_zero(d_c_n, {L, B, H}, wide) : none,
       .d_x_gates = d_x_gates,
       .d_r_gates = cell_shape.has_apart ? at::empty_like(d_x_gates) : d_x_gates,
       .d_sum = fresh({T_, B, H}, x),
@@ -415,7 +414,7 @@ DecodeGradients decode_backward(
       .d_positions = args.predicts ? fresh({T_, B, P}, x) : none,
       .d_shares = args.predicts ? fresh({T_, B}, x) : none,
       .d_taps = args.remembers ? at::zeros({B, N, K, A / N}, options) : none,
-      .d_past = args.remembers ? copy_or_zero(d_past_n, {B, N, S}, x) : none,
+      .d_past = args.remembers ? copy_or_zero(d_past_n, {B, N, S}, wide) : none,
   };
   launch_backward(args, kept, all);
 
@@ -441,15 +440,15 @@ DecodeGradients decode_backward(
           d_combine,
           weight_query.has_value() ? times_asking(all.d_query) : nothing(x),
           additive ? all.d_v.sum(0) : nothing(x),
-          all.d_h,
-          or_nothing(all.d_c, x),
+          rounded(all.d_h, x.scalar_type()),
+          rounded(or_nothing(all.d_c, x), x.scalar_type()),
           all.d_feed,
           args.remembers ? sum_by_tap(all.d_taps.flatten(0, 1), N) : nothing(x),
           args.predicts ? times_asking(all.d_positions) : nothing(x),
           args.predicts
               ? matrix_product(flat(kept.positions).t(), all.d_shares.view({T_ * B, 1})).view({P})
               : nothing(x),
-          or_nothing(all.d_past, x)};
+          rounded(or_nothing(all.d_past, x), x.scalar_type())};
 }
 
 }  // namespace pyseq

@@ -316,6 +316,36 @@ cpu::DecoderLayer<T> layer_weights(const Tensor& w_ih, const Tensor& w_hh, const
   return layer;
 }
 
+// The tensors that forward saved, taken in its order and checked.
+class SavedList {
+ public:
+  SavedList(at::TensorList list, const Tensor& like)
+      : list_(list), like_(like), wide_(wide_like(like)) {}
+
+  Tensor take(bool is_kept, const char* name, at::IntArrayRef sizes) {
+    return is_kept ? check_saved(next(name), name, sizes, like_) : Tensor();
+  }
+  // Of what is float32 for short types.
+  Tensor take_wide(bool is_kept, const char* name, at::IntArrayRef sizes) {
+    return is_kept ? check_saved(next(name), name, sizes, wide_) : Tensor();
+  }
+  void check_end() const {
+    TORCH_CHECK(next_ == list_.size(), "saved must be as forward gave it, ", next_,
+                " tensors, got ", list_.size());
+  }
+
+ private:
+  const Tensor& next(const char* name) {
+    TORCH_CHECK(next_ < list_.size(), "saved must be as forward gave it, with ", name, ", got ",
+                list_.size(), " tensors");
+    return list_[next_++];
+  }
+
+  const at::TensorList list_;
+  const Tensor like_, wide_;
+  size_t next_ = 0;
+};
+
 // A result that a call does not have.
 inline Tensor or_nothing(const Tensor& tensor, const Tensor& like) {
   return tensor.defined() ? tensor : nothing(like);

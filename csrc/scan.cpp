@@ -9,6 +9,7 @@
 
 #include "devices.h"
 #include "products.h"
+#include "widened.h"
 
 namespace pyseq {
 
@@ -40,9 +41,9 @@ cpu::ScanNorm<T> scan_norm(const ScanExtras& extras, const ScanSaved& saved) {
           .gain_c = data<T>(extras.gain_c),
           .bias_c = data<T>(extras.bias_c),
           .x_sums = saved.x_sums.const_data_ptr<T>(),
-          .r_sums = saved.r_sums.data_ptr<T>(),
-          .c_sums = data_if<T>(saved.c_sums),
-          .moments = data_if<T>(saved.moments)};
+          .r_sums = saved.r_sums.data_ptr<cpu::Accumulate<T>>(),
+          .c_sums = data_if<cpu::Accumulate<T>>(saved.c_sums),
+          .moments = data_if<cpu::Accumulate<T>>(saved.moments)};
 }
 
 template <class T>
@@ -91,7 +92,8 @@ struct ScanBuffers {
 void launch(const ScanArguments& args, const ScanBuffers& all) {
   const auto& [cell, T_, B, I, H, P, projects, heads] = args.shape;
   const ScanExtras& extras = args.extras;
-  AT_DISPATCH_FLOATING_TYPES(args.x.scalar_type(), "scan", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, args.x.scalar_type(), "scan", [&] {
+    using Wide = cpu::Accumulate<scalar_t>;
     kernels_of<scalar_t>(args.x).scan_forward({
         .cell = cell.kind,
         .steps = T_,
@@ -116,10 +118,10 @@ void launch(const ScanArguments& args, const ScanBuffers& all) {
         .gates = data_if<scalar_t>(all.kept.gates),
         .apart = data_if<scalar_t>(all.kept.apart),
         .states = all.kept.states.data_ptr<scalar_t>(),
-        .cells = data_if<scalar_t>(all.kept.cells),
+        .cells = data_if<Wide>(all.kept.cells),
         .inner = data_if<scalar_t>(all.kept.inner),
         .y = all.y.data_ptr<scalar_t>(),
-        .c_steps = data_if<scalar_t>(all.c_steps),
+        .c_steps = data_if<Wide>(all.c_steps),
         .unit_weights = data<scalar_t>(args.unit_weights),
         .unit_weights_stride = args.masks_own() ? H : 0,
         .heads = heads,
@@ -128,7 +130,7 @@ void launch(const ScanArguments& args, const ScanBuffers& all) {
         .zoneout_h = strided<scalar_t>(extras.zoneout_h),
         .zoneout_c = strided<scalar_t>(extras.zoneout_c),
         .reset_h = strided<scalar_t>(extras.reset_h),
-        .reset_c = strided<scalar_t>(extras.reset_c),
+        .reset_c = strided<Wide>(extras.reset_c),
         .norm = scan_norm<scalar_t>(extras, all.kept),
     });
   });
@@ -136,9 +138,13 @@ void launch(const ScanArguments& args, const ScanBuffers& all) {
 
 }  // namespace
 
+ScanResult ScanRun::results(at::ScalarType type) const {
+  return rounded(ScanResult{y, h_n, c_n, c_steps}, type);
+}
+
 ScanRun run_scan(const ScanArguments& args, Keep keep, bool return_states) {
   const auto& [cell, T_, B, I, H, P, projects, heads] = args.shape;
-  const Tensor& x = args.x;
+  const Tensor &x = args.x, wide = wide_like(x);
   const ScanExtras& extras = args.extras;
   const bool save = keep != Keep::kNothing;
   const int64_t rows = args.shape.rows(), kept = save ? T_ : 1;
@@ -168,17 +174,17 @@ ScanRun run_scan(const ScanArguments& args, Keep keep, bool return_states) {
   }
   to.states = first_state(args.h_0, x, slots, first, B, P, cleared, extras.reset_h);
   if (cell.has_cell) {
-    to.cells =
-        first_state(args.c_0, x, slots, first, B, args.shape.cell_size(), cleared, extras.reset_c);
+    to.cells = first_state(args.c_0, wide, slots, first, B, args.shape.cell_size(), cleared,
+                           extras.reset_c);
   }
   // In the memory of the states where they are the same.
   if (save && !args.keeps_gates()) to.gates = gate_slots(args, to.states);
   if (normalises) {
     if (!to.gates.defined()) to.gates = fresh({kept, B, rows}, x);
     to.x_sums = project_input(x, args.w_ih, std::nullopt);
-    to.r_sums = fresh({kept, B, rows}, x);
-    if (cell.has_cell) to.c_sums = fresh({kept, B, H}, x);
-    if (save) to.moments = fresh({T_, B, 3, 2}, x);
+    to.r_sums = fresh({kept, B, rows}, wide);
+    if (cell.has_cell) to.c_sums = fresh({kept, B, H}, wide);
+    if (save) to.moments = fresh({T_, B, 3, 2}, wide);
   } else if (!all.reads_input) {
     to.gates = project_input(x, args.w_ih, all.bias.sum, to.gates);
   } else if (save && !to.gates.defined()) {
@@ -190,7 +196,7 @@ ScanRun run_scan(const ScanArguments& args, Keep keep, bool return_states) {
     all.masked = fresh({2, B, P}, x);
     all.masked.select(0, 0).copy_(to.states.select(0, first) * *extras.h_mask);
   }
-  if (return_states && cell.has_cell) all.c_steps = fresh({T_, B, args.shape.cell_size()}, x);
+  if (return_states && cell.has_cell) all.c_steps = fresh({T_, B, args.shape.cell_size()}, wide);
   launch(args, all);
   return {all.y, copy_slot(to.states, last), cell.has_cell ? copy_slot(to.cells, last) : nothing(x),
           all.c_steps.defined() ? all.c_steps : nothing(x), std::move(to)};
@@ -220,26 +226,20 @@ std::vector<Tensor> packed(const ScanArguments& args, const ScanSaved& saved) {
 ScanSaved unpacked(const ScanArguments& args, at::TensorList list) {
   const auto& [cell, T_, B, I, H, P, projects, heads] = args.shape;
   const int64_t rows = args.shape.rows();
-  size_t next = 0;
-  const auto take = [&](bool is_kept, const char* name, at::IntArrayRef sizes) {
-    if (!is_kept) return Tensor();
-    TORCH_CHECK(next < list.size(), "saved must be as forward gave it, with ", name, ", got ",
-                list.size(), " tensors");
-    return check_saved(list[next++], name, sizes, args.x);
-  };
+  SavedList kept(list, args.x);
   const bool states = args.keeps_states(), normalises = args.extras.normalises();
   ScanSaved saved;
-  saved.gates = take(args.keeps_gates(), "gates", {T_, B, rows});
-  saved.apart = take(cell.has_apart, "apart", {T_, B, H});
-  saved.states = take(states, "states", {T_ + 1, B, P});
-  saved.cells = take(states && cell.has_cell, "cells", {T_ + 1, B, args.shape.cell_size()});
-  saved.inner = take(args.has_inner(), "inner", {T_, B, H});
-  saved.x_sums = take(normalises, "x_sums", {T_, B, rows});
-  saved.r_sums = take(normalises, "r_sums", {T_, B, rows});
-  saved.c_sums = take(normalises && cell.has_cell, "c_sums", {T_, B, H});
-  saved.moments = take(normalises, "moments", {T_, B, 3, 2});
-  TORCH_CHECK(next == list.size(), "saved must be as forward gave it, ", next, " tensors, got ",
-              list.size());
+  saved.gates = kept.take(args.keeps_gates(), "gates", {T_, B, rows});
+  saved.apart = kept.take(cell.has_apart, "apart", {T_, B, H});
+  saved.states = kept.take(states, "states", {T_ + 1, B, P});
+  saved.cells =
+      kept.take_wide(states && cell.has_cell, "cells", {T_ + 1, B, args.shape.cell_size()});
+  saved.inner = kept.take(args.has_inner(), "inner", {T_, B, H});
+  saved.x_sums = kept.take(normalises, "x_sums", {T_, B, rows});
+  saved.r_sums = kept.take_wide(normalises, "r_sums", {T_, B, rows});
+  saved.c_sums = kept.take_wide(normalises && cell.has_cell, "c_sums", {T_, B, H});
+  saved.moments = kept.take_wide(normalises, "moments", {T_, B, 3, 2});
+  kept.check_end();
   return saved;
 }
 
@@ -282,53 +282,55 @@ void launch_backward(const ScanArguments& args, const ScanSaved& saved,
                      const ScanBackwardBuffers& all) {
   const auto& [cell, T_, B, I, H, P, projects, heads] = args.shape;
   const ScanExtras& extras = args.extras;
-  AT_DISPATCH_FLOATING_TYPES(args.x.scalar_type(), "scan_backward", [&] {
-    kernels_of<scalar_t>(args.x).scan_backward({
-        .cell = cell.kind,
-        .steps = T_,
-        .batch = B,
-        .input = I,
-        .hidden = H,
-        .state_size = P,
-        .reverse = args.reverse,
-        .threads = thread_count(),
-        .x = all.x.const_data_ptr<scalar_t>(),
-        .w_ih = args.w_ih.const_data_ptr<scalar_t>(),
-        .w_hh = cell.recurrent ? args.w_hh.const_data_ptr<scalar_t>() : nullptr,
-        .w_hr = data<scalar_t>(args.w_hr),
-        .lengths = data<int64_t>(args.lengths),
-        .resets = data<bool>(args.resets),
-        .gates = saved.gates.const_data_ptr<scalar_t>(),
-        .apart = data_if<scalar_t>(saved.apart),
-        .states = saved.states.const_data_ptr<scalar_t>(),
-        .cells = data_if<scalar_t>(saved.cells),
-        .inner = data_if<scalar_t>(saved.inner),
-        .d_y = all.d_y.const_data_ptr<scalar_t>(),
-        .d_h = all.d_h.data_ptr<scalar_t>(),
-        .d_c = data_if<scalar_t>(all.d_c),
-        .d_x = data_if<scalar_t>(all.d_x),
-        .d_w_ih = all.d_w_ih.data_ptr<scalar_t>(),
-        .d_w_hh = data_if<scalar_t>(all.d_w_hh),
-        .d_w_hr = data_if<scalar_t>(all.d_w_hr),
-        .d_b_ih = all.d_b_ih.data_ptr<scalar_t>(),
-        .d_b_hh = all.d_b_hh.data_ptr<scalar_t>(),
-        .d_c_steps = data<scalar_t>(all.d_c_steps),
-        .unit_weights = data<scalar_t>(args.unit_weights),
-        .unit_weights_stride = args.masks_own() ? H : 0,
-        .d_unit_weights = data_if<scalar_t>(all.d_unit_weights),
-        .heads = heads,
-        .h_mask = args.masks_state() ? data<scalar_t>(extras.h_mask) : nullptr,
-        .zoneout_h = strided<scalar_t>(extras.zoneout_h),
-        .zoneout_c = strided<scalar_t>(extras.zoneout_c),
-        .d_reset_h = data_if<scalar_t>(all.d_reset_h),
-        .d_reset_c = data_if<scalar_t>(all.d_reset_c),
-        .norm = scan_norm<scalar_t>(extras, saved),
-        .d_gain_ih = data_if<scalar_t>(all.d_gain_ih),
-        .d_gain_hh = data_if<scalar_t>(all.d_gain_hh),
-        .d_gain_c = data_if<scalar_t>(all.d_gain_c),
-        .d_bias_c = data_if<scalar_t>(all.d_bias_c),
-    });
-  });
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, args.x.scalar_type(), "scan_backward", [&] {
+        using Wide = cpu::Accumulate<scalar_t>;
+        kernels_of<scalar_t>(args.x).scan_backward({
+            .cell = cell.kind,
+            .steps = T_,
+            .batch = B,
+            .input = I,
+            .hidden = H,
+            .state_size = P,
+            .reverse = args.reverse,
+            .threads = thread_count(),
+            .x = all.x.const_data_ptr<scalar_t>(),
+            .w_ih = args.w_ih.const_data_ptr<scalar_t>(),
+            .w_hh = cell.recurrent ? args.w_hh.const_data_ptr<scalar_t>() : nullptr,
+            .w_hr = data<scalar_t>(args.w_hr),
+            .lengths = data<int64_t>(args.lengths),
+            .resets = data<bool>(args.resets),
+            .gates = saved.gates.const_data_ptr<scalar_t>(),
+            .apart = data_if<scalar_t>(saved.apart),
+            .states = saved.states.const_data_ptr<scalar_t>(),
+            .cells = data_if<Wide>(saved.cells),
+            .inner = data_if<scalar_t>(saved.inner),
+            .d_y = all.d_y.const_data_ptr<scalar_t>(),
+            .d_h = all.d_h.data_ptr<Wide>(),
+            .d_c = data_if<Wide>(all.d_c),
+            .d_x = data_if<scalar_t>(all.d_x),
+            .d_w_ih = all.d_w_ih.data_ptr<scalar_t>(),
+            .d_w_hh = data_if<scalar_t>(all.d_w_hh),
+            .d_w_hr = data_if<scalar_t>(all.d_w_hr),
+            .d_b_ih = all.d_b_ih.data_ptr<scalar_t>(),
+            .d_b_hh = all.d_b_hh.data_ptr<scalar_t>(),
+            .d_c_steps = data<Wide>(all.d_c_steps),
+            .unit_weights = data<scalar_t>(args.unit_weights),
+            .unit_weights_stride = args.masks_own() ? H : 0,
+            .d_unit_weights = data_if<Wide>(all.d_unit_weights),
+            .heads = heads,
+            .h_mask = args.masks_state() ? data<scalar_t>(extras.h_mask) : nullptr,
+            .zoneout_h = strided<scalar_t>(extras.zoneout_h),
+            .zoneout_c = strided<scalar_t>(extras.zoneout_c),
+            .d_reset_h = data_if<Wide>(all.d_reset_h),
+            .d_reset_c = data_if<Wide>(all.d_reset_c),
+            .norm = scan_norm<scalar_t>(extras, saved),
+            .d_gain_ih = data_if<scalar_t>(all.d_gain_ih),
+            .d_gain_hh = data_if<scalar_t>(all.d_gain_hh),
+            .d_gain_c = data_if<scalar_t>(all.d_gain_c),
+            .d_bias_c = data_if<scalar_t>(all.d_bias_c),
+        });
+      });
 }
 
 }  // namespace
@@ -336,20 +338,20 @@ void launch_backward(const ScanArguments& args, const ScanSaved& saved,
 ScanGradients run_scan_backward(const ScanArguments& args, const ScanSaved& saved,
                                 const ScanIncoming& incoming, bool needs_x) {
   const auto& [cell, T_, B, I, H, P, projects, heads] = args.shape;
-  const Tensor& x = args.x;
+  const Tensor &x = args.x, wide = wide_like(x);
   const ScanExtras& extras = args.extras;
   const int64_t rows = args.shape.rows(), cell_size = args.shape.cell_size();
   const auto like = [&](const OptionalTensor& gain) {
     return gain.has_value() ? fresh(gain->sizes(), x) : Tensor();
   };
   const auto each_row = [&](const OptionalTensor& reset, int64_t size) {
-    return reset.has_value() ? at::zeros({B, size}, x.options()) : Tensor();
+    return reset.has_value() ? at::zeros({B, size}, wide.options()) : Tensor();
   };
   ScanBackwardBuffers all{
       .x = without_padding(x, args.lengths).contiguous(),
       .d_y = or_zero(incoming.y, {T_, B, P}, x),
-      .d_h = copy_or_zero(incoming.h_n, {B, P}, x),
-      .d_c = cell.has_cell ? copy_or_zero(incoming.c_n, {B, cell_size}, x) : Tensor(),
+      .d_h = copy_or_zero(incoming.h_n, {B, P}, wide),
+      .d_c = cell.has_cell ? copy_or_zero(incoming.c_n, {B, cell_size}, wide) : Tensor(),
       .d_x = needs_x ? fresh({T_, B, I}, x) : Tensor(),
       .d_w_ih = fresh({rows, I}, x),
       .d_w_hh = cell.recurrent ? fresh({rows, P / heads}, x) : Tensor(),
@@ -357,8 +359,8 @@ ScanGradients run_scan_backward(const ScanArguments& args, const ScanSaved& save
       .d_b_ih = fresh({rows}, x),
       .d_b_hh = fresh({rows}, x),
       .d_unit_weights =
-          cell.unit_weights > 0 ? at::zeros({B, cell.unit_weights * H}, x.options()) : Tensor(),
-      .d_c_steps = contiguous(incoming.c_steps),
+          cell.unit_weights > 0 ? at::zeros({B, cell.unit_weights * H}, wide.options()) : Tensor(),
+      .d_c_steps = contiguous(at_least_float(incoming.c_steps)),
       .d_reset_h = each_row(extras.reset_h, P),
       .d_reset_c = each_row(extras.reset_c, cell_size),
       .d_gain_ih = like(extras.gain_ih),
@@ -435,7 +437,7 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
   const ScanRun run = few && args.shape.steps > 2 * stretch
                           ? run_scan_kept(args, stretch, return_states).run
                           : run_scan(args, Keep::kNothing, return_states);
-  return {run.y, run.h_n, run.c_n, run.c_steps};
+  return run.results(x.scalar_type());
 }
 
 std::vector<Tensor> scan_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
@@ -450,7 +452,8 @@ std::vector<Tensor> scan_forward(const Tensor& x, const Tensor& w_ih, const Tens
   check_differentiable(w_hh);
   std::vector<Tensor> results;
   const auto add = [&](const ScanRun& run, at::TensorList saved) {
-    results = {run.y, run.h_n, run.c_n, run.c_steps};
+    const auto [y, h_n, c_n, c_steps] = run.results(x.scalar_type());
+    results = {y, h_n, c_n, c_steps};
     results.insert(results.end(), saved.begin(), saved.end());
   };
   if (keep_every == 1) {
@@ -483,12 +486,13 @@ ScanGradients scan_backward(const OptionalTensor& d_y, const OptionalTensor& d_h
     const size_t count = args.shape.cell.has_cell ? 2 : 1;
     TORCH_CHECK(saved.size() == count, "saved must be as forward gave it, ", count,
                 " tensors, got ", saved.size());
-    return run_scan_kept_backward(args, keep_every, saved[0], count > 1 ? saved[1] : Tensor(),
-                                  incoming, needs_x);
+    return rounded(run_scan_kept_backward(args, keep_every, saved[0],
+                                          count > 1 ? saved[1] : Tensor(), incoming, needs_x),
+                   x.scalar_type());
   }
   ScanSaved all = unpacked(args, saved);
   complete(args, all);
-  return run_scan_backward(args, all, incoming, needs_x);
+  return rounded(run_scan_backward(args, all, incoming, needs_x), x.scalar_type());
 }
 
 }  // namespace pyseq

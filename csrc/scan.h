@@ -71,15 +71,20 @@ struct ScanSaved {
 // How much a pass leaves: nothing; what there is no other way to; all that backward reads.
 enum class Keep { kNothing, kLeast, kAll };
 
+// c_n and c_steps of short types are float32.
 struct ScanRun {
   Tensor y, h_n, c_n, c_steps;
   ScanSaved saved;
+
+  // What the operator returns, in the type of its arguments.
+  ScanResult results(at::ScalarType type) const;
 };
 
 // Checks no more, allocates, and calls the kernels.
 ScanRun run_scan(const ScanArguments& args, Keep keep, bool return_states);
 
-// The gradients of a scan's results; those that are not there are zero.
+// The gradients of a scan's results; those that are not there are zero. Of the results themselves
+// and of what is summed up the gradients that a pass gives are float32 for short types.
 struct ScanIncoming {
   OptionalTensor y, h_n, c_n, c_steps;
 
@@ -89,7 +94,8 @@ struct ScanIncoming {
 ScanGradients run_scan_backward(const ScanArguments& args, const ScanSaved& saved,
                                 const ScanIncoming& incoming, bool needs_x);
 
-// The same with no state kept but that before every `keep_every`-th step: (B, P) and (B, K*H).
+// The same with no state kept but that before every `keep_every`-th step: (B, P) and (B, K*H), the
+// latter of short types in float32.
 struct ScanKept {
   ScanRun run;
   Tensor h, c;

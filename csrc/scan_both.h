@@ -16,4 +16,12 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
                                              const OptionalTensor& lengths,
                                              const OptionalTensor& resets, std::string_view cell);
 
+// The same with autograd, by the operator of one scan. On a device backward runs side by side, too:
+// autograd calls it where forward was called.
+using OneScan = decltype(&scan);
+std::tuple<Tensor, Tensor, Tensor> scan_both_recorded(
+    OneScan scan, const Tensor& x, const c10::List<OptionalTensor>& weights,
+    const OptionalTensor& h_0, const OptionalTensor& c_0, const OptionalTensor& lengths,
+    const OptionalTensor& resets, std::string_view cell);
+
 }  // namespace pyseq

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "scan.h"
+#include "widened.h"
 
 namespace pyseq {
 
@@ -42,15 +43,15 @@ ScanArguments arguments_of(const ScanArguments& args, const Stretch& stretch, in
 
 ScanKept run_scan_kept(const ScanArguments& args, int64_t keep_every, bool return_states) {
   const auto& [cell, T_, B, I, H, P, projects, heads] = args.shape;
-  const Tensor& x = args.x;
+  const Tensor &x = args.x, wide = wide_like(x);
   const int64_t cell_size = args.shape.cell_size();
   const std::vector<Stretch> list = stretches(args, keep_every);
   const int64_t count = static_cast<int64_t>(list.size());
   const bool keeps_c = return_states && cell.has_cell;
   ScanKept kept{
-      {fresh({T_, B, P}, x), {}, {}, keeps_c ? fresh({T_, B, cell_size}, x) : nothing(x), {}},
+      {fresh({T_, B, P}, x), {}, {}, keeps_c ? fresh({T_, B, cell_size}, wide) : nothing(x), {}},
       fresh({count, B, P}, x),
-      cell.has_cell ? fresh({count, B, cell_size}, x) : Tensor()};
+      cell.has_cell ? fresh({count, B, cell_size}, wide) : Tensor()};
   fill_slot(kept.h, 0, args.h_0);
   if (cell.has_cell) fill_slot(kept.c, 0, args.c_0);
   for (int64_t i = 0; i < count; ++i) {
@@ -75,9 +76,9 @@ ScanGradients run_scan_kept_backward(const ScanArguments& args, int64_t keep_eve
   const std::vector<Stretch> list = stretches(args, keep_every);
   const int64_t count = static_cast<int64_t>(list.size());
   const Tensor h_kept = check_saved(h, "h_kept", {count, B, P}, args.x);
-  const Tensor c_kept = cell.has_cell
-                            ? check_saved(c, "c_kept", {count, B, args.shape.cell_size()}, args.x)
-                            : Tensor();
+  const Tensor c_kept = cell.has_cell ? check_saved(c, "c_kept", {count, B, args.shape.cell_size()},
+                                                    wide_like(args.x))
+                                      : Tensor();
   const Tensor d_x = needs_x ? fresh({T_, B, I}, args.x) : nothing(args.x);
   std::array<Tensor, 6> weights;  // w_ih, w_hh, b_ih, b_hh, w_hr, w_ch
   std::vector<Tensor> d_extras;
@@ -97,10 +98,10 @@ ScanGradients run_scan_kept_backward(const ScanArguments& args, int64_t keep_eve
     if (needs_x) stretch.of(d_x).copy_(d_own_x);
     const std::array<Tensor, 6> own{d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_w_ch};
     for (size_t w = 0; w < own.size(); ++w) {
-      i + 1 == count ? weights[w] = own[w] : weights[w].add_(own[w]);
+      i + 1 == count ? weights[w] = at_least_float(own[w]) : weights[w].add_(own[w]);
     }
     if (d_extras.empty()) {
-      d_extras = d_own_extras;
+      d_extras = at_least_float(d_own_extras);
     } else {
       for (size_t extra = 0; extra < d_extras.size(); ++extra) {
         d_extras[extra].add_(d_own_extras[extra]);

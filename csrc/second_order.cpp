@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "widened.h"
+
 namespace pyseq::autograd {
 
 namespace {
@@ -70,7 +72,8 @@ struct Gradients : Function<Gradients> {
   static variable_list backward(AutogradContext* context, variable_list d) {
     const bool create_graph = at::GradMode::is_enabled();
     const at::AutoGradMode recording(true);
-    // The specification computes in the dtype of the inputs, wherever backward is called.
+    // The specification computes in the dtype of the inputs, wherever backward is called, but for
+    // short types, which are too coarse for it.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     auto& data = context->saved_data;
     const int64_t count = data["outputs"].toInt();
@@ -88,7 +91,7 @@ struct Gradients : Function<Gradients> {
     const auto at = [&](int64_t i) { return where[i] < 0 ? Tensor() : sources[where[i]]; };
     Stack stack = data["options"].toList().vec();
     int64_t next = count;
-    replace_tensors(stack, [&](const Tensor&) { return at(next++); });
+    replace_tensors(stack, [&](const Tensor&) { return at_least_float(at(next++)); });
     const c10::OperatorHandle reference = c10::Dispatcher::singleton().findSchemaOrThrow(
         ("pyseq::" + data["op"].toStringRef() + "_reference").c_str(), "");
     TORCH_INTERNAL_ASSERT(stack.size() == reference.schema().arguments().size());
@@ -96,7 +99,7 @@ struct Gradients : Function<Gradients> {
 
     variable_list outputs, d_outputs, wanted, first, d_first;
     for (int64_t i = 0; i < count; ++i) {
-      const Tensor output = stack[i].toTensor(), incoming = at(i);
+      const Tensor output = stack[i].toTensor(), incoming = at_least_float(at(i));
       if (!incoming.defined() || !output.requires_grad()) continue;
       outputs.push_back(output);
       d_outputs.push_back(incoming);

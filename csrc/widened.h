@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// float16 and bfloat16: tensors are held in them, the kernels compute in float32. The conversions
-// lie outside the operators, where autograd and tracing see them, and gradients come in the
-// type of what they belong to.
+// float16 and bfloat16: tensors are held in them and summed up in float32. Kernels that do not know
+// them get float32. The conversions lie outside the operators then, where autograd and tracing see
+// them, and gradients come in the type of what they belong to.
 #pragma once
 
 #include <ATen/core/List.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <string>
 #include <string_view>
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "dispatcher.h"
 #include "ops.h"
 
 namespace pyseq {
-
-inline bool is_short(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
 
 inline Tensor at_least_float(const Tensor& tensor) {
   return is_short(tensor.scalar_type()) ? tensor.to(at::kFloat) : tensor;
@@ -41,7 +41,12 @@ inline double at_least_float(double option) { return option; }
 
 // What was computed in float32, in `type`.
 inline Tensor rounded(const Tensor& result, at::ScalarType type) {
-  return result.scalar_type() == at::kFloat ? result.to(type) : result;
+  return is_short(type) && result.scalar_type() == at::kFloat ? result.to(type) : result;
+}
+inline std::vector<Tensor> rounded(const std::vector<Tensor>& results, at::ScalarType type) {
+  std::vector<Tensor> list;
+  for (const Tensor& result : results) list.push_back(rounded(result, type));
+  return list;
 }
 template <class... Results>
 std::tuple<Results...> rounded(const std::tuple<Results...>& results, at::ScalarType type) {
@@ -72,17 +77,27 @@ struct SameType {
   void check(const std::string&, const Option&) const {}
 };
 
+// Whether a transform of torch.func is at work. It cannot see into autograd Functions, so the
+// operator's specification takes their place, which is made of torch's own operators.
+inline bool is_transformed() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
+// Where a kernel takes the short types as they are.
+enum class TakesShort { kNowhere, kOnCuda };
+
 // Widened<&scan>::of("pyseq::scan") is the kernel `scan` of that operator for every type, which
 // is that of the argument number `Leading`.
-template <auto Kernel, size_t Leading = 0>
+template <auto Kernel, TakesShort Where = TakesShort::kNowhere, size_t Leading = 0>
 struct Widened;
 
-template <class Return, class... Args, Return (*Kernel)(Args...), size_t Leading>
-struct Widened<Kernel, Leading> {
+template <class Return, class... Args, Return (*Kernel)(Args...), TakesShort Where, size_t Leading>
+struct Widened<Kernel, Where, Leading> {
   static inline const char* name = nullptr;
 
   static Return call(Args... args) {
-    const at::ScalarType type = std::get<Leading>(std::tie(args...)).scalar_type();
+    const Tensor& leading = std::get<Leading>(std::tie(args...));
+    const at::ScalarType type = leading.scalar_type();
     if (type == at::kFloat || type == at::kDouble) return Kernel(args...);
     static const auto op = find_operator<Kernel>(name);
     const auto& arguments = op.schema().arguments();
@@ -91,6 +106,9 @@ struct Widened<Kernel, Leading> {
                 type);
     size_t index = 0;
     (same.check(arguments[index++].name(), args), ...);
+    if constexpr (Where == TakesShort::kOnCuda) {
+      if (leading.is_cuda() && !is_transformed()) return Kernel(args...);
+    }
     return rounded(op.call(at_least_float(args)...), type);
   }
 

@@ -28,7 +28,7 @@ struct WithoutGradient<Kernel, Leading> {
   // The function for m.impl, once it knows its operator.
   static auto of(const char* operator_name) {
     name = operator_name;
-    return Widened<&WithoutGradient::call, Leading>::of(operator_name);
+    return Widened<&WithoutGradient::call, TakesShort::kNowhere, Leading>::of(operator_name);
   }
 };
 

@@ -186,8 +186,8 @@ def cuda_plan(
         device: of torch, or described; see :func:`cuda_device`.
         hidden_size: H.
         batch_size: B.
-        dtype: that the kernels hold numbers in. The operators compute float16 and bfloat16 in
-            float32.
+        dtype: of the operator's arguments, which its kernels hold numbers in; they add up in
+            float32 at least. Under ``torch.autocast`` that is float32.
         cell: the kind of cell.
         steps: T, which the plan's times are per step of.
         directions: of a scan, 1 or 2, which run side by side.

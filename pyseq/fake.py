@@ -53,6 +53,19 @@ def _fake(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return register
 
 
+class _Results:
+    """Tensors like ``x``; wide ones, which kernels add up in and carry on, are float32 at least."""
+
+    def __init__(self, x: Tensor, shapes: list[tuple[int, ...]]) -> None:
+        self.x = x
+        self.tensors = [x.new_empty(shape) for shape in shapes]
+
+    def add(self, *shape: int, wide: bool = False) -> None:
+        short = self.x.dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if wide and short else self.x.dtype
+        self.tensors.append(self.x.new_empty(shape, dtype=dtype))
+
+
 def _steps_size(cell: str, steps: int, batch: int, hidden: int, wanted: bool) -> tuple[int, ...]:
     """The shape of c after every step."""
     return (steps, *_cell_size(cell, batch, hidden)) if wanted and cell in STATES else (0,)
@@ -140,18 +153,21 @@ def _scan_forward(
 ) -> list[Tensor]:
     steps, batch, _ = x.shape
     rows, hidden, size = _sizes(cell, w_hh, w_hr)
-    shapes: list[tuple[int, ...]] = [
-        (steps, batch, size),
-        (batch, size),
-        _cell_size(cell, batch, hidden),
-        _steps_size(cell, steps, batch, hidden, return_states),
-    ]
+    results = _Results(
+        x,
+        [
+            (steps, batch, size),
+            (batch, size),
+            _cell_size(cell, batch, hidden),
+            _steps_size(cell, steps, batch, hidden, return_states),
+        ],
+    )
     if keep_every > 1:
         kept = (steps + keep_every - 1) // keep_every
-        shapes.append((kept, batch, size))
+        results.add(kept, batch, size)
         if cell in STATES:
-            shapes.append(_steps_size(cell, kept, batch, hidden, True))
-        return [x.new_empty(shape) for shape in shapes]
+            results.add(*_steps_size(cell, kept, batch, hidden, True), wide=True)
+        return results.tensors
 
     # As in csrc/arguments.cpp: gates that are the states, and states that the gates give
     # once more, are not kept.
@@ -163,21 +179,22 @@ def _scan_forward(
     replays = cell in ("lstm", "gru") and w_hr is None and not normalises
     keeps_states = not (untouched and replays)
     if keeps_gates:
-        shapes.append((steps, batch, rows))
+        results.add(steps, batch, rows)
     if cell == "gru":
-        shapes.append((steps, batch, hidden))
+        results.add(steps, batch, hidden)
     if keeps_states:
-        shapes.append((steps + 1, batch, size))
+        results.add(steps + 1, batch, size)
         if cell in STATES:
-            shapes.append(_steps_size(cell, steps + 1, batch, hidden, True))
+            results.add(*_steps_size(cell, steps + 1, batch, hidden, True), wide=True)
     if w_hr is not None or cell == "gru_reset_before":
-        shapes.append((steps, batch, hidden))
+        results.add(steps, batch, hidden)
     if normalises:
-        shapes += [(steps, batch, rows)] * 2
+        results.add(steps, batch, rows)
+        results.add(steps, batch, rows, wide=True)
         if cell == "lstm":
-            shapes.append((steps, batch, hidden))
-        shapes.append((steps, batch, 3, 2))
-    return [x.new_empty(shape) for shape in shapes]
+            results.add(steps, batch, hidden, wide=True)
+        results.add(steps, batch, 3, 2, wide=True)
+    return results.tensors
 
 
 @_fake("pyseq::scan_backward")
@@ -420,31 +437,37 @@ def _decode_forward(
     steps, batch, _ = x.shape
     source, _, size = memory.shape
     hidden, count, rows = combine.shape[0], len(layers) // 4, layers[1].shape[0]
-    shapes: list[tuple[int, ...]] = [
-        (steps, batch, hidden),
-        _attn_size(steps, batch, heads, source),
-        (count, batch, hidden),
-        (count, batch, hidden) if cell == "lstm" else (0,),
-        (batch, size) if fed == "context" else (0,),
-        (0,) if history == "none" else (batch, heads, source),
-        (steps, batch, rows),
-    ]
+    results = _Results(
+        x,
+        [
+            (steps, batch, hidden),
+            _attn_size(steps, batch, heads, source),
+            (count, batch, hidden),
+            (count, batch, hidden) if cell == "lstm" else (0,),
+            (batch, size) if fed == "context" else (0,),
+            (0,) if history == "none" else (batch, heads, source),
+            (steps, batch, rows),
+        ],
+    )
     if count > 1:
-        shapes.append((count - 1, steps, batch, rows))
+        results.add(count - 1, steps, batch, rows)
     here = x.device.type == "cpu"
     if window > 0 or not here:
-        shapes.append((steps, batch, size))
+        results.add(steps, batch, size)
     if not here:
-        shapes += [(count, steps + 1, batch, hidden)] * (2 if cell == "lstm" else 1)
+        results.add(count, steps + 1, batch, hidden)
+        if cell == "lstm":
+            results.add(count, steps + 1, batch, hidden, wide=True)
     if cell == "gru":
-        shapes.append((count, steps, batch, hidden))
+        results.add(count, steps, batch, hidden)
     if weight_query is not None:
-        shapes.append((steps, batch, keys.shape[2]))
+        results.add(steps, batch, keys.shape[2])
     if weight_position is not None:
-        shapes += [(steps, batch, weight_position.shape[0]), (steps, batch)]
+        results.add(steps, batch, weight_position.shape[0])
+        results.add(steps, batch, wide=True)
     if history != "none":
-        shapes.append((steps + 1, batch, heads, source))
-    return [x.new_empty(shape) for shape in shapes]
+        results.add(steps + 1, batch, heads, source, wide=True)
+    return results.tensors
 
 
 @_fake("pyseq::decode_backward")

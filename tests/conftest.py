@@ -11,10 +11,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
+import cuda_device  # before torch
 import pytest
 import torch
-
-from pyseq import _C
 
 # What deterministic products on a CUDA device need, before there are any.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -48,9 +47,7 @@ def device(request: pytest.FixtureRequest, deterministic: None) -> Iterator[torc
     if place.type == "cpu":  # where they are made anyway
         yield place
         return
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if _C.build_info()["cuda"] == "none":
-        pytest.skip("pyseq is built without CUDA kernels")
+    if reason := cuda_device.why_none():
+        pytest.skip(reason)
     with place:
         yield place

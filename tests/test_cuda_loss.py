@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cuda_device import why_none
 from cuda_shim import build, check, pointer
 from operator_cases import LinearCrossEntropyCase, changed, expected_of, loss_cases, run
 from tolerances import assert_close
 from torch import Tensor
 from torch._C import DispatchKey
 
-from pyseq import _C, functional, reference
+from pyseq import functional, reference
 
 IGNORED = -100
 DTYPES = (torch.float32, torch.float64)
@@ -198,10 +199,7 @@ def test_an_unknown_symbol_is_nan_where_looking_would_wait() -> None:
     assert gradients[0].isnan().any()
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or _C.build_info()["cuda"] == "none",
-    reason="no CUDA device with kernels for it",
-)
+@pytest.mark.skipif(why_none() is not None, reason=str(why_none()))
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in loss_cases()])
 def test_on_a_cuda_device(case: LinearCrossEntropyCase) -> None:
     call = case.call()

@@ -5,6 +5,7 @@ operators; and a training step asks no device what its tensors hold."""
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from no_waiting import NoWaiting
 from torch import Tensor
 from torch._C import _dispatch_has_computed_kernel_for_dispatch_key as has_computed
 from torch._C import _dispatch_has_kernel_for_dispatch_key as has_own
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from pyseq import _C, Classifier, Seq2Seq, Tagger
+from pyseq import _C, Classifier, Seq2Seq, Tagger, functional
 from pyseq.scheduled import Sampling
 from pyseq.types import PAD
 
@@ -46,6 +50,114 @@ def test_each_operator_has_shapes_without_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_autocast_is_for_cuda_what_it_is_for_the_cpu(name: str) -> None:
     assert has_own(name, "AutocastCUDA") == has_own(name, "AutocastCPU")
+
+
+# ---- Short types -----------------------------------------------------------------------
+
+
+class Seen(TorchDispatchMode):
+    """The operators of pyseq that run, and the floating-point dtypes of what they take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, set[torch.dtype]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "pyseq":
+            taken = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+            found = {t.dtype for t in taken if t.is_floating_point()}
+            self.calls.append((func.name(), found))
+        return func(*args, **(kwargs or {}))
+
+
+def short_call(op: str, dtype: torch.dtype, device: str, needs_grad: bool) -> list[Tensor]:
+    """The results of an LSTM, an attention or a decoder of fake tensors."""
+    T, B, E, H, S = 3, 2, 4, 5, 6
+
+    def new(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=device, requires_grad=needs_grad)
+
+    def layer(size: int) -> tuple[Tensor, ...]:
+        return new(4 * H, size), new(4 * H, H), new(4 * H), new(4 * H)
+
+    x, state = new(T, B, E), (new(B, H), new(B, H))
+    keys, memory = new(S, B, H), new(S, B, H)
+    results: Any
+    if op == "scan":
+        results = functional.scan(x, *layer(E), state=state, cell="lstm")
+    elif op == "linear":
+        results = torch.ops.pyseq.linear(x, new(H, E), new(H))
+    elif op == "scan_both":
+        both = tuple(torch.stack((part, part)) for part in state)
+        results = functional.scan_both(x, (*layer(E), None), (*layer(E), None), both, cell="lstm")
+    elif op == "attend":
+        results = functional.attend(new(T, B, H), keys, memory, need_weights=True)
+    else:
+        results = functional.decode(x, [layer(E + H)], keys, memory, new(H, 2 * H), cell="lstm")
+    return [tensor for tensor in tree_leaves(results) if isinstance(tensor, Tensor)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("op", ["scan", "scan_both", "attend", "decode", "linear"])
+def test_kernels_of_devices_take_short_types_as_they_are(
+    op: str, needs_grad: bool, dtype: torch.dtype
+) -> None:
+    with FakeTensorMode(), Seen() as seen, torch.set_grad_enabled(needs_grad):
+        results = short_call(op, dtype, "cuda", needs_grad)
+    assert seen.calls
+    assert all(found == {dtype} for _, found in seen.calls)
+    assert all(result.dtype == dtype for result in results)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("op", ["scan", "scan_both", "attend", "decode", "linear"])
+def test_kernels_of_the_cpu_take_float32(op: str, needs_grad: bool) -> None:
+    with FakeTensorMode(), Seen() as seen, torch.set_grad_enabled(needs_grad):
+        results = short_call(op, torch.bfloat16, "cpu", needs_grad)
+    assert seen.calls
+    assert all(found == {torch.float32} for _, found in seen.calls)
+    assert all(result.dtype == torch.bfloat16 for result in results)
+
+
+def dtypes_under_autocast(op: str, device: str) -> list[torch.dtype]:
+    # torch.autocast does nothing for a device that is not there.
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    try:
+        with FakeTensorMode(), Seen() as seen:
+            results = short_call(op, torch.bfloat16, device, needs_grad=True)
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+    assert seen.calls
+    assert all(found == {torch.float32} for _, found in seen.calls)
+    return [result.dtype for result in results]
+
+
+@pytest.mark.parametrize("op", ["scan", "attend", "decode", "linear"])
+def test_autocast_computes_in_float32_and_returns_the_same_everywhere(op: str) -> None:
+    assert dtypes_under_autocast(op, "cuda") == dtypes_under_autocast(op, "cpu")
+
+
+def test_what_is_carried_on_is_kept_wide() -> None:
+    """Of an LSTM on a device: c is float32, all else of the arguments' type."""
+    T, B, E, H = 3, 2, 4, 5
+    with FakeTensorMode():
+        new = partial(torch.empty, dtype=torch.float16, device="cuda")
+        weights = new(4 * H, E), new(4 * H, H), None, None, None
+        call = torch.ops.pyseq.scan_forward(
+            new(T, B, E), *weights, None, None, None, None, "lstm", False
+        )
+    shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in call[4:]]
+    assert shapes == [
+        ((T, B, 4 * H), torch.float16),  # gates
+        ((T + 1, B, H), torch.float16),  # h
+        ((T + 1, B, H), torch.float32),  # c
+    ]
 
 
 # ---- A training step -------------------------------------------------------------------

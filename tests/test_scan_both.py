@@ -189,11 +189,21 @@ def test_layers_take_it_where_no_gradient_is_wanted(
     assert_same_bits(inferred, trained)
 
 
-def test_gradients_are_refused() -> None:
-    arguments = both_call("gru", (5, 2, 4, 7))
-    arguments["x"].requires_grad_()
-    with pytest.raises(RuntimeError, match="scan_both is for inference and gives no gradients"):
-        functional.scan_both(**arguments)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_are_those_of_a_scan_in_each_direction(cell: Any) -> None:
+    arguments = both_call(cell, (5, 2, 4, 7), lengths="ragged", resets="random")
+    inputs = [t.requires_grad_() for _, t in leaves(arguments) if t.is_floating_point()]
+
+    def gradients(results: dict[str, Tensor]) -> dict[str, Tensor]:
+        total = sum(
+            (value * torch.sin(torch.arange(value.numel())).view_as(value)).sum()
+            for value in results.values()
+        )
+        assert isinstance(total, Tensor)
+        return {str(i): d for i, d in enumerate(torch.autograd.grad(total, inputs))}
+
+    both = functional.scan_both(**arguments)
+    assert_same_bits(gradients(tensors_of(both)), gradients(one_by_one(functional, **arguments)))
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -66,20 +66,22 @@ struct Strided {
 // gain_c, of c where h is made of it. For backward everything is kept, else one step.
 template <class T>
 struct ScanNorm {
+  using A = Accumulate<T>;
   const T* gain_ih;  // (G*H), or null: nothing is normalised
   const T* gain_hh;  // (G*H)
   const T* gain_c;   // (H), LSTM
   const T* bias_c;   // (H), LSTM
   const T* x_sums;   // (T, B, G*H): W_ih x
-  T* r_sums;         // (T or 1, B, G*H): W_hh h
-  T* c_sums;         // (T or 1, B, H), LSTM: c as the cell gave it
-  T* moments;        // (T, B, 3, 2): mean and scale of the rows of these three; for backward only
+  A* r_sums;         // (T or 1, B, G*H): W_hh h
+  A* c_sums;         // (T or 1, B, H), LSTM: c as the cell gave it
+  A* moments;        // (T, B, 3, 2): mean and scale of the rows of these three; for backward only
 
   explicit operator bool() const { return gain_ih != nullptr; }
 };
 
 template <class T>
 struct ScanForward {
+  using A = Accumulate<T>;
   CellKind cell;
   int64_t steps, batch, input, hidden, state_size;
   bool reverse;
@@ -102,12 +104,12 @@ struct ScanForward {
   T* gates;
   T* apart;   // (T, B, H) or null: the same for the sum that stays apart
   T* states;  // (slots, B, P)
-  T* cells;   // (slots, B, K*H) or null
+  A* cells;   // (slots, B, K*H) or null
   // (T or 1, B, H): with w_hr h before the projection, of a cell that gates its state that.
   T* inner;
   T* y;  // (T, B, P)
   // (T, B, K*H) or null: out, c after every step, zero where it is padding.
-  T* c_steps;
+  A* c_steps;
   const T* unit_weights;        // (U*H) or null
   int64_t unit_weights_stride;  // from those of a row to those of the next, 0 where all share them
   int64_t heads;                // D = H / heads units each; with several, w_hh is (heads, G*D, D)
@@ -116,7 +118,7 @@ struct ScanForward {
   Strided<T> zoneout_h;         // rows of P: the share of the old h in the new one
   Strided<T> zoneout_c;         // rows of H: likewise
   Strided<T> reset_h;           // rows of P: what a reset sets h to; none: zero
-  Strided<T> reset_c;           // rows of K*H
+  Strided<A> reset_c;           // rows of K*H
   ScanNorm<T> norm;             // with it no w_ih; `gates` is (T or 1, B, G*H) and not null
 };
 
@@ -135,6 +137,7 @@ struct Replay {
 
 template <class T>
 struct ScanBackward {
+  using A = Accumulate<T>;
   CellKind cell;
   int64_t steps, batch, input, hidden, state_size;
   bool reverse;
@@ -148,27 +151,27 @@ struct ScanBackward {
   const T* gates;
   const T* apart;
   const T* states;
-  const T* cells;
+  const A* cells;
   const T* inner;
   const T* d_y;  // (T, B, P)
-  T* d_h;        // (B, P): in of the last state, out of the first
-  T* d_c;        // (B, K*H) or null: likewise
+  A* d_h;        // (B, P): in of the last state, out of the first
+  A* d_c;        // (B, K*H) or null: likewise
   T* d_x;        // (T, B, I) or null
   T* d_w_ih;
   T* d_w_hh;  // or null
   T* d_w_hr;  // or null
   T* d_b_ih;
   T* d_b_hh;           // with w_hh
-  const T* d_c_steps;  // (T, B, K*H) or null
+  const A* d_c_steps;  // (T, B, K*H) or null
   const T* unit_weights;
   int64_t unit_weights_stride;
-  T* d_unit_weights;  // (B, U*H) or null: one summand per row, zero at first
+  A* d_unit_weights;  // (B, U*H) or null: one summand per row, zero at first
   int64_t heads;
   const T* h_mask;  // as in ScanForward
   Strided<T> zoneout_h;
   Strided<T> zoneout_c;
-  T* d_reset_h;  // (B, P) or null: added to
-  T* d_reset_c;  // (B, K*H) or null: added to
+  A* d_reset_h;  // (B, P) or null: added to
+  A* d_reset_c;  // (B, K*H) or null: added to
   ScanNorm<T> norm;
   T* d_gain_ih;  // these with `norm`
   T* d_gain_hh;

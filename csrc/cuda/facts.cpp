@@ -23,6 +23,10 @@ cudaError_t device_facts(DeviceFacts* facts) {
   // Two transfers in a cycle, of so many bits.
   facts->bandwidth =
       2 * kKilo * ask(cudaDevAttrMemoryClockRate) * ask(cudaDevAttrGlobalMemoryBusWidth) / 8;
+  // A device that does not tell its rates, as a part of one may not, gets those of an older one:
+  // the plan divides by them.
+  if (facts->clock <= 0) facts->clock = 1.4e9;
+  if (facts->bandwidth <= 0) facts->bandwidth = 1e12;
   facts->cooperative = ask(cudaDevAttrCooperativeLaunch) != 0;
   return error;
 }

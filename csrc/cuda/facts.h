@@ -2,9 +2,8 @@
 // What a plan asks of a device, asked of the device.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include "plan.h"
+#include "types.h"
 
 namespace pyseq::cuda {
 

@@ -317,10 +317,11 @@ def scan_both(
     resets: Tensor | None = None,
     extras: tuple[ScanExtras, ScanExtras] | None = None,
 ) -> ScanOutput:
-    """Run one recurrent layer over a sequence in both directions, without gradients.
+    """Run one recurrent layer over a sequence in both directions.
 
     The same as :func:`scan` forward with ``weights`` and in reverse with ``weights_reverse``,
-    and the two outputs concatenated; with two threads each direction takes one.
+    and the two outputs concatenated. On a CUDA device the two run side by side, and so do their
+    gradients; on the CPU, where no gradient is wanted, with two threads each direction takes one.
 
     Args:
         x: (T, B, I), floating-point, T at least 1.
@@ -338,7 +339,8 @@ def scan_both(
 
     Raises:
         ValueError: an option is unknown, or the state has the wrong form.
-        RuntimeError: a tensor has the wrong shape, dtype or device, or needs a gradient.
+        RuntimeError: a tensor has the wrong shape, dtype or device, or needs a gradient and
+            there are quantized weights.
         TypeError: what must be a tensor is none.
 
     Reference:

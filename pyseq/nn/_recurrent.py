@@ -131,7 +131,7 @@ class Recurrent(RecurrentOptions):
         learned = self._learned()
         try:
             plain = self._plain and masks is None and not return_states and not self._drops()
-            if plain and self.bidirectional and runs_both():
+            if plain and self.bidirectional and runs_both(x, self.keep_every):
                 return self._scan_plain_both(x, parts, lengths, resets)
             if plain and not self.bidirectional and lengths is None and resets is None:
                 return self._scan_plain(x, parts)
@@ -224,7 +224,7 @@ class Recurrent(RecurrentOptions):
         lengths: Tensor | None,
         resets: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The same in both directions, without gradients."""
+        """The same in both directions."""
         cell, state, states = self.cell, None, []
         weights = self._weights()
         for first in range(0, len(weights), 2):

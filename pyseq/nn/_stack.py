@@ -137,10 +137,12 @@ def join_layers(
     return tuple(join(list(part)) for part in zip(*states, strict=True))
 
 
-def runs_both() -> bool:
-    """Whether the two directions of a layer may be one operator, which has no gradient."""
+def runs_both(x: Tensor, keep_every: int) -> bool:
+    """Whether the two directions of a layer are better one operator, which keeps every step: on
+    the CPU it is no faster than all threads for each where gradients are wanted."""
     # A trace knows no list with None in it.
-    return not torch.is_grad_enabled() and not torch.jit.is_tracing()
+    wanted = (x.is_cuda and keep_every == 1) or not torch.is_grad_enabled()
+    return wanted and not torch.jit.is_tracing()
 
 
 def _scan_layer(
@@ -167,7 +169,7 @@ def _scan_layer(
         regularization.extras(own, cell, first + direction, masks[direction])
         for direction, own in enumerate(weights)
     ]
-    if len(weights) == 2 and not return_states and runs_both():
+    if len(weights) == 2 and not return_states and runs_both(x, keep_every):
         output, last = functional.scan_both(
             x,
             weights[0],
