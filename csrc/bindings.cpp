@@ -305,6 +305,8 @@ PYBIND11_MODULE(_C, m) {
         "How a loop would run on a CUDA device.");
   m.def("build_info", &pyseq::build_info, "What the extension was built with and for.");
   m.def("compiled_tiers", &pyseq::cpu::compiled_tiers, "The CPU tiers compiled in.");
+  m.def("has_lost_threads", &pyseq::cpu::has_lost_threads,
+        "Whether this thread is a forked child's, and had led others before.");
   m.def("cpu_tier", [] { return pyseq::cpu::tier().name; }, "The CPU tier in use.");
   m.def("multiply_add_rate", &pyseq::multiply_add_rate, pybind11::kw_only(),
         pybind11::arg("threads"), pybind11::arg("rounds"), without_gil,

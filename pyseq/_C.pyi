@@ -115,6 +115,9 @@ def cuda_plan(
 ) -> dict[str, int | float | str]:
     """How a loop would run on a CUDA device; see ``pyseq.cuda``."""
 
+def has_lost_threads() -> bool:
+    """Whether this thread is a forked child's, and had led others before."""
+
 def cpu_tier() -> str:
     """The CPU tier in use: avx512, avx2, neon or plain."""
 

@@ -7,6 +7,7 @@ module built for another torch would die with an unreadable symbol error, hence 
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -65,6 +66,16 @@ _check_built()
 
 from . import _C as _C  # noqa: E402  after the check, which says more than a failed import
 from . import fake as fake  # noqa: E402  needs the operators of _C
+
+
+def _after_fork() -> None:
+    """Leave torch one thread where those that the parent's had are gone: its operators would wait
+    for them for ever. A worker of a data loader does the same."""
+    if _C.has_lost_threads():
+        torch.set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def has_kernels(device: str) -> bool:

@@ -140,20 +140,25 @@ def test_many_python_threads_at_once(set_threads: Callable[[int], None]) -> None
             assert_close(actual.gradients, expected[index].gradients)
 
 
-def _run_in_child() -> None:
-    torch.set_num_threads(1)
+def _run_in_child(threads: int | None) -> None:
+    if threads is None:
+        assert torch.get_num_threads() == 1
+    else:
+        torch.set_num_threads(threads)
     for case in SHARED[: len(SHARED) // 2]:
         call = case.call()
         assert_close(run(functional, call).outputs, expected_of(call).outputs)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_child_with_one_thread_works(set_threads: Callable[[int], None]) -> None:
-    """As in a worker of a data loader: the parent's pool of threads is gone in the child."""
+@pytest.mark.parametrize("threads", [1, None], ids=["set-to-one", "unset"])
+def test_a_forked_child_works(threads: int | None, set_threads: Callable[[int], None]) -> None:
+    """As in a worker of a data loader, which sets one thread, or in a pool of processes, which
+    sets nothing: the parent's pool of threads is gone in the child."""
     set_threads(2)
     for case in SHARED:
         run(functional, case.call())
-    child = multiprocessing.get_context("fork").Process(target=_run_in_child)
+    child = multiprocessing.get_context("fork").Process(target=_run_in_child, args=(threads,))
     child.start()
     child.join(60)
     hung = child.is_alive()

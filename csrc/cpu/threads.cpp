@@ -2,6 +2,7 @@
 #include "threads.h"
 
 #include <omp.h>
+#include <pthread.h>
 #include <sched.h>
 #include <time.h>
 
@@ -50,6 +51,14 @@ struct Crowd {
 };
 
 thread_local Crowd crowd;
+
+// A forked child is a copy of the one thread that forked. If that thread had led others, OpenMP's
+// runtime would wait in the child for their copies, which do not exist, for ever.
+thread_local bool has_led = false;
+thread_local bool has_lost = false;
+
+[[maybe_unused]] const int watches_forks =
+    pthread_atfork(nullptr, nullptr, [] { has_lost = has_lost || has_led; });
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -123,9 +132,11 @@ Plan plan_steps(const StepCost& cost, int threads, int64_t most_teams) {
   return {threads, 1};
 }
 
+bool has_lost_threads() { return has_lost; }
+
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads),
                   void* context) {
-  if (threads <= 1 || omp_in_parallel()) {
+  if (threads <= 1 || has_lost || omp_in_parallel()) {
     body(context, 0, 1);
     return;
   }
@@ -134,6 +145,7 @@ void run_parallel(int threads, void (*body)(void* context, int thread, int threa
     body(context, 0, 1);
     return;
   }
+  has_led = true;
   __atomic_store_n(&waited_long, 0, __ATOMIC_RELAXED);
   int64_t end = begin;  // of this thread's own share
   // Without num_threads(): a count that changes from call to call makes the runtime take
@@ -175,8 +187,9 @@ struct Kept {
   ~Kept() { ::operator delete(data, kAlign); }
 };
 
-// One for each call inside a call: a loop has its workspace, the products in it theirs.
-constexpr int kNested = 2;
+// One for each call inside a call: a loop has its workspace, the products in it theirs, of which
+// a quantized one has two.
+constexpr int kNested = 3;
 thread_local Kept kept[kNested];
 thread_local int nested = 0;
 

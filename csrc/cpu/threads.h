@@ -68,9 +68,12 @@ Plan plan_steps(const StepCost& cost, int threads, int64_t most_teams = kMaxTeam
 
 // Runs body(context, thread, threads) on up to `threads` threads; the count passed is what
 // the runtime really gave, or one while the cores turn out to be taken by other work. With one
-// thread no parallel region is entered, so that a forked child, whose runtime is gone, does not
-// hang.
+// thread no parallel region is entered; so a forked child, whose runtime is gone, does not hang:
+// if the thread that forked had led others, the child has one, whatever is asked for later.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
+
+// Whether this thread is a forked child's, and had led others before.
+bool has_lost_threads();
 
 // Barriers of one call: one for all threads, and one for each team of several members.
 struct Teams {
