@@ -27,6 +27,7 @@ from .nn import (
     SLSTMCell,
 )
 from .types import GATES
+from .types import kind as type_name
 
 __all__ = ["quantize"]
 
@@ -63,12 +64,15 @@ def quantize(module: M, weights: QuantizedName = "int8") -> M:
             quantized already or parametrised, an IndRNN, an SLSTM, or a GRU with
             ``reset_after=False``; a weight is not finite.
         RuntimeError: a weight is not float32 on the CPU.
+        TypeError: ``module`` is no module.
 
     Reference:
         Jacob et al. 2018, arXiv 1712.05877, section 2 (there with a zero point).
     """
     if weights not in QUANTIZED:
         raise ValueError(f"weights must be one of {', '.join(QUANTIZED)}, got {weights!r}")
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type_name(module)}")
     result = copy.deepcopy(module).eval().requires_grad_(False)
     found = 0
     for name, layer in result.named_modules():

@@ -381,7 +381,17 @@ def infinite() -> torch.nn.Module:
         (
             lambda: pyseq.quantize(nn.LSTM(4, 8))(torch.randn(3, 2, 4).double()),
             ValueError,
-            "does not match weight dtype",
+            r"does not match weight dtype .*input.to\(torch.float32\)$",
+        ),
+        (
+            lambda: pyseq.quantize(nn.LSTM(4, 8, device="meta")),
+            RuntimeError,
+            "weight must be float32 on the CPU, got Float on meta",
+        ),
+        (
+            lambda: pyseq.quantize(torch.randn(3)),  # type: ignore[type-var]
+            TypeError,
+            "module must be a torch.nn.Module, got Tensor",
         ),
     ],
     ids=[
@@ -394,6 +404,8 @@ def infinite() -> torch.nn.Module:
         "indrnn",
         "slstm",
         "input",
+        "meta",
+        "no-module",
     ],
 )
 def test_errors_say_what_was_expected(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_unary
 
+from .._checks import check_positive
 from .._library import _C  # which registers torch.ops.pyseq
 from ..types import (
     SCAN_GATES,
@@ -229,8 +230,8 @@ def scan(
         eq. 23 to 25, normalises the candidate apart from the other gates).
     """
     check_option("cell", cell, SCAN_GATES)
-    if keep_every < 1:
-        raise ValueError(f"keep_every must be at least 1, got {keep_every!r}")
+    if keep_every != 1:
+        check_positive(keep_every=keep_every)
     h_0, c_0 = (None, None) if state is None else h_and_c(state_parts(cell, state))
     extras: tuple[Tensor | None, ...] = ()
     # Reading them takes time, so none is passed if none is given.

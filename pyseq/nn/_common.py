@@ -61,9 +61,10 @@ def check_input(name: str, tensor: Tensor, weight: Tensor, training: bool) -> No
         return
     dtype = computing_dtype(weight)
     if tensor.dtype != dtype and not autocasts(tensor.device):
+        other = "" if is_quantized(weight) else f", or convert model: model.to({tensor.dtype})"
         raise ValueError(
             f"RNN {name} dtype ({tensor.dtype}) does not match weight dtype ({dtype}). "
-            f"Convert {name}: {name}.to({dtype}), or convert model: model.to({tensor.dtype})"
+            f"Convert {name}: {name}.to({dtype}){other}"
         )
     if training and is_quantized(weight):
         raise RuntimeError("a quantized module is for inference: call eval() on it, got train()")
