@@ -128,6 +128,12 @@ void copy_columns(const Gemm<T>& args, int64_t begin, int64_t count, int tiles, 
   }
 }
 
+// Whether so few rows do not repay packing b, as measured for rows of 64 to 1024. Those of a loop
+// come a few at a time, and repay it later: see repays_packing.
+PYSEQ_FORCE_INLINE bool are_few_rows(int64_t m, int64_t k) {
+  return m <= larger(2, smaller(k / 20, 12 + k / 64));
+}
+
 // The product of a few rows, which would not repay packing b, whose columns lie as the rows of
 // weights do.
 template <class T>
@@ -160,8 +166,7 @@ void gemm(const Gemm<T>& args) {
   using detail::kGroup;
   constexpr int kRows = detail::kMaxRows<1>;
   const bool copies_a = args.a_column != 1 || args.a_sums != nullptr;
-  if (!repays_packing(1, args.m, args.k, args.n * args.k * static_cast<int64_t>(sizeof(T))) &&
-      args.b_row == 1 && !copies_a && !args.accumulate) {
+  if (detail::are_few_rows(args.m, args.k) && args.b_row == 1 && !copies_a && !args.accumulate) {
     return detail::gemm_of_few_rows(args);
   }
   const int64_t panels = vectors<T>(args.n), groups = (panels + kGroup - 1) / kGroup;

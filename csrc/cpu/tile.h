@@ -89,15 +89,15 @@ void pack_columns(const Weights<T>& weights, int thread, int present) {
 }
 
 // Whether packing the weights of a forward loop repays, whose rows are `length` long. Measured
-// with 32 to 512 units: to pack takes as long as the products of an eighth as many rows gain by it,
-// but of 40 at most, however many steps they are in. (The lanes of a dot product are summed, which
-// takes as long for a short row of weights.) A single row gains nothing where memory beyond the
-// caches decides how fast weights are read. The number of threads has no say, so that it cannot
+// with 64 to 1024 units: the lanes of a dot product are summed, which takes as long for a short row
+// of weights, so that to pack 64 or 128 repays after 4 or 8 rows, in however many steps, 256 after
+// some 30; from 512 on, where a cache further away decides how fast weights are read, after 80. A
+// single row gains nothing where memory does. The number of threads has no say, so that it cannot
 // change bits.
 PYSEQ_FORCE_INLINE bool repays_packing(int64_t steps, int64_t batch, int64_t length,
                                        int64_t weight_bytes) {
   constexpr int64_t kFarWeights = 8 << 20;
-  const int64_t rows = smaller(40, larger(4, length / 8));
+  const int64_t rows = smaller(80, larger(4, length * length / 2048));
   return steps * batch > rows && (batch > 1 || weight_bytes <= kFarWeights);
 }
 
