@@ -173,7 +173,7 @@ def decode(
         weights if need_weights else None,
         DecoderState(
             (h_n, c_n) if cell == "lstm" else h_n,
-            output[-1] if feed == "output" else feed_n,
+            output.select(0, -1) if feed == "output" else feed_n,
             attention,
         ),
     )
