@@ -253,7 +253,7 @@ _FULL_MODEL: Options = {
 _FULL_TRAINING: Options = {
     "batch_size": 64,
     "learning_rate": 1e-3,
-    "epochs": 20,
+    "epochs": 28,
     "label_smoothing": 0.1,
     "select": "accuracy",
 }
