@@ -4,8 +4,9 @@
 # make demo, test, bench, quality, lint: each makes .venv, installs torch and what it needs, builds
 # pyseq, and runs. A second call does again only what a change of the sources asks for.
 # Set on the command line: PYTHON (makes .venv), TORCH (what pip installs as torch), MAX_JOBS,
-# DEVICE (where the demo's model is: cpu or cuda), BENCH (options of the benchmark, such as BENCH='--only scan-training --threads 2'), QUALITY (those
-# of the quality page, such as QUALITY='--only attention').
+# DEVICE (where the demo's model is: cpu or cuda), BENCH (options of the benchmark, such as
+# BENCH='--only scan-training --threads 2'), QUALITY (those of the quality page, such as
+# QUALITY='--only attention').
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

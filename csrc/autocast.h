@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators as the dispatcher's Autocast keys run them: in float32, since the kernels
-// know no shorter type, and with autocast off for the products that they call.
+// The operators as the dispatcher's Autocast keys run them: in float32, on every
+// device alike, and with autocast off for the products that they call.
 #pragma once
 
 #include <c10/core/impl/LocalDispatchKeySet.h>

@@ -2,6 +2,7 @@
 #include "scan_both.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ThreadLocalState.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/stack.h>
@@ -12,8 +13,10 @@
 #include <map>
 #include <vector>
 
+#include "cpu/threads.h"
 #include "devices.h"
 #include "layers.h"
+#include "widened.h"
 
 namespace pyseq {
 
@@ -28,7 +31,8 @@ constexpr size_t kWeights = 5, kWithPeepholes = 6, kWithExtras = kWithPeepholes 
 // steps take no longer than it may take to wake another thread.
 bool one_thread_each(int64_t steps, int64_t batch, int64_t weights, int threads) {
   constexpr int64_t kShortStep = 1 << 19, kShortCall = 1 << 17;  // multiply-adds
-  if (threads < 2 || steps * batch * weights <= kShortCall) return false;
+  if (threads < 2 || cpu::has_lost_threads()) return false;
+  if (steps * batch * weights <= kShortCall) return false;
   return threads == 2 || batch * weights <= kShortStep;
 }
 
@@ -188,6 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
   } else if (one_thread_each(x.size(0), x.size(1), w_hh.has_value() ? w_hh->numel() : 0,
                              thread_count())) {
     const at::ThreadLocalState caller;
+    cpu::leads_others();
     at::parallel_for(0, int64_t{kDirections}, 1, [&](int64_t begin, int64_t end) {
       const at::ThreadLocalStateGuard as_the_caller(caller);
       for (int64_t direction = begin; direction < end; ++direction) {
@@ -206,8 +211,9 @@ std::tuple<Tensor, Tensor, Tensor> scan_both_recorded(
     const OptionalTensor& resets, std::string_view cell) {
   BothDirections both{x, weights, h_0, c_0, lengths, resets, cell};
   both.check();
-  // Where tensors have no numbers, as under torch.compile, there are no streams.
-  if (x.is_cuda() && !x.unsafeGetTensorImpl()->is_python_dispatch()) {
+  // Under a transform of torch.func, and where tensors have no numbers, as under torch.compile,
+  // there are no streams.
+  if (x.is_cuda() && !is_transformed() && !at::isTensorSubclassLike(x)) {
     both.run_side_by_side(scan, /*recorded=*/true);
   } else {
     both.run_in_turn(scan);

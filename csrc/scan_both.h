@@ -16,8 +16,8 @@ std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
                                              const OptionalTensor& lengths,
                                              const OptionalTensor& resets, std::string_view cell);
 
-// The same with autograd, by the operator of one scan. On a device backward runs side by side, too:
-// autograd calls it where forward was called.
+// The same with autograd, by the operator of one scan. On a device backward runs side by side, too,
+// since autograd calls it where forward was called; not so under torch.compile and torch.func.
 using OneScan = decltype(&scan);
 std::tuple<Tensor, Tensor, Tensor> scan_both_recorded(
     OneScan scan, const Tensor& x, const c10::List<OptionalTensor>& weights,

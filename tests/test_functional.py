@@ -388,7 +388,7 @@ def test_zoneout_of_one_keeps_the_state_and_of_none_does_nothing() -> None:
     assert_same_bits(outputs_of(functional, call._replace(inputs=call.inputs | zeros)), plain)
 
 
-@pytest.mark.parametrize("keep_every", [0, -1, 1.5])
+@pytest.mark.parametrize("keep_every", [0, -1, 1.5, 1.0, True])
 def test_keep_every_is_checked(keep_every: Any) -> None:
     call = ScanCase().call()
     with pytest.raises(ValueError, match=f"must be a positive integer, got {keep_every}"):

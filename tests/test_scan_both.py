@@ -15,7 +15,7 @@ from torch import Tensor
 from pyseq import functional, nn, reference
 from pyseq.types import ScanExtras, ScanOutput
 
-SIZES = ((1, 1, 1, 1), (5, 2, 4, 7), (4, 0, 3, 5), (6, 9, 5, 33), (3, 4, 6, 256))
+SIZES = ((1, 1, 1, 1), (5, 2, 4, 7), (4, 0, 3, 5), (13, 9, 5, 33), (3, 4, 6, 256))
 
 
 def both_call(cell: Any, sizes: tuple[int, ...], **options: Any) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def test_layers_take_it_where_no_gradient_is_wanted(
     kind: str, inference: Callable[[], Any], set_threads: Callable[[int], None]
 ) -> None:
     set_threads(2)
-    layers = getattr(nn, kind)(5, 6, 2, bidirectional=True)
+    layers = getattr(nn, kind)(5, 96, 2, bidirectional=True)  # wide enough for a thread each
     x, lengths = torch.randn(7, 3, 5), torch.tensor([7, 2, 4])
     trained = dict(leaves(layers(x, lengths=lengths)))
     with inference():

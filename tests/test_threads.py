@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,7 +104,7 @@ def test_without_gradients_they_do_too(case: Case, set_threads: Callable[[int], 
 # core holds them; and panels that ask for the next ones.
 WIDE = tuple(
     ScanCase(cell="gru", sizes=sizes)
-    for sizes in ((42, 1, 40, 840), (3, 9, 40, 1184), (3, 33, 40, 1184))
+    for sizes in ((82, 1, 40, 840), (3, 9, 40, 1184), (3, 33, 40, 1184))
 )
 
 
@@ -167,3 +171,30 @@ def test_a_forked_child_works(threads: int | None, set_threads: Callable[[int], 
         child.join()
     assert not hung, "the child hangs"
     assert child.exitcode == 0
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+BOTH_DIRECTIONS = """
+import os, signal, torch
+from pyseq import nn
+
+torch.set_num_threads(2)
+layer, x = nn.LSTM(64, 64, bidirectional=True), torch.randn(50, 4, 64)
+with torch.no_grad():
+    expected = layer(x)[0]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends a child that waits for ever
+        os._exit(0 if torch.equal(layer(x)[0], expected) else 1)
+    _, status = os.waitpid(child, 0)
+assert status == 0, status
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_after_nothing_but_both_directions_works() -> None:
+    """A process of its own, since here loops have been shared before."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", BOTH_DIRECTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -383,7 +383,7 @@ def test_func_scan_both_maps_over_the_input_and_over_weights() -> None:
 
 
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
-def test_func_gives_the_gradients_of_each_row_of_a_module(kind: str) -> None:
+def test_func_gives_the_gradients_of_each_row_of_a_module(kind: str, device: torch.device) -> None:
     torch.manual_seed(0)
     layer = getattr(nn, kind)(3, 4, num_layers=2, bidirectional=True, batch_first=True).double()
     weights = {name: weight.detach() for name, weight in layer.named_parameters()}

@@ -103,7 +103,7 @@ Plan plan_steps(const StepCost& cost, int threads, int64_t most_teams) {
   // Rates of one core, in multiply-adds and bytes per nanosecond, and the price of a barrier and of
   // calling other threads in nanoseconds, as measured on two cores that share no cache. They only
   // have to rank three plans: one thread, a team per thread, one team of all. (Others answer a call
-  // within 2 us, or within 15 if they sleep.)
+  // within 2 us, or within 20 if they sleep.)
   constexpr double kMultiplyAdds = 120;
   constexpr double kWeightBytes = 160;
   constexpr double kForeignBytes = 2;
@@ -134,6 +134,8 @@ Plan plan_steps(const StepCost& cost, int threads, int64_t most_teams) {
 
 bool has_lost_threads() { return has_lost; }
 
+void leads_others() { has_led = true; }
+
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads),
                   void* context) {
   if (threads <= 1 || has_lost || omp_in_parallel()) {
@@ -145,7 +147,7 @@ void run_parallel(int threads, void (*body)(void* context, int thread, int threa
     body(context, 0, 1);
     return;
   }
-  has_led = true;
+  leads_others();
   __atomic_store_n(&waited_long, 0, __ATOMIC_RELAXED);
   int64_t end = begin;  // of this thread's own share
   // Without num_threads(): a count that changes from call to call makes the runtime take

@@ -53,7 +53,7 @@ struct StepCost {
   int64_t weight_bytes;  // bytes of packed weights read per step
   int64_t state_bytes;   // per row and step: what is read by others than who wrote it when split
   int barriers;          // barriers per step when the units are split
-  int64_t steps;         // so many at a time
+  int64_t steps;         // of one call, which calling other threads is spread over
 };
 
 struct Plan {
@@ -69,11 +69,15 @@ Plan plan_steps(const StepCost& cost, int threads, int64_t most_teams = kMaxTeam
 // Runs body(context, thread, threads) on up to `threads` threads; the count passed is what
 // the runtime really gave, or one while the cores turn out to be taken by other work. With one
 // thread no parallel region is entered; so a forked child, whose runtime is gone, does not hang:
-// if the thread that forked had led others, the child has one, whatever is asked for later.
+// if the thread that forked had led others in a loop of this library, the child has one thread,
+// whatever is asked for later. (Of what torch's own operators led nothing is known.)
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
 
 // Whether this thread is a forked child's, and had led others before.
 bool has_lost_threads();
+
+// For who leads others otherwise than by run_parallel.
+void leads_others();
 
 // Barriers of one call: one for all threads, and one for each team of several members.
 struct Teams {

@@ -25,7 +25,7 @@ from . import convert, evaluate, predict, train
 from .common import EXIT_SIGNAL, Parser, say
 
 _EXIT_ERROR = 1
-_PACKAGE = str(Path(__file__).parents[1])
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused operators: scan, attend, decode, generate and the loss of an output layer.
 
-Each is one call into C++ forward and one backward, whatever the number of steps; attend_history is
-one of attend at each. Options are checked here, tensors in C++. All of a call have one dtype;
-float16 and bfloat16 are computed in float32. ``pyseq.reference`` has the same in plain torch.
+Each is one call into C++ forward and one backward, whatever the number of steps, but
+attend_history on other devices than the CPU, which is one of attend at each. Options are checked
+here, tensors in C++. All of a call have one dtype; float16 and bfloat16 are added up in float32.
+``pyseq.reference`` has the same in plain torch.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def scan(
         eq. 23 to 25, normalises the candidate apart from the other gates).
     """
     check_option("cell", cell, SCAN_GATES)
-    if keep_every != 1:
+    if type(keep_every) is not int or keep_every != 1:
         check_positive(keep_every=keep_every)
     h_0, c_0 = (None, None) if state is None else h_and_c(state_parts(cell, state))
     extras: tuple[Tensor | None, ...] = ()

@@ -106,8 +106,8 @@ def _is_of_the_system(error: Exception) -> bool:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     # torch puts advice around the reason: to run the file after all, and whom to write to.
-    told = str(error).rpartition("WeightsUnpickler error:")[2].splitlines()
-    reason = next((line.strip() for line in told if line and "weights_only" not in line), "")
+    told = map(str.strip, str(error).rpartition("WeightsUnpickler error:")[2].splitlines())
+    reason = next((line for line in told if line and "weights_only" not in line), "")
     reason = reason.partition(". This is an internal")[0][:200] or type(error).__name__
     return CheckpointError(
         f"{path}: is no file of torch.save, is damaged, or cannot be read without running what is "
