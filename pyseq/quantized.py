@@ -8,7 +8,8 @@ quarter or half of the bytes it is that much faster.
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ from .nn import (
     IndRNNCell,
     LSTMCell,
     RNNCell,
+    Score,
     SLSTMCell,
 )
 from .types import GATES
@@ -35,6 +37,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 #: Modules whose layers are scans.
 _SCANS = (RNN, GRU, LSTM, RNNCell, GRUCell, LSTMCell)
+_Scan = RNN | GRU | LSTM | RNNCell | GRUCell | LSTMCell
 #: Those among them whose recurrent weights are no matrix, or one for each head.
 _NOT_QUANTIZED = (IndRNN, SLSTM, IndRNNCell, SLSTMCell)
 
@@ -51,9 +54,9 @@ def quantize(module: M, weights: QuantizedName = "int8") -> M:
     multiplied with, by its own largest magnitude. With ``"bfloat16"`` weights take half and
     what they are multiplied with is float32. Sums are float32, or exact integers.
 
-    The copy is in eval mode; to train it, or to ask for a gradient through its layers, is an
-    error. Its packed weights fit the instruction set that they were made for: save the module
-    itself and quantize what is loaded.
+    The copy is in eval mode; to train it, to ask for a gradient through its layers, or to draw
+    their weights anew (``reset_parameters``) is an error. Its packed weights fit the instruction
+    set that they were made for: save the module itself and quantize what is loaded.
 
     Args:
         module: on the CPU, in float32; it is not changed.
@@ -73,20 +76,19 @@ def quantize(module: M, weights: QuantizedName = "int8") -> M:
         raise ValueError(f"weights must be one of {', '.join(QUANTIZED)}, got {weights!r}")
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type_name(module)}")
+    # Before the copy, which torch refuses to make of a pruned weight.
+    for matrix in _matrices(module):
+        _check_plain(matrix)
     result = copy.deepcopy(module).eval().requires_grad_(False)
-    found = 0
-    for name, layer in result.named_modules():
-        if isinstance(layer, _SCANS):
-            _quantize_scan(layer, weights, name)
-        elif isinstance(layer, AttentionDecoder):
-            _quantize_decoder(layer, weights, name)
-        elif isinstance(layer, _NOT_QUANTIZED):
-            raise ValueError(
-                f"{type(layer).__name__} cannot be quantized, got one in {name or 'the module'}"
-            )
-        else:
-            continue
-        found += 1
+    found = list(_matrices(result))
+    for matrix in found:
+        owner, name = matrix.owner, matrix.name
+        packed = pack(getattr(owner, name), weights, gates=matrix.gates, columns=matrix.columns)
+        delattr(owner, name)
+        owner.register_buffer(name, packed)
+        matrix.layer._quantized = weights
+        if isinstance(owner, Score):
+            owner._quantized = weights
     if not found:
         raise ValueError(
             "module must hold a recurrent layer of pyseq.nn to be quantized, got "
@@ -95,53 +97,55 @@ def quantize(module: M, weights: QuantizedName = "int8") -> M:
     return result
 
 
-def _quantize_scan(
-    layer: RNN | GRU | LSTM | RNNCell | GRUCell | LSTMCell, kind: QuantizedName, where: str
-) -> None:
+class _Matrix(NamedTuple):
+    """A matrix that is to be quantized."""
+
+    layer: _Scan | AttentionDecoder
+    where: str  # the name of the layer, for messages
+    owner: torch.nn.Module  # the layer, or a part of it
+    name: str  # in the owner
+    gates: int = 1  # as for :func:`pyseq._packed.pack`
+    columns: tuple[int, ...] | None = None  # likewise
+
+
+def _matrices(module: torch.nn.Module) -> Iterator[_Matrix]:
+    """The matrices of all recurrent layers in ``module``."""
+    for name, layer in module.named_modules():
+        where = name or "the module"
+        if isinstance(layer, _SCANS):
+            yield from _matrices_of_scan(layer, where)
+        elif isinstance(layer, AttentionDecoder):
+            yield from _matrices_of_decoder(layer, where)
+        elif isinstance(layer, _NOT_QUANTIZED):
+            raise ValueError(f"{type(layer).__name__} cannot be quantized, got one in {where}")
+
+
+def _matrices_of_scan(layer: _Scan, where: str) -> Iterator[_Matrix]:
     if not getattr(layer, "reset_after", True):
-        raise ValueError(
-            "a GRU to be quantized must have reset_after=True, got False in "
-            f"{where or 'the module'}"
-        )
+        raise ValueError(f"a GRU to be quantized must have reset_after=True, got False in {where}")
     for name in layer.weight_names():
-        projection = name.startswith("weight_hr")
-        rows = getattr(layer, name).shape[0]
-        _replace(layer, name, kind, where, gates=1 if projection else rows // layer.hidden_size)
+        gates = 1 if name.startswith("weight_hr") else GATES[layer.cell]
+        yield _Matrix(layer, where, layer, name, gates)
 
 
-def _quantize_decoder(decoder: AttentionDecoder, kind: QuantizedName, where: str) -> None:
+def _matrices_of_decoder(decoder: AttentionDecoder, where: str) -> Iterator[_Matrix]:
     gates, hidden = GATES[decoder.cell], decoder.hidden_size
     for number in range(decoder.num_layers):
         fed = number == 0 and decoder.input_feeding
         columns = (decoder.input_size, decoder.fed_size) if fed else None
-        _replace(decoder, f"weight_ih_l{number}", kind, where, gates=gates, columns=columns)
-        _replace(decoder, f"weight_hh_l{number}", kind, where, gates=gates)
+        yield _Matrix(decoder, where, decoder, f"weight_ih_l{number}", gates, columns)
+        yield _Matrix(decoder, where, decoder, f"weight_hh_l{number}", gates)
     if decoder.score is not None and decoder.combine is not None:
-        _replace(decoder.combine, "weight", kind, where, columns=(decoder.memory_size, hidden))
-        if decoder.score.weight_query is not None:
-            _replace(decoder.score, "weight_query", kind, where)
+        columns = (decoder.memory_size, hidden)
+        yield _Matrix(decoder, where, decoder.combine, "weight", columns=columns)
+        if decoder.score.name == "concat":
+            yield _Matrix(decoder, where, decoder.score, "weight_query")
 
 
-def _replace(
-    module: torch.nn.Module,
-    name: str,
-    kind: QuantizedName,
-    where: str,
-    *,
-    gates: int = 1,
-    columns: tuple[int, ...] | None = None,
-) -> None:
-    """Put a buffer with quantized weights in the place of the parameter ``name``.
-
-    Args:
-        where: the name of the layer, for messages.
-        gates, columns: as for :func:`pyseq._packed.pack`.
-    """
-    weight = getattr(module, name)
-    if is_quantized(weight):
-        raise ValueError(f"module must not be quantized already, got {where or 'one that'} is")
-    if name not in module._parameters:
-        raise ValueError(f"{name} of {where or 'the module'} must be a plain parameter")
-    packed = pack(weight, kind, gates=gates, columns=columns)
-    delattr(module, name)
-    module.register_buffer(name, packed)
+def _check_plain(matrix: _Matrix) -> None:
+    """Raise a ValueError unless the matrix is a parameter."""
+    if matrix.name in matrix.owner._parameters:
+        return
+    if is_quantized(getattr(matrix.owner, matrix.name)):
+        raise ValueError(f"module must not be quantized already, got {matrix.where}, which is")
+    raise ValueError(f"{matrix.name} of {matrix.where} must be a plain parameter")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_tiers import TIERS, available
 from torch import Tensor
+from torch.nn.utils import prune
 
 import pyseq
 from pyseq import _packed, functional, nn, reference
@@ -330,9 +331,45 @@ def test_gradients_are_refused() -> None:
         decoder(x, torch.randn(5, 2, 8))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_quantized_says_so(kind: Any) -> None:
+    for module in (nn.LSTM(4, 8), nn.GRUCell(4, 8), nn.AttentionDecoder(4, 8, 8)):
+        assert "quantized" not in repr(module)
+        short = pyseq.quantize(module, kind)
+        assert f"quantized={kind!r}" in repr(short)
+        assert f"quantized={kind!r}" in repr(copy.deepcopy(short))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.LSTM(4, 8),
+        nn.RNNCell(4, 8),
+        nn.AttentionDecoder(4, 8, 8),
+        nn.AttentionDecoder(4, 8, 8, score="concat"),
+    ],
+    ids=["layer", "cell", "decoder", "score"],
+)
+def test_quantized_weights_are_not_drawn_anew(module: torch.nn.Module) -> None:
+    short = pyseq.quantize(module)
+    before = {name: value.clone() for name, value in short.state_dict().items()}
+    part = short.score if isinstance(short, nn.AttentionDecoder) else None
+    drawn = part if isinstance(part, nn.Score) and part.name == "concat" else short
+    with pytest.raises(RuntimeError, match=r"cannot be drawn anew: .* got a quantized"):
+        drawn.reset_parameters()  # type: ignore[operator]
+    assert all(torch.equal(value, before[name]) for name, value in short.state_dict().items())
+
+
 def parametrised() -> torch.nn.Module:
     module = nn.LSTM(4, 8)
     torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    return module
+
+
+def pruned() -> torch.nn.Module:
+    module = nn.GRU(4, 8)
+    prune.l1_unstructured(module, "weight_ih_l0", amount=0.5)
+    module(torch.randn(3, 2, 4))  # from here on its weight is the result of a product
     return module
 
 
@@ -367,6 +404,7 @@ def infinite() -> torch.nn.Module:
             "weight must be float32 on the CPU, got Double",
         ),
         (lambda: pyseq.quantize(parametrised()), ValueError, "weight_hh_l0 .*plain parameter"),
+        (lambda: pyseq.quantize(pruned()), ValueError, "weight_ih_l0 .*plain parameter"),
         (lambda: pyseq.quantize(infinite()), ValueError, "weights must be finite"),
         (
             lambda: pyseq.quantize(torch.nn.Sequential(nn.LSTM(4, 8), nn.IndRNN(8, 8))),
@@ -400,6 +438,7 @@ def infinite() -> torch.nn.Module:
         "twice",
         "double",
         "parametrised",
+        "pruned",
         "infinite",
         "indrnn",
         "slstm",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import init
 
 from .._checks import autocasts, check_positive
-from .._packed import computing_dtype, is_quantized
+from .._packed import QuantizedName, computing_dtype, is_quantized
 from ..types import GATES, CellName, LayerNormWeights
 
 Device = torch.device | str | int | None
@@ -97,6 +97,21 @@ def is_bare(module: torch.nn.Module, kind: type[M]) -> TypeGuard[M]:
         module._backward_pre_hooks,
     )
     return not any(len(each) for each in hooks)
+
+
+def check_not_quantized(module: torch.nn.Module) -> None:
+    """Raise a RuntimeError if ``module`` is quantized: such weights are not drawn."""
+    if quantized_repr(module):
+        raise RuntimeError(
+            "the weights of a quantized module cannot be drawn anew: draw those of the module "
+            f"that it was made of, got a quantized {type(module).__name__}"
+        )
+
+
+def quantized_repr(module: torch.nn.Module) -> str:
+    """For ``extra_repr``: what :func:`pyseq.quantize` has made of the weights, if it has."""
+    kind: QuantizedName | None = getattr(module, "_quantized", None)
+    return "" if kind is None else f", quantized={kind!r}"
 
 
 def changed_options(module: torch.nn.Module, **defaults: object) -> str:

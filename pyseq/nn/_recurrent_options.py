@@ -11,8 +11,17 @@ from torch.nn import init
 
 from .._checks import check_number, check_positive
 from .._dropout import check_probability
+from .._packed import QuantizedName
 from ..types import GATES, STATES, CellName, LayerNormWeights
-from ._common import cell_name, changed_options, norm_sizes, reset_norm, set_forget_bias
+from ._common import (
+    cell_name,
+    changed_options,
+    check_not_quantized,
+    norm_sizes,
+    quantized_repr,
+    reset_norm,
+    set_forget_bias,
+)
 
 #: Cells by the mode of RNNBase.
 CELLS_BY_MODE = {name.upper(): cell_name(name) for name in GATES}
@@ -51,6 +60,8 @@ class RecurrentOptions(torch.nn.RNNBase):
     forget_bias: float | None = None
     peepholes: bool = False
     reset_after: bool = True
+    #: What :func:`pyseq.quantize` has made of the weights: ``"int8"``, ``"bfloat16"`` or nothing.
+    _quantized: QuantizedName | None = None
     h_0: torch.nn.Parameter
     c_0: torch.nn.Parameter
     m_0: torch.nn.Parameter
@@ -120,6 +131,7 @@ class RecurrentOptions(torch.nn.RNNBase):
     def reset_parameters(self) -> None:
         """Draw all weights anew as torch.nn does; then set what the options say: learned
         states to zero, gains to one, the biases of forget gates to ``forget_bias``."""
+        check_not_quantized(self)
         super().reset_parameters()
         self._reset_options()
 
@@ -163,7 +175,7 @@ class RecurrentOptions(torch.nn.RNNBase):
             "forget_bias",
         )
         defaults = {name: getattr(RecurrentOptions, name) for name in names}
-        return super().extra_repr() + changed_options(self, **defaults)
+        return super().extra_repr() + changed_options(self, **defaults) + quantized_repr(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _PROBABILITIES:

@@ -12,6 +12,7 @@ from torch.nn import init
 
 from .. import functional
 from .._checks import check_like, check_positive, check_shape
+from .._packed import QuantizedName
 from .._pickled import fill_in
 from ..types import (
     DEFAULT_WINDOW_SIZE,
@@ -23,7 +24,13 @@ from ..types import (
     ScoreName,
 )
 from ._attention_options import check_history
-from ._common import Device, changed_options, refuse_script
+from ._common import (
+    Device,
+    changed_options,
+    check_not_quantized,
+    quantized_repr,
+    refuse_script,
+)
 
 
 class Score(torch.nn.Module):
@@ -64,6 +71,9 @@ class Score(torch.nn.Module):
     weight_memory: Tensor | None
     weight_v: Tensor | None
     weight_history: Tensor | None
+
+    #: What :func:`pyseq.quantize` has made of ``weight_query``, of a decoder's score.
+    _quantized: QuantizedName | None = None
 
     __prepare_scriptable__ = refuse_script
 
@@ -140,6 +150,7 @@ class Score(torch.nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every weight uniformly within 1/sqrt of the size that it sums over."""
+        check_not_quantized(self)
         for weight in self.parameters():
             bound = 1 / math.sqrt(weight.shape[-1])
             init.uniform_(weight, -bound, bound)
@@ -269,7 +280,7 @@ class Score(torch.nn.Module):
             text += f", history_size={self.weight_history.shape[1]}"
         if self.name == "location" and self.weight is not None:
             text += f", max_positions={len(self.weight)}"
-        return text
+        return text + quantized_repr(self)
 
 
 class Positions(torch.nn.Module):

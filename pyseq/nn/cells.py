@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import init
 
 from .. import functional
+from .._packed import QuantizedName
 from ..types import STATES, CellName, LayerNormWeights, State, join_parts, state_parts
 from ._common import (
     Device,
@@ -16,8 +17,10 @@ from ._common import (
     check_input,
     check_layer_norm,
     check_nonlinearity,
+    check_not_quantized,
     check_slstm,
     norm_sizes,
+    quantized_repr,
     refuse_script,
     reset_norm,
     weights_now,
@@ -30,6 +33,8 @@ class _Cell(torch.nn.RNNCellBase):
     """What the cells share: one step is a scan with T = 1."""
 
     layer_norm: bool = False
+    #: As of the layers.
+    _quantized: QuantizedName | None = None
 
     __prepare_scriptable__ = refuse_script
 
@@ -52,12 +57,13 @@ class _Cell(torch.nn.RNNCellBase):
 
     def reset_parameters(self) -> None:
         """Draw all weights anew as torch.nn does; gains of layer normalisation begin with one."""
+        check_not_quantized(self)
         super().reset_parameters()
         if self.layer_norm:
             reset_norm(self._norm())
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + changed_options(self, layer_norm=False)
+        return super().extra_repr() + changed_options(self, layer_norm=False) + quantized_repr(self)
 
     def weight_names(self) -> list[str]:
         """The names of all matrices."""

@@ -14,6 +14,7 @@ from torch.nn import init
 from .. import functional
 from .._checks import check_number, check_positive, check_shape
 from .._dropout import apply_dropout, check_probability
+from .._packed import QuantizedName
 from .._pickled import fill_in
 from ..types import (
     GATES,
@@ -36,7 +37,9 @@ from ._common import (
     cell_name,
     changed_options,
     check_input,
+    check_not_quantized,
     is_bare,
+    quantized_repr,
     refuse_script,
     set_forget_bias,
     weights_now,
@@ -117,6 +120,9 @@ class AttentionDecoder(torch.nn.Module):
     """
 
     weight_ih_l0: Tensor
+
+    #: What :func:`pyseq.quantize` has made of the weights: ``"int8"``, ``"bfloat16"`` or nothing.
+    _quantized: QuantizedName | None = None
 
     __prepare_scriptable__ = refuse_script
 
@@ -246,6 +252,7 @@ class AttentionDecoder(torch.nn.Module):
     def reset_parameters(self) -> None:
         """Draw all weights anew: those of the layers as torch.nn does, within 1/sqrt(H); then set
         the biases of forget gates to ``forget_bias``."""
+        check_not_quantized(self)
         if self.score is not None and self.combine is not None:
             self.score.reset_parameters()
             self.combine.reset_parameters()
@@ -482,7 +489,7 @@ class AttentionDecoder(torch.nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}, {self.memory_size}, {self.num_layers}"
         text += f", cell={self.cell!r}, input_feeding={self.input_feeding}"
-        return text + changed_options(
+        text += changed_options(
             self,
             order="luong",
             feed="context" if self.order == "bahdanau" else "output",
@@ -493,3 +500,4 @@ class AttentionDecoder(torch.nn.Module):
             dropout=0.0,
             batch_first=False,
         )
+        return text + quantized_repr(self)
