@@ -303,6 +303,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_plan", &pyseq::cuda_plan, pybind11::arg("operator"), pybind11::arg("device"),
         pybind11::arg("sizes"), pybind11::kw_only(), pybind11::arg("dtype"), pybind11::arg("path"),
         "How a loop would run on a CUDA device.");
+  m.def("cuda_device", &pyseq::cuda_device, "What a plan asks of the current CUDA device.");
   m.def("build_info", &pyseq::build_info, "What the extension was built with and for.");
   m.def("compiled_tiers", &pyseq::cpu::compiled_tiers, "The CPU tiers compiled in.");
   m.def("has_lost_threads", &pyseq::cpu::has_lost_threads,

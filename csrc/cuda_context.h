@@ -78,6 +78,17 @@ inline cuda::DeviceFacts facts() {
   return facts;
 }
 
+// Whether the blocks of a persistent launch can all be resident, of which a multiprocessor holds
+// `each`: they wait for one another. Raises if they cannot and the environment asks for it.
+inline bool run_at_once(int64_t blocks, int64_t each, const cuda::DeviceFacts& facts,
+                        cuda::Choice choice) {
+  const int64_t most = each * facts.multiprocessors;
+  TORCH_CHECK(blocks <= most || choice != cuda::Choice::kPersistent,
+              "PYSEQ_CUDA_PATH asks for the persistent kernel, whose blocks must run at once, ",
+              most, " of them on this device, got ", blocks);
+  return blocks <= most;
+}
+
 template <class T>
 constexpr cuda::Storage kStorage = std::is_same_v<T, double>         ? cuda::Storage::kFloat64
                                    : std::is_same_v<T, float>        ? cuda::Storage::kFloat32

@@ -53,22 +53,13 @@ std::optional<cuda::DecodeTiles> decode_tiles(const cpu::Decode<on_cuda::Native<
                                                    .feeding = args.feeding,
                                                    .backward = backward},
                                                   on_cuda::kStorage<T>);
-  int blocks = 0;
-  C10_CUDA_CHECK(backward ? cuda::decode_backward_resident(args, &blocks)
-                          : cuda::decode_forward_resident(args, &blocks));
-  const auto bytes = [&](int64_t units, int64_t rows) {
-    return cuda::block_bytes(shape, units, rows);
-  };
-  const int64_t each = std::max<int64_t>(1, blocks / facts.multiprocessors);
-  const cuda::StepPlan plan = cuda::plan_step(facts, shape, choice, bytes, each);
+  const cuda::StepPlan plan = cuda::plan_step(facts, shape, choice);
   if (plan.path == cuda::Path::kAlternating) return std::nullopt;
-  if (plan.grid <= blocks) {
-    return cuda::DecodeTiles{static_cast<int>(plan.tiles), static_cast<int>(plan.groups)};
-  }
-  TORCH_CHECK(choice != cuda::Choice::kPersistent,
-              "PYSEQ_CUDA_PATH asks for the persistent kernel, whose blocks must run at once, ",
-              blocks, " of them on this device, got ", plan.grid);
-  return std::nullopt;
+  int each = 0;
+  C10_CUDA_CHECK(backward ? cuda::decode_backward_resident(args, &each)
+                          : cuda::decode_forward_resident(args, &each));
+  if (!on_cuda::run_at_once(plan.grid, each, facts, choice)) return std::nullopt;
+  return cuda::DecodeTiles{static_cast<int>(plan.tiles), static_cast<int>(plan.groups)};
 }
 
 // A product inside the loop, by torch's library on the current stream.

@@ -4,6 +4,7 @@
 #include "cuda/attend.h"
 #include "cuda_context.h"
 #include "cuda_decode.h"
+#include "cuda_plan.h"
 #include "cuda_scan.h"
 #include "devices.h"
 
@@ -45,9 +46,25 @@ const cpu::Kernels<T> kTable{
     .read_rate = nullptr,
 };
 
+CudaFacts facts_by_name() {
+  const cuda::DeviceFacts facts = on_cuda::facts();
+  return {
+      {"capability", facts.capability},
+      {"multiprocessors", facts.multiprocessors},
+      {"shared_per_block", facts.shared_per_block},
+      {"shared_per_multiprocessor", facts.shared_per_multiprocessor},
+      {"registers_per_multiprocessor", facts.registers_per_multiprocessor},
+      {"l2_bytes", facts.l2_bytes},
+      {"clock", facts.clock},
+      {"bandwidth", facts.bandwidth},
+      {"cooperative", int64_t{facts.cooperative}},
+  };
+}
+
 }  // namespace
 
 void enter_cuda_kernels() {
+  present_cuda_device = &facts_by_name;
   cuda_kernels<at::Half> = &kTable<at::Half>;
   cuda_kernels<at::BFloat16> = &kTable<at::BFloat16>;
   cuda_kernels<float> = &kTable<float>;

@@ -19,4 +19,13 @@ std::map<std::string, PlanValue> cuda_plan(const std::string& op,
                                            const std::map<std::string, int64_t>& sizes,
                                            const std::string& dtype, const std::string& path);
 
+// The facts of torch's current CUDA device as the kernels see it, or none where they are not
+// compiled in: what enter_cuda_kernels() left here tells.
+using CudaFacts = std::map<std::string, PlanValue>;
+inline CudaFacts (*present_cuda_device)() = nullptr;
+
+inline CudaFacts cuda_device() {
+  return present_cuda_device == nullptr ? CudaFacts() : present_cuda_device();
+}
+
 }  // namespace pyseq

@@ -97,18 +97,16 @@ std::optional<cuda::ScanTiles> scan_tiles(const cuda::ScanSizes& sizes, int64_t 
                                                  .gates_state = cell.gates_state,
                                                  .backward = backward},
                                                 on_cuda::kStorage<T>);
-  const cuda::StepPlan plan = cuda::plan_step(on_cuda::facts(), shape, choice, bytes);
+  const cuda::DeviceFacts facts = on_cuda::facts();
+  const cuda::StepPlan plan = cuda::plan_step(facts, shape, choice, bytes);
   if (plan.path == cuda::Path::kAlternating) return std::nullopt;
   const cuda::ScanTiles tiles = tiles_of(plan.tile_units, plan.group_rows);
-  int blocks = 0;
-  C10_CUDA_CHECK(backward ? cuda::scan_backward_resident<Native<T>>(sizes, tiles, &blocks)
-                          : cuda::scan_forward_resident<Native<T>>(sizes, tiles, &blocks));
-  const cuda::ScanNeeds needs = needs_of(tiles);
-  if (!cell.recurrent || needs.blocks * loops_at_once <= blocks) return tiles;
-  TORCH_CHECK(choice != cuda::Choice::kPersistent,
-              "PYSEQ_CUDA_PATH asks for the persistent kernel, whose blocks must run at once, ",
-              blocks, " of them on this device, got ", needs.blocks);
-  return std::nullopt;
+  if (!cell.recurrent) return tiles;
+  int each = 0;
+  C10_CUDA_CHECK(backward ? cuda::scan_backward_resident<Native<T>>(sizes, tiles, &each)
+                          : cuda::scan_forward_resident<Native<T>>(sizes, tiles, &each));
+  const int64_t blocks = needs_of(tiles).blocks * loops_at_once;
+  return on_cuda::run_at_once(blocks, each, facts, choice) ? std::optional(tiles) : std::nullopt;
 }
 
 // All steps in one launch, or false where they alternate with products.

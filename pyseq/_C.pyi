@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled part of pyseq; its operators are under ``torch.ops.pyseq``."""
 
+from typing import Any
+
 from torch import Tensor
 
 def scan(
@@ -114,6 +116,9 @@ def cuda_plan(
     operator: str, device: dict[str, float], sizes: dict[str, int], *, dtype: str, path: str
 ) -> dict[str, int | float | str]:
     """How a loop would run on a CUDA device; see ``pyseq.cuda``."""
+
+def cuda_device() -> dict[str, Any]:
+    """What a plan asks of the current CUDA device; empty without kernels for one."""
 
 def has_lost_threads() -> bool:
     """Whether this thread is a forked child's, and had led others before."""

@@ -124,6 +124,10 @@ def _present_device(device: str | int | torch.device) -> CudaDevice:
             f"there is no CUDA device {device!r} here: name one of {', '.join(CUDA_DEVICES)} to "
             "plan for it"
         )
+    with torch.cuda.device(device):
+        facts = _C.cuda_device()
+    if facts:  # the very numbers that the kernels are planned with
+        return CudaDevice(**facts)
     # Any: torch's stubs know only some of its properties.
     found: Any = torch.cuda.get_device_properties(device)
     missing = [

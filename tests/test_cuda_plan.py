@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import types
 from typing import Any
 
 import pytest
@@ -151,6 +153,19 @@ def test_described_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         cuda_device("z9")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="no CUDA device 'cuda' here"):
+        cuda_device("cuda")
+
+
+def test_a_present_device_is_what_the_kernels_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(pyseq.cuda._C, "cuda_device", SMALL._asdict)
+    assert cuda_device("cuda") == SMALL
+    # Without kernels for it, what torch tells.
+    found = types.SimpleNamespace(name="some", major=9, minor=0)
+    monkeypatch.setattr(pyseq.cuda._C, "cuda_device", dict)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    with pytest.raises(RuntimeError, match=r"does not tell clock_rate, .* of some: name one of"):
         cuda_device("cuda")
 
 

@@ -69,18 +69,6 @@ struct AttentionRow {
   A* scratch;          // a number for each warp
 };
 
-template <class A>
-PYSEQ_DEVICE A block_max(A value, A* scratch) {
-  value = warp_max(value);
-  if (thread_index() % kWarp == 0) scratch[thread_index() / kWarp] = value;
-  sync_threads();
-  A largest = scratch[0];
-  for (int warp = 1; warp < thread_count() / kWarp; ++warp) {
-    largest = scratch[warp] > largest ? scratch[warp] : largest;
-  }
-  return largest;
-}
-
 // Component a of the key at position s, with what the convolution of the past adds to it.
 template <class S>
 PYSEQ_DEVICE Accumulate<S> key_component(const AttentionRow<S>& row, int64_t s, int64_t a) {

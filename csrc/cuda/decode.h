@@ -35,7 +35,8 @@ DecodeNeeds decode_forward_needs(const cpu::Decode<S>& args, const DecodeTiles& 
 template <class S>
 DecodeNeeds decode_backward_needs(const cpu::Decode<S>& args, const DecodeTiles& tiles);
 
-// How many blocks can be resident at once on the current device: tiles * groups at most.
+// How many blocks a multiprocessor of the current device can hold at once: all tiles * groups must
+// be resident.
 template <class S>
 cudaError_t decode_forward_resident(const cpu::Decode<S>& args, int* blocks);
 template <class S>

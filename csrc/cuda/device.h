@@ -260,5 +260,16 @@ PYSEQ_DEVICE A block_sum(A value, A* scratch) {
   for (int warp = 0; warp < thread_count() / kWarp; ++warp) sum += scratch[warp];
   return sum;
 }
+template <class A>
+PYSEQ_DEVICE A block_max(A value, A* scratch) {
+  value = warp_max(value);
+  if (thread_index() % kWarp == 0) scratch[thread_index() / kWarp] = value;
+  sync_threads();
+  A largest = scratch[0];
+  for (int warp = 1; warp < thread_count() / kWarp; ++warp) {
+    largest = scratch[warp] > largest ? scratch[warp] : largest;
+  }
+  return largest;
+}
 
 }  // namespace pyseq::cuda

@@ -45,7 +45,7 @@ cudaError_t launch(void (*kernel)(Args...), const Grid& grid, cudaStream_t, Args
   return shim::run_grid(grid.x, grid.y, grid.threads, grid.shared, [&] { kernel(args...); });
 }
 
-// How many blocks can be resident at once.
+// How many blocks a multiprocessor can hold at once.
 template <class... Args>
 cudaError_t resident_blocks(void (*)(Args...), int, int64_t, int* blocks) {
   *blocks = shim::kResidentBlocks;
@@ -83,25 +83,13 @@ cudaError_t launch(void (*kernel)(Args...), const Grid& grid, cudaStream_t strea
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
 }
 
-// How many blocks can be resident at once on the current device.
+// How many blocks a multiprocessor of the current device can hold at once.
 template <class... Args>
 cudaError_t resident_blocks(void (*kernel)(Args...), int threads, int64_t shared, int* blocks) {
   *blocks = 0;
-  int device = 0, multiprocessors = 0, each = 0;
   if (const cudaError_t error = allow_shared(kernel, shared); error != cudaSuccess) return error;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (const cudaError_t error =
-          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-      error != cudaSuccess) {
-    return error;
-  }
-  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &each, reinterpret_cast<const void*>(kernel), threads, static_cast<size_t>(shared));
-      error != cudaSuccess) {
-    return error;
-  }
-  *blocks = each * multiprocessors;
-  return cudaSuccess;
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      blocks, reinterpret_cast<const void*>(kernel), threads, static_cast<size_t>(shared));
 }
 
 #endif

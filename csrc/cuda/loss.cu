@@ -14,19 +14,6 @@ constexpr int64_t kMostBlocks = 1 << 20;
 // Largest logit, sum of the powers, sum of the differences.
 constexpr int kReductions = 3;
 
-// As block_sum.
-template <class A>
-PYSEQ_DEVICE A block_max(A value, A* scratch) {
-  value = warp_max(value);
-  if (thread_index() % kWarp == 0) scratch[thread_index() / kWarp] = value;
-  sync_threads();
-  A largest = scratch[0];
-  for (int warp = 1; warp < thread_count() / kWarp; ++warp) {
-    largest = scratch[warp] > largest ? scratch[warp] : largest;
-  }
-  return largest;
-}
-
 template <class S>
 PYSEQ_KERNEL(kThreads)
 loss_rows_kernel(LossRows<S> args) {

@@ -223,16 +223,13 @@ StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice cho
 }
 
 StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice choice,
-                   const BlockBytes& bytes, int64_t blocks_per_multiprocessor) {
+                   const BlockBytes& bytes) {
   StepPlan best{};
   best.persistent_us = std::numeric_limits<double>::infinity();
-  const int64_t blocks = device.multiprocessors * blocks_per_multiprocessor;
+  const int64_t blocks = device.multiprocessors;
   const bool supported = device.cooperative && blocks >= shape.directions &&
                          (shape.storage != Storage::kBFloat16 || device.capability >= 80) &&
                          device.registers_per_multiprocessor >= kPlanThreads * kRegisters;
-  const int64_t shared =
-      std::min(device.shared_per_block,
-               device.shared_per_multiprocessor / std::max<int64_t>(1, blocks_per_multiprocessor));
   const int64_t most_groups =
       supported ? std::min(shape.batch, blocks / shape.directions) : int64_t{0};
   int64_t rows_before = 0;
@@ -259,7 +256,7 @@ StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice cho
       if (!own.has_value()) break;  // nor do more units fit the threads
       plan.shared_bytes = *own;
       plan.barrier_bytes = shape.directions * groups * kBytesPerBarrier;
-      if (plan.shared_bytes > shared) break;  // more units take more
+      if (plan.shared_bytes > device.shared_per_block) break;  // more units take more
       plan.persistent_us = persistent_cost(device, shape, plan);
       if (plan.persistent_us < best.persistent_us) best = plan;
     }

@@ -93,11 +93,10 @@ using BlockBytes = std::function<std::optional<int64_t>(int64_t units, int64_t r
 // As the kernels lay out weights and sums; a launch asks the kernel itself.
 std::optional<int64_t> block_bytes(const StepShape& shape, int64_t units, int64_t rows);
 
-// The plan. `blocks_per_multiprocessor` is what the occupancy calculation says of the kernel, 1
-// where it has not been asked. Throws std::invalid_argument if `choice` asks for the persistent
-// kernel and it does not fit.
+// The plan, of at most one block for each multiprocessor. Throws std::invalid_argument if `choice`
+// asks for the persistent kernel and it does not fit.
 StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice choice,
-                   const BlockBytes& bytes, int64_t blocks_per_multiprocessor = 1);
+                   const BlockBytes& bytes);
 StepPlan plan_step(const DeviceFacts& device, const StepShape& shape, Choice choice);
 
 // Shapes of the operators' loops.

@@ -143,7 +143,7 @@ ScanNeeds scan_forward_needs(const ScanSizes& sizes, const ScanTiles& tiles);
 template <class S>
 ScanNeeds scan_backward_needs(const ScanSizes& sizes, const ScanTiles& tiles);
 
-// How many such blocks can be resident at once on the current device.
+// How many such blocks a multiprocessor of the current device can hold at once.
 template <class S>
 cudaError_t scan_forward_resident(const ScanSizes& sizes, const ScanTiles& tiles, int* blocks);
 template <class S>

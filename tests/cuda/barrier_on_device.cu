@@ -45,9 +45,13 @@ bool failed(const char* what, cudaError_t error) {
 int main(int count, char** arguments) {
   const bool wedged = count > 1 && std::strcmp(arguments[1], "wedged") == 0;
   const int steps = wedged ? 2 : 200;
-  int blocks = 0;
-  if (failed("occupancy", resident_blocks(group_kernel, kThreads, 0, &blocks))) return 1;
-  blocks /= kGroups;  // as many as can run at once
+  int each = 0, multiprocessors = 0;
+  if (failed("occupancy", resident_blocks(group_kernel, kThreads, 0, &each)) ||
+      failed("device", cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                                              /*device=*/0))) {
+    return 1;
+  }
+  const int blocks = each * multiprocessors / kGroups;  // as many as can run at once
   const auto bytes = static_cast<size_t>(barrier_bytes(kGroups));
   const size_t numbers = static_cast<size_t>(steps + 1) * kGroups * static_cast<size_t>(blocks);
   unsigned *counters = nullptr, *sums = nullptr;

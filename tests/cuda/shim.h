@@ -70,7 +70,7 @@ S narrow(A value) {
 // ---- Fibers ----------------------------------------------------------------------------
 
 constexpr int kWarp = 32;
-constexpr int kResidentBlocks = 64;
+constexpr int kResidentBlocks = 2;  // of a multiprocessor
 constexpr size_t kStack = 32 << 10;
 constexpr size_t kGuard = 64;  // bytes behind the shared memory
 constexpr unsigned char kGuardByte = 0xa5;
