@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # make cuda-check compiles the CUDA sources and needs nvcc only; make cuda-shim runs them without a
-# device, on the CPU; make bench-cuda builds for, tests on and measures a CUDA device.
+# device, on the CPU; make bench-cuda builds for, tests on and measures a CUDA device, with a Python
+# whose torch sees it, and installs nothing.
 # make demo, test, bench, quality, lint: each makes .venv, installs torch and what it needs, builds
 # pyseq, and runs. A second call does again only what a change of the sources asks for.
 # Set on the command line: PYTHON (makes .venv), TORCH (what pip installs as torch), MAX_JOBS,
 # DEVICE (where the demo's model is: cpu or cuda), BENCH (options of the benchmark, such as
 # BENCH='--only scan-training --threads 2'), QUALITY (those of the quality page, such as
-# QUALITY='--only attention').
+# QUALITY='--only attention'), CASES (of cuda-shim: few or all).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEVICE ?= cpu
 BENCH ?=
 QUALITY ?=
+CASES ?= few
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -37,10 +39,8 @@ bench: $(VENV)/bench.stamp
 quality: $(VENV)/demo.stamp
 	$(PY) -m benchmarks.quality $(QUALITY)
 
-bench-cuda: $(VENV)/bench.stamp
-	$(PY) -m pytest -q -x -k cuda tests/test_cuda.py tests/test_cuda_loss.py tests/test_nn.py \
-	  tests/test_seq2seq.py tests/test_search_resident.py tests/test_routes.py
-	$(PY) -m benchmarks.cuda
+bench-cuda:
+	PYTHON='$(PYTHON)' .ci/bench-cuda
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
@@ -52,11 +52,12 @@ lint: $(VENV)/dev.stamp
 cuda-check:
 	.ci/cuda-check
 
-# The whole way from Python to the CUDA kernels on a device made of the host's threads; then pyseq is
+# The whole way from Python to the CUDA kernels on a device made of the host's threads, with some
+# cases that meet everything once, or with CASES=all, which takes some twenty minutes; then pyseq is
 # built again as it was.
 cuda-shim: $(VENV)/test.stamp
 	PYSEQ_CUDA=shim $(PIP) install -q -e '.[test]'
-	status=0; PYSEQ_CUDA=shim $(PY) -m pytest -q tests/test_cuda.py tests/test_cuda_loss.py \
+	status=0; PYSEQ_CUDA=shim PYSEQ_CUDA_CASES=$(CASES) $(PY) -m pytest -q tests/test_cuda.py tests/test_cuda_loss.py \
 	  tests/test_routes.py tests/test_scan_both.py || status=$$?; $(PIP) install -q -e '.[test]'; exit $$status
 
 clean:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_device import why_none
 from tolerances import assert_close, assert_same_bits
 from torch import Tensor
 
@@ -107,6 +108,17 @@ def test_values_and_gradients_are_those_of_the_reference(case: Case) -> None:
     assert_close(actual, run(reference.attend_history, given, **case.options()))
     if case.batch > 0 and case.steps > 1 and case.source > 1:
         assert actual["d_weight_history"].abs().sum() > 0
+
+
+@pytest.mark.skipif(why_none() is not None, reason=str(why_none()))
+@EACH
+def test_on_a_cuda_device(case: Case) -> None:
+    given = case.inputs()
+    expected = run(reference.attend_history, given, **case.options())
+    with torch.device("cuda"):
+        placed = {name: x.detach().to("cuda").requires_grad_() for name, x in given.items()}
+        actual = run(functional.attend_history, placed, **case.options())
+    assert_close({name: x.cpu() for name, x in actual.items()}, expected)
 
 
 def keyed(case: Case, given: dict[str, Tensor]) -> dict[str, Any]:

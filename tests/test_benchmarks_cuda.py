@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks import cuda
-from benchmarks.cuda import Row, Timing
+from benchmarks.cuda import Case, Failed, Layer, Results, Row, Timing
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYER = Row(("lstm", "float16", "256", "16"), Timing(2.0, 5.0), (Timing(3.0, 10.0),), 0.5)
+DECODER = Row(("decode", "float32", "512", "32"), Timing(10.0, 30.0), (None, None), 4.0)
 
 
 def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,10 +26,72 @@ def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_page_gives_times_and_ratios() -> None:
-    layer = Row(("lstm", "float16", "256", "16"), Timing(2.0, 5.0), (Timing(3.0, 10.0),), 0.5)
-    decoder = Row(("decode", "float32", "512", "32"), Timing(10.0, 30.0), (None, None), 4.0)
-    page = cuda.document([layer], [decoder], "Some device", whole=True)
+    results = Results([LAYER], [DECODER], [], ["FlashRNN: not installed"])
+    page = cuda.document(results, "Some device", tests="7 passed", left=0)
     assert page.startswith("# Benchmarks on a CUDA device\n\nSome device, torch ")
+    assert "Tests on the device: 7 passed." in page
     expected = "| lstm | float16 | 256 | 16 | 2.00 | 5.00 | 25 | 3.00 | 1.50 | 10.00 | 2.00 |"
     assert expected in page.splitlines()
-    assert "the time ran out" in cuda.document([layer], [decoder], "Some device", whole=False)
+    assert page.endswith("\n- FlashRNN: not installed\n")
+    assert "The time ran out before 9 more cases" in cuda.document(
+        results, "Some device", tests="7 passed", left=9
+    )
+
+
+def test_every_size_and_precision_is_a_case_once() -> None:
+    cases = cuda.layer_cases()
+    assert len(set(cases)) == len(cases)
+    for cell in ("lstm", "gru"):
+        for hidden in (128, 256, 512, 768, 1024, 2048):
+            for batch in (1, 16, 32, 64, 128):
+                assert {
+                    case.precision
+                    for case in cases
+                    if case[:3] == (cell, hidden, batch) and not case.bidirectional
+                } >= {"float16", "bfloat16", "float32", "tf32"}
+    # What the targets name is not what a short run leaves out.
+    first = cases[:40]
+    assert Layer("lstm", 512, 32, "float16") in first
+    assert Layer("lstm", 512, 32, "bfloat16", bidirectional=True) in first
+    assert Layer("lstm", 512, 31, "float32") in first
+
+
+def test_a_case_that_fails_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, saved = Results([], [], [], []), []
+
+    def fails() -> Row:
+        raise Failed("the results differ by 0.3")
+
+    cases = [
+        Case("one", fails, results.layers),
+        Case("two", lambda: LAYER, results.layers),
+        Case("three", fails, results.layers),
+        Case("four", lambda: LAYER, results.layers),
+    ]
+    monkeypatch.setattr(cuda, "device_is_lost", lambda: len(saved) == 2)
+    cuda.measure(cases, results, time.monotonic() + 60, saved.append)
+    assert results.layers == [LAYER]
+    assert results.failures[:2] == [
+        "one: the results differ by 0.3",
+        "three: " + str(Failed("the results differ by 0.3")),
+    ]
+    assert "the device was lost" in results.failures[2]
+    assert saved == [3, 2, 1]  # after each case, with what is left
+    results = Results([], [], [], [])
+    cuda.measure(cases, results, time.monotonic() - 1, saved.append)
+    assert results == Results([], [], [], [])
+
+
+def test_the_script_needs_a_torch_that_sees_a_device(tmp_path: Path) -> None:
+    blind = tmp_path / "python"
+    blind.write_text("#!/bin/sh\nexit 1\n")
+    blind.chmod(0o755)
+    found = subprocess.run(
+        [str(ROOT / ".ci" / "bench-cuda")],
+        env=os.environ | {"PYTHON": str(blind), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.returncode == 1
+    assert "no Python here has a torch that sees a CUDA device" in found.stderr

@@ -5,6 +5,7 @@ what is around it, by torch's operators."""
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -200,8 +201,19 @@ def test_an_unknown_symbol_is_nan_where_looking_would_wait() -> None:
 
 
 @pytest.mark.skipif(why_none() is not None, reason=str(why_none()))
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in loss_cases()])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.id)
+        for case in (
+            *loss_cases(),
+            *(replace(case, dtype=torch.float16) for case in loss_cases()[::7]),
+            *(replace(case, dtype=torch.bfloat16) for case in loss_cases()[::7]),
+        )
+    ],
+)
 def test_on_a_cuda_device(case: LinearCrossEntropyCase) -> None:
+    """In the short types too, which are computed in float32 and rounded once."""
     call = case.call()
     expected = expected_of(call)
     actual = run(functional, changed(call, lambda _, tensor: tensor.to("cuda")))

@@ -5,6 +5,8 @@ operators; and a training step asks no device what its tensors hold."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,17 +137,25 @@ def test_kernels_of_the_cpu_take_float32(op: str, needs_grad: bool) -> None:
     assert all(result.dtype == torch.bfloat16 for result in results)
 
 
-def dtypes_under_autocast(op: str, device: str, needs_grad: bool) -> list[torch.dtype]:
-    # torch.autocast does nothing for a device that is not there.
+@contextmanager
+def autocast(device: str) -> Iterator[None]:
+    """To bfloat16. ``torch.autocast`` does nothing for a device that torch does not see."""
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torch.set_autocast_enabled(device, True)
     torch.set_autocast_dtype(device, torch.bfloat16)
+    torch.autocast_increment_nesting()
     try:
-        with FakeTensorMode(), Seen() as seen:
-            results = short_call(op, torch.bfloat16, device, needs_grad)
+        yield
     finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
         torch.set_autocast_enabled(device, before[0])
         torch.set_autocast_dtype(device, before[1])
+
+
+def dtypes_under_autocast(op: str, device: str, needs_grad: bool) -> list[torch.dtype]:
+    with autocast(device), FakeTensorMode(), Seen() as seen:
+        results = short_call(op, torch.bfloat16, device, needs_grad)
     assert seen.calls
     assert all(found == {torch.float32} for _, found in seen.calls)
     return [result.dtype for result in results]
@@ -245,6 +255,28 @@ def test_a_training_step_is_that_of_the_cpu(kind: str, device: torch.device) -> 
         expected = gradients(model.cpu(), *(each.cpu() for each in (*data, target)))
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("form", ["float16", "bfloat16", "autocast"])
+@pytest.mark.parametrize("kind", ["general", "coverage", "scanned", "tied"])
+def test_a_training_step_in_short_types(kind: str, form: str, device: torch.device) -> None:
+    model = seq2seq(kind).eval()
+    data = torch.randint(4, 9, (3, 5)), torch.tensor([5, 2, 4])
+    target, predicted = torch.randint(4, 9, (2, 3, 4))
+    predicted[1, 2:] = PAD
+
+    def step(module: Seq2Seq) -> list[Tensor]:
+        loss = module.loss(*data, target, predicted, label_smoothing=0.1)
+        return [loss.detach(), *torch.autograd.grad(loss, list(module.parameters()))]
+
+    expected = step(model.double())
+    short = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(form)
+    with autocast(device.type) if short is None else nullcontext():
+        actual = step(model.to(short or torch.float32))
+    assert all(each.dtype == (short or torch.float32) for each in actual[1:])
+    for one, other in zip(actual, expected, strict=True):
+        error = (one.double() - other).norm()
+        assert error <= 0.05 * max(other.norm(), 0.02)
 
 
 @pytest.mark.parametrize("kind", [Tagger, Classifier])
