@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times a step on a CUDA device against torch's own layers, decoders written in torch and, where it
-is there, FlashRNN, and writes docs/benchmarks-cuda.md after each case: what ``make bench-cuda`` runs.
+is there, FlashRNN, and writes docs/benchmarks-cuda.md after each case. ``make bench-cuda`` runs it.
 
 Times are those of calls in a row between events of the device, divided by the steps: the host runs
 ahead, as in training.
