@@ -57,8 +57,10 @@ cuda-check:
 # built again as it was.
 cuda-shim: $(VENV)/test.stamp
 	PYSEQ_CUDA=shim $(PIP) install -q -e '.[test]'
-	status=0; PYSEQ_CUDA=shim PYSEQ_CUDA_CASES=$(CASES) $(PY) -m pytest -q tests/test_cuda.py tests/test_cuda_loss.py \
-	  tests/test_routes.py tests/test_scan_both.py || status=$$?; $(PIP) install -q -e '.[test]'; exit $$status
+	status=0; PYSEQ_CUDA=shim PYSEQ_CUDA_CASES=$(CASES) $(PY) -m pytest -q \
+	  tests/test_cuda.py tests/test_cuda_loss.py tests/test_routes.py tests/test_scan_both.py \
+	  tests/test_attention_history.py tests/test_benchmarks_cuda.py || status=$$?; \
+	  $(PIP) install -q -e '.[test]'; exit $$status
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pyseq/_build.py pyseq/_C.*.so

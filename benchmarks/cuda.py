@@ -218,7 +218,8 @@ def decoder_row(hidden: int, batch: int = 32) -> Row:
     combine, general = weight(hidden, 2 * hidden), weight(hidden, hidden)
 
     def call(decode: Callable[..., DecoderOutput]) -> Callable[[], Tensor]:
-        return lambda: decode(x, layers, None, memory, combine, score="general", weight=general)[0]
+        options: dict[str, Any] = {"score": "general", "weight": general}
+        return lambda: decode(x, layers, memory, memory, combine, **options)[0]
 
     with torch.no_grad():
         near(call(functional.decode)(), call(reference.decode)(), rounded=False)

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_device import IS_SHIM
+from torch import Tensor
 
+import pyseq
 from benchmarks import cuda
 from benchmarks.cuda import Case, Failed, Layer, Results, Row, Timing
 
@@ -80,6 +85,52 @@ def test_a_case_that_fails_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> Non
     results = Results([], [], [], [])
     cuda.measure(cases, results, time.monotonic() - 1, saved.append)
     assert results == Results([], [], [], [])
+
+
+@pytest.mark.skipif(not IS_SHIM, reason="on a device the benchmark itself runs")
+def test_what_is_measured_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Everything but the times, on the device of threads; in torch's place stands pyseq."""
+    for name, value in (
+        ("is_available", lambda: True),
+        ("device", lambda device: contextlib.nullcontext()),
+        ("synchronize", lambda: None),
+        ("get_device_name", lambda: "threads"),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.to("cuda"))
+    monkeypatch.setattr(torch.nn, "LSTM", pyseq.nn.LSTM)
+    monkeypatch.setattr(torch.nn, "GRU", pyseq.nn.GRU)
+
+    def once(call: Callable[[], Tensor], steps: int) -> Timing:
+        with torch.no_grad():
+            call()
+        call().sum().backward()
+        return Timing(1.0, 2.0)
+
+    def no_graphs(call: Callable[[], Tensor], steps: int) -> Timing:
+        raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr(cuda, "timing", once)
+    monkeypatch.setattr(cuda, "graphed", no_graphs)
+    for name in ("STEPS", "DECODER_STEPS", "DECODER_SOURCE"):
+        monkeypatch.setattr(cuda, name, 5)
+    monkeypatch.setattr(cuda, "DECODER_HIDDEN", (8,))
+    cases = [
+        Layer("lstm", 8, 3, "float32"),
+        Layer("gru", 8, 2, "tf32"),
+        Layer("lstm", 8, 4, "float32", ragged=True),
+        Layer("lstm", 8, 3, "bfloat16", bidirectional=True),
+        Layer("gru", 8, 5, "float16", ragged=True),
+    ]
+    monkeypatch.setattr(cuda, "layer_cases", lambda: cases)
+    page = tmp_path / "page.md"
+    cuda.main(["--output", str(page)])
+    written = page.read_text()
+    assert written.endswith("Not measured:\n\n- FlashRNN: not installed\n")
+    assert len([line for line in written.splitlines() if line[:5] in ("| lst", "| gru")]) == 5
+    assert "| decode | float32 | 8 | 32 | 1.00 | 2.00 |" in written
 
 
 def test_the_script_needs_a_torch_that_sees_a_device(tmp_path: Path) -> None:
