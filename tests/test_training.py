@@ -364,6 +364,32 @@ def test_curves_for_tensorboard(tmp_path: Path, stub_tensorboard: list[StubWrite
         assert writer.values["tokens_per_second"][0][1] > 0
 
 
+def test_tensorboard_reads_the_curves_of_a_run_that_was_resumed(tmp_path: Path) -> None:
+    reading = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="the extra tensorboard is not installed",
+    )
+    curves = tmp_path / "curves"
+    trainer = training.start(
+        TRAIN,
+        VALID,
+        tokens=("char", "char"),
+        model=MODEL,
+        options=replace(OPTIONS, epochs=2),
+        out=tmp_path,
+        tensorboard=curves,
+    )
+    at_step(trainer, STEPS + 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        trainer.run()
+    reports = training.resume(TRAIN, VALID, out=tmp_path, tensorboard=curves).run()
+    read = reading.EventAccumulator(str(curves)).Reload()
+    shown = {tag: read.Scalars(tag) for tag in read.Tags()["scalars"]}
+    assert [each.step for each in shown["loss/step"]] == [*range(1, 2 * STEPS + 1)]
+    losses = [report.train_loss for report in reports]
+    assert [each.value for each in shown["loss/train"]] == pytest.approx(losses, rel=1e-6)
+
+
 def test_a_missing_tensorboard_is_missed_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,7 +115,9 @@ class Decoder(torch.nn.Module):
         if context_size is not None:
             check_positive(context_size=context_size)
         if copy is not None and score is None:
-            raise ValueError(f"copy needs a score, since it looks at the memory, got {copy!r}")
+            raise ValueError(
+                f"copy needs a score, since it looks at the memory, got {copy!r} with score None"
+            )
         if tie_embeddings and embedding_size != hidden_size:
             raise ValueError(
                 "tie_embeddings needs a target embedding of hidden_size numbers, the input of the "
