@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from ._attention_options import AttentionOptions
 from ._common import cell_name
-from .attention import Attention, Positions, Score
+from .attention import Attention
 from .cells import GRUCell, IndRNNCell, LSTMCell, RNNCell, SLSTMCell
 from .decoder import AttentionDecoder
 from .layers import GRU, LSTM, RNN, SLSTM, IndRNN
+from .score import Positions, Score
 
 __all__ = [
     "GRU",

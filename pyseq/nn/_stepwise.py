@@ -22,7 +22,7 @@ from ..types import (
 from ._common import is_bare
 from ._masks import dropout_alone
 from ._stack import scan_layers
-from .attention import Positions
+from .score import Positions
 
 if TYPE_CHECKING:
     from .decoder import AttentionDecoder

@@ -47,7 +47,8 @@ from ._common import (
 from ._masks import Probabilities, draw_masks, dropout_alone
 from ._stack import scan_layers
 from ._stepwise import decode_stepwise
-from .attention import Positions, Score, check_window
+from .attention import check_window
+from .score import Positions, Score
 
 #: What decoders pickled before there were such options are.
 _PICKLED = {
