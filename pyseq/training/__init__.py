@@ -21,6 +21,7 @@ from .options import (
     TaskName,
     TrainingOptions,
 )
+from .reports import EpochReport
 from .resuming import begun_options
 from .runs import (
     Data,
@@ -33,7 +34,7 @@ from .runs import (
 )
 from .short import train, train_labeler
 from .signals import Interrupted
-from .trainer import LAST, EpochReport, Trainer
+from .trainer import LAST, Trainer
 from .updates import learning_rate_factor, training_step
 
 __all__ = [

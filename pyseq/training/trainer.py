@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -25,6 +25,7 @@ from ..text import BucketedBatches
 from ..translator import Translator
 from .judging import AnyExamples, accuracy, device_of, mean_loss
 from .options import TrainingOptions
+from .reports import EpochReport
 from .resuming import (
     begun_options,
     check_options,
@@ -40,16 +41,6 @@ from .updates import compute_loss, learning_rate_factor, make_average, make_opti
 
 #: The folder of the last checkpoint, inside that of the best model.
 LAST = "last"
-
-
-class EpochReport(NamedTuple):
-    """What one epoch came to."""
-
-    epoch: int  # from 1
-    train_loss: float  # nats per target token, with dropout and smoothing, over the epoch
-    valid_loss: float | None  # nats per target token; None without validation pairs
-    best: bool  # whether this is the best epoch so far
-    valid_accuracy: float | None = None  # where it selects the best epoch
 
 
 class Trainer:
@@ -318,7 +309,7 @@ class Trainer:
                 },
             )
         if self._log is not None:
-            self._log(self._epoch_text(report))
+            self._log(report.text(self.options.epochs, self._unit, self._rate))
 
     def _judge_epoch(self) -> None:
         """Validate, report, and save the model if it is the best so far."""
@@ -459,17 +450,6 @@ class Trainer:
             leave=False,
             disable=None,  # off unless standard error is a terminal
         )
-
-    def _epoch_text(self, report: EpochReport) -> str:
-        text = f"epoch {report.epoch}/{self.options.epochs}: loss {report.train_loss:.4f}"
-        if report.valid_loss is not None:
-            text += f", validation {report.valid_loss:.4f}"
-        text += f" nats/{self._unit}"
-        if report.valid_accuracy is not None:
-            text += f", {report.valid_accuracy:.2%} right"
-        if report.valid_loss is not None and report.best:
-            text += " (best)"
-        return f"{text}, {self._rate:,.0f} {self._unit}s/s"
 
     def _place_text(self) -> str:
         """Epoch and step under way, both from 1."""
