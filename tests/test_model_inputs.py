@@ -30,8 +30,9 @@ def tokens(*ids: float) -> Tensor:
         (tokens(4.0, 5.0), START, RuntimeError, "source must be int64, got torch.float32"),
         (tokens(4, 5), START.bool(), RuntimeError, "target_in must be int64, got torch.bool"),
         ([[4, 5]], START, TypeError, "source must be a tensor, got list of 1"),
+        (tokens(4, 5), [[1]], TypeError, "target_in must be a tensor, got list of 1"),
     ],
-    ids=["large", "negative", "target", "float", "bool", "list"],
+    ids=["large", "negative", "target", "float", "bool", "list", "target-list"],
 )
 def test_tokens_that_are_none(
     source: Tensor, target: Tensor, kind: type[Exception], expected: str
@@ -45,6 +46,39 @@ def test_a_search_names_them_too() -> None:
     model = pyseq.Seq2Seq(9, 7, embedding_size=4, hidden_size=4)
     with pytest.raises(IndexError, match="source must hold ids"):
         model.generate(tokens(4, 9), LENGTHS, max_length=3)
+
+
+OPTIONS = pyseq.SearchOptions(max_length=3)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda model: model.generate([[4]], LENGTHS, max_length=3), "source must be a tensor"),
+        (lambda model: model.search(tokens(4), [1], OPTIONS), "source_lengths must be a tensor"),
+        (
+            lambda model: model.search(tokens(4), LENGTHS, {"max_length": 3}),
+            "must be SearchOptions",
+        ),
+        (lambda model: model.stream([[4]], LENGTHS, OPTIONS), "source must be a tensor"),
+        (lambda model: model.stream(tokens(4), None, OPTIONS), "lengths must be a tensor"),
+        (lambda model: model.stream(tokens(4), LENGTHS, 3), "must be SearchOptions, got int"),
+        (
+            lambda model: pyseq.search.stream(pyseq.Ensemble([model]), tokens(4), LENGTHS, 3),
+            "must be SearchOptions, got int",
+        ),
+        (
+            lambda model: model.generate(tokens(4), LENGTHS, max_length=3, target_extra=[0.0]),
+            "target_extra must be a tensor",
+        ),
+    ],
+    ids=["source", "lengths", "options", "stream", "None", "int", "ensemble", "extra"],
+)
+def test_a_search_names_what_is_of_another_kind(
+    call: Callable[[pyseq.Seq2Seq], object], expected: str
+) -> None:
+    with pytest.raises(TypeError, match=expected):
+        call(pyseq.Seq2Seq(9, 7, embedding_size=4, hidden_size=4))
 
 
 def test_labels_name_them_too() -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import check_tensor
 from ..errors import SearchError
 from ..types import PAD, STOP
 from .options import SearchOptions, check_kind
@@ -107,8 +108,12 @@ class Rules(NamedTuple):
         return allowed
 
 
-def check_prefix_rows(options: SearchOptions, rows: int) -> None:
+def check_given(options: SearchOptions, source: Tensor, source_lengths: Tensor) -> None:
+    """Raise unless these are what a search is given, and each row has a prefix if there are any."""
     check_kind(options)
+    check_tensor("source", source)
+    check_tensor("source_lengths", source_lengths)
+    rows = len(source)
     if len(options.prefix) not in (0, 1, rows):
         raise ValueError(
             f"prefix must be one sequence for each of the {rows} rows, or a single one, "

@@ -16,7 +16,7 @@ from .fused import fused_search_of, search_fused
 from .options import Hypothesis, SearchOptions, StreamedToken
 from .protocols import SearchModel
 from .resident import search_resident
-from .rules import check_prefix_rows
+from .rules import check_given
 
 
 def search(
@@ -46,8 +46,9 @@ def search(
         ValueError: the prefix or the coverage penalty does not go with the sources or the
             model.
         SearchError: the model's logits are not finite; a RuntimeError.
+        TypeError: the options are none, or what must be a tensor is none.
     """
-    check_prefix_rows(options, source.shape[0])
+    check_given(options, source, source_lengths)
     if source.shape[0] == 0:
         return []
     model = in_eval_mode(model)
@@ -85,15 +86,15 @@ def stream(
         An iterator: for each step one token of each unfinished row, in the order of the rows.
 
     Raises:
-        ValueError, SearchError: as :func:`search`; the options are checked at once.
+        ValueError, SearchError, TypeError: as :func:`search`; the options are checked at once.
     """
+    check_given(options, source, source_lengths)
     if not options.follows_one() or options.n_best != 1:
         raise ValueError(
             "a stream follows one hypothesis: beam_size and n_best must be 1 and the penalties 0, "
             f"got beam_size={options.beam_size}, n_best={options.n_best}, "
             f"length_penalty={options.length_penalty}, coverage_penalty={options.coverage_penalty}"
         )
-    check_prefix_rows(options, source.shape[0])
     seed = draw_seed(generator, source.device) if options.sample else None
     return follow_streaming(in_eval_mode(model), source, source_lengths, options, seed)
 

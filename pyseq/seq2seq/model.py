@@ -387,6 +387,8 @@ class Seq2Seq(Searched):
     ) -> _Encoded:
         """What the decoder is given, for the sources of ``target_in``, if there is one."""
         memory, hidden = self.encoder(source, source_lengths, source_extra)
+        if target_in is not None:
+            check_tensor("target_in", target_in)
         if target_in is not None and target_in.shape[0] != source.shape[0]:
             raise RuntimeError(
                 f"target_in must have one row for each of the {source.shape[0]} sources, "

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import search
+from .._checks import check_tensor
 from ..search import Hypothesis, SearchModel, SearchOptions, StreamedToken
+from ..search.options import check_kind
 from .given import Given
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class Searched(torch.nn.Module):
         Args, Returns, Raises: see :func:`pyseq.search.search`, and for the extra information
             and copies :meth:`generate`.
         """
+        check_kind(options)
         model = self._given(source_extra, target_extra, copies, options.max_length)
         return search.search(model, source, source_lengths, options, generator=generator)
 
@@ -94,6 +97,7 @@ class Searched(torch.nn.Module):
         Args, Returns, Raises: see :func:`pyseq.search.stream`, and for the extra information
             and copies :meth:`generate`.
         """
+        check_kind(options)
         model = self._given(source_extra, target_extra, copies, options.max_length)
         return search.stream(model, source, source_lengths, options, generator=generator)
 
@@ -120,11 +124,13 @@ class Searched(torch.nn.Module):
         copies: Tensor | None,
         max_length: int,
     ) -> SearchModel:
-        if target_extra is not None and target_extra.dim() == 3 and len(target_extra) < max_length:
-            raise RuntimeError(
-                f"target_extra must have at least max_length = {max_length} steps, got "
-                f"{len(target_extra)}"
-            )
+        if target_extra is not None:
+            check_tensor("target_extra", target_extra)
+            if target_extra.dim() == 3 and len(target_extra) < max_length:
+                raise RuntimeError(
+                    f"target_extra must have at least max_length = {max_length} steps, got "
+                    f"{len(target_extra)}"
+                )
         if source_extra is target_extra is copies is None:
             return cast("Seq2Seq", self)
         return self.given(source_extra=source_extra, target_extra=target_extra, copies=copies)

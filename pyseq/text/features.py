@@ -164,5 +164,8 @@ class ReadsFeatures:
             DataError: they have not been given.
         """
         if self._features is None:
-            raise DataError("this model reads features, not text: give it those that lines name")
+            raise DataError(
+                "this model reads features, not text: give it those that lines name, by "
+                "--source-features or as features of load"
+            )
         return self._features

@@ -31,4 +31,5 @@ class EpochReport(NamedTuple):
             text += f", {self.valid_accuracy:.2%} right"
         if self.valid_loss is not None and self.best:
             text += " (best)"
-        return f"{text}, {rate:,.0f} {unit}s/s"
+        # A resumed run may have had nothing left of its first epoch to train on.
+        return f"{text}, {rate:,.0f} {unit}s/s" if rate else text

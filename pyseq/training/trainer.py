@@ -305,7 +305,7 @@ class Trainer:
                     "loss/train": report.train_loss,
                     "loss/validation": report.valid_loss,
                     "accuracy/validation": report.valid_accuracy,
-                    "tokens_per_second": self._rate,
+                    "tokens_per_second": self._rate or None,
                 },
             )
         if self._log is not None:
