@@ -200,7 +200,8 @@ def save(
 
 
 def load(path: str | Path, *, device: AnyDevice = None) -> Saved:
-    """Load what :func:`save` wrote.
+    """Load what :func:`save` wrote, in its parts; :meth:`pyseq.Translator.load` and
+    :meth:`pyseq.Labeler.load` make of them what reads text.
 
     Args:
         path: the folder.
