@@ -2,7 +2,8 @@
 """Builds the extension ``pyseq._C``: finds torch, then runs CMake and Ninja.
 
 Metadata is in pyproject.toml, sources and flags are in CMakeLists.txt. This file passes on
-what only the running Python knows. Read: MAX_JOBS, PYSEQ_CUDA, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS.
+what only the running Python knows. Read: MAX_JOBS, PYSEQ_CUDA, CUDA_HOME,
+PYSEQ_ALLOW_WARNINGS, CXX, CXXFLAGS, LDFLAGS.
 """
 
 from __future__ import annotations
@@ -195,6 +196,7 @@ def compile_extension(torch: Torch, jobs: list[str]) -> Path:
         "PYSEQ_CXX11_ABI": str(torch.cxx11_abi),
         "PYSEQ_CUDA_COMPILER": find_cuda(torch) or "",
         "PYSEQ_CUDA_SHIM": "ON" if cuda_option() == "shim" else "",
+        "PYSEQ_ALLOW_WARNINGS": "ON" if os.environ.get("PYSEQ_ALLOW_WARNINGS") == "1" else "",
     }
     run(
         [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cuda_checked
 import pytest
 import torch
 from cuda_cases import chosen
@@ -299,26 +300,10 @@ def test_a_wedged_barrier_traps(barrier: Path) -> None:
     subprocess.run([str(barrier), "wedged"], check=True, timeout=120)
 
 
-#: Each operator once, forward and backward, on small shapes with several blocks.
-CHECKED = """
-import torch
-from pyseq import functional
-
-T, B, I, H, S = 3, 3, 5, 33, 4
-new = lambda *sizes: torch.randn(*sizes, device="cuda", requires_grad=True)
-lengths = torch.tensor([3, 1, 2], device="cuda")
-weights = lambda rows, size: (new(rows, size), new(rows, H), new(rows), new(rows))
-for cell, gates in (("lstm", 4), ("gru", 3)):
-    scanned = functional.scan(new(T, B, I), *weights(gates * H, I), cell=cell, lengths=lengths)
-    scanned.output.sum().backward()
-    source = new(S, B, H), new(S, B, H), new(H, 2 * H)
-    layers = [weights(gates * H, I + H)]
-    decoded = functional.decode(new(T, B, I), layers, *source, cell=cell, lengths=lengths)
-    decoded.output.sum().backward()
-attended = functional.attend(new(T, B, H), new(S, B, H), new(S, B, H), lengths)
-attended.context.sum().backward()
-torch.cuda.synchronize()
-"""
+@pytest.mark.parametrize("path", ["persistent", "alternating"])
+def test_what_the_checkers_watch_runs(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYSEQ_CUDA_PATH", path)
+    cuda_checked.main()
 
 
 @on_a_gpu
@@ -332,8 +317,17 @@ def test_the_checkers_of_memory_and_barriers_find_nothing(tool: str, path: str) 
         pytest.skip("no compute-sanitizer")
     # Each tensor has memory of its own then, of which the checker knows where it ends.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYSEQ_CUDA_PATH": path}
-    command = [checker, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", CHECKED]
-    subprocess.run(command, check=True, timeout=600, env=os.environ | alone)
+    paths = os.pathsep.join([str(ROOT), *sys.path])
+    command = [
+        checker,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        cuda_checked.__file__,
+    ]
+    subprocess.run(command, check=True, timeout=600, env=os.environ | alone | {"PYTHONPATH": paths})
 
 
 def test_tensors_of_another_device_are_refused() -> None:

@@ -195,27 +195,54 @@ struct alignas(16) Words {
 template <class S>
 constexpr int kVector = static_cast<int>(sizeof(Words) / sizeof(S));
 
-// What another block wrote in this launch, past the cache of the multiprocessor.
-template <class S>
-PYSEQ_DEVICE S load_shared_by_blocks(const S* from) {
+// What another block wrote in this launch, past the cache of the multiprocessor, and at every step
+// anew: __ldcg of the types of 16 bits is not volatile in CUDA's headers, so that a compiler may
+// keep what it loaded from an address before others wrote there.
 #ifdef PYSEQ_CUDA_SHIM
+
+template <class S>
+S load_shared_by_blocks(const S* from) {
   shim::maybe_yield();
   return *from;
-#else
-  return __ldcg(from);
-#endif
 }
-PYSEQ_DEVICE Words load_words_shared_by_blocks(const void* from) {
-#ifdef PYSEQ_CUDA_SHIM
+inline Words load_words_shared_by_blocks(const void* from) {
   shim::maybe_yield();
   Words words;
   std::memcpy(&words, from, sizeof words);
   return words;
-#else
-  const uint4 value = __ldcg(static_cast<const uint4*>(from));
-  return {{value.x, value.y, value.z, value.w}};
-#endif
 }
+
+#else
+
+template <class S>
+PYSEQ_DEVICE S load_shared_by_blocks(const S* from) {
+  S value;
+  if constexpr (sizeof(S) == 2) {
+    uint16_t bits;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(from) : "memory");
+    memcpy(&value, &bits, sizeof value);
+  } else if constexpr (sizeof(S) == 4) {
+    uint32_t bits;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(bits) : "l"(from) : "memory");
+    memcpy(&value, &bits, sizeof value);
+  } else {
+    static_assert(sizeof(S) == 8);
+    uint64_t bits;
+    asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(bits) : "l"(from) : "memory");
+    memcpy(&value, &bits, sizeof value);
+  }
+  return value;
+}
+PYSEQ_DEVICE Words load_words_shared_by_blocks(const void* from) {
+  Words words;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.word[0]), "=r"(words.word[1]), "=r"(words.word[2]), "=r"(words.word[3])
+               : "l"(from)
+               : "memory");
+  return words;
+}
+
+#endif
 
 // The numbers in 16 bytes.
 template <class S>
