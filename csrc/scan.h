@@ -68,6 +68,31 @@ struct ScanSaved {
   Tensor gates, apart, states, cells, inner, x_sums, r_sums, c_sums, moments;
 };
 
+// What a scan with layer normalisation works on; r_sums, c_sums and moments are written.
+template <class T>
+cpu::ScanNorm<T> scan_norm(const ScanExtras& extras, const ScanSaved& saved) {
+  if (!extras.normalises()) return {};
+  return {.gain_ih = data<T>(extras.gain_ih),
+          .gain_hh = data<T>(extras.gain_hh),
+          .gain_c = data<T>(extras.gain_c),
+          .bias_c = data<T>(extras.bias_c),
+          .x_sums = saved.x_sums.const_data_ptr<T>(),
+          .r_sums = saved.r_sums.data_ptr<cpu::Accumulate<T>>(),
+          .c_sums = data_if<cpu::Accumulate<T>>(saved.c_sums),
+          .moments = data_if<cpu::Accumulate<T>>(saved.moments)};
+}
+
+// Numbers for each step and row, as kernels take them.
+template <class T>
+cpu::Strided<T> strided(const OptionalTensor& tensor) {
+  if (!tensor.has_value()) return {};
+  const auto stride = [&](int64_t from_last) {
+    const int64_t dim = tensor->dim() - 1 - from_last;
+    return dim < 0 || tensor->size(dim) == 1 ? 0 : tensor->stride(dim);
+  };
+  return {tensor->const_data_ptr<T>(), stride(2), stride(1)};
+}
+
 // How much a pass leaves: nothing; what there is no other way to; all that backward reads.
 enum class Keep { kNothing, kLeast, kAll };
 
