@@ -138,9 +138,9 @@ ScanExtras check_extras(const ScanExtraList& list, const ScanShape& shape, const
 
 // w_hh as the kernels want it: rows (gate, unit), or with heads (head, gate, unit).
 Tensor by_head(const Tensor& w_hh, const CellShape& cell, int64_t heads) {
-  if (heads == 1) return w_hh;
+  if (heads == 1) return w_hh.contiguous();
   const int64_t size = w_hh.size(1);
-  return w_hh.reshape({cell.gates, heads, size, size}).transpose(0, 1);
+  return w_hh.reshape({cell.gates, heads, size, size}).transpose(0, 1).contiguous();
 }
 
 // The weights of the units themselves.
@@ -164,12 +164,13 @@ ScanArguments check_scan(const ScanInputs& in) {
       in.resets.has_value() || !(extras.reset_h.has_value() || extras.reset_c.has_value()),
       "reset_h and reset_c go with resets, got none of these");
   extras.reset_c = at_least_float(extras.reset_c);  // as c is carried
-  const Tensor w_hh = by_head(in.w_hh, shape.cell, shape.heads).contiguous();
+  Tensor w_hh = by_head(in.w_hh, shape.cell, shape.heads);
+  OptionalTensor unit_weights = own_weights(shape.cell, w_hh, in.w_ch, extras);
   return {.shape = shape,
           .reverse = in.reverse,
           .x = in.x,
           .w_ih = in.w_ih.contiguous(),
-          .w_hh = w_hh,
+          .w_hh = std::move(w_hh),
           .b_ih = in.b_ih,
           .b_hh = in.b_hh,
           .w_hr = contiguous(in.w_hr),
@@ -177,7 +178,7 @@ ScanArguments check_scan(const ScanInputs& in) {
           .c_0 = in.c_0,
           .lengths = check_lengths(in.lengths, shape.batch, shape.steps, "T"),
           .resets = contiguous(in.resets),
-          .unit_weights = own_weights(shape.cell, w_hh, in.w_ch, extras),
+          .unit_weights = std::move(unit_weights),
           .extras = std::move(extras)};
 }
 

@@ -13,6 +13,7 @@
 #include "autocast.h"
 #include "autograd.h"
 #include "build_info.h"
+#include "call_layers.h"
 #include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
@@ -22,6 +23,7 @@
 #include "ops.h"
 #include "quantized.h"
 #include "scan_both.h"
+#include "scan_layers.h"
 #include "search.h"
 #include "widened.h"
 #include "without_gradient.h"
@@ -260,23 +262,11 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("reset_c") = pybind11::none(), pybind11::arg("gain_ih") = pybind11::none(),
         pybind11::arg("gain_hh") = pybind11::none(), pybind11::arg("gain_c") = pybind11::none(),
         pybind11::arg("bias_c") = pybind11::none(), without_gil, "torch.ops.pyseq.scan");
-  m.def(
-      "step",
-      [op = pyseq::find_operator<&pyseq::scan>("pyseq::scan")](
-          const pyseq::Tensor& x, const pyseq::Tensor& w_ih, const pyseq::Tensor& w_hh,
-          const pyseq::OptionalTensor& b_ih, const pyseq::OptionalTensor& b_hh,
-          const pyseq::OptionalTensor& h, const pyseq::OptionalTensor& c, std::string_view cell,
-          const pyseq::OptionalTensor& w_ch) {
-        TORCH_CHECK(x.dim() == 2, "x must be (B, I), got ", pyseq::shape_text(x.sizes()));
-        const pyseq::OptionalTensor none;
-        const auto [y, h_n, c_n, c_steps] =
-            op.call(x.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, none, h, c, none, none, cell, false, 1,
-                    false, w_ch, none, none, none, none, none, none, none, none, none);
-        return std::pair(h_n, c_n);
-      },
-      pybind11::arg("x"), pybind11::arg("w_ih"), pybind11::arg("w_hh"), pybind11::arg("b_ih"),
-      pybind11::arg("b_hh"), pybind11::arg("h"), pybind11::arg("c"), pybind11::arg("cell"),
-      pybind11::arg("w_ch"), without_gil, "torch.ops.pyseq.scan of one step, without its T.");
+  m.def("step", &pyseq::scan_step, pybind11::arg("x"), pybind11::arg("w_ih"), pybind11::arg("w_hh"),
+        pybind11::arg("b_ih"), pybind11::arg("b_hh"), pybind11::arg("h"), pybind11::arg("c"),
+        pybind11::arg("cell"), pybind11::arg("w_ch"), without_gil,
+        "torch.ops.pyseq.scan of one step, without its T.");
+  pyseq::define_scan_layers(m);
   m.def("attend", Bound<&pyseq::attend>::to("pyseq::attend"), pybind11::arg("query"),
         pybind11::arg("keys"), pybind11::arg("memory"), pybind11::arg("weight_v"),
         pybind11::arg("lengths"), pybind11::arg("score"), pybind11::arg("positions") = std::nullopt,

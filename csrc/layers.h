@@ -164,6 +164,24 @@ struct Bias {
   OptionalTensor apart;
 };
 
+// The sum of both in memory of the CPU, b_ih maybe undefined, and, unless `apart` is null, the last
+// `hidden` of b_hh in that instead.
+inline void add_biases(const Tensor& b_ih, const Tensor& b_hh, int64_t hidden, void* sum,
+                       void* apart) {
+  const Tensor recurrent = b_hh.contiguous(), input = b_ih.defined() ? b_ih.contiguous() : b_ih;
+  const int64_t rows = b_hh.size(0), shared = apart == nullptr ? rows : rows - hidden;
+  AT_DISPATCH_FLOATING_TYPES(recurrent.scalar_type(), "bias", [&] {
+    const scalar_t* const from = recurrent.const_data_ptr<scalar_t>();
+    const scalar_t* const beside = input.defined() ? input.const_data_ptr<scalar_t>() : nullptr;
+    scalar_t* const to = static_cast<scalar_t*>(sum);
+    for (int64_t i = 0; i < rows; ++i) {
+      const scalar_t own = i < shared ? from[i] : 0;
+      to[i] = beside == nullptr ? own : beside[i] + own;
+    }
+    if (apart != nullptr) std::copy_n(from + shared, hidden, static_cast<scalar_t*>(apart));
+  });
+}
+
 inline Bias fold_bias(const OptionalTensor& b_ih, const OptionalTensor& b_hh, const CellShape& cell,
                       int64_t hidden) {
   if (!b_hh.has_value()) return {contiguous(b_ih), std::nullopt};
@@ -180,16 +198,8 @@ inline Bias fold_bias(const OptionalTensor& b_ih, const OptionalTensor& b_hh, co
   }
   const Tensor sum = fresh({rows}, recurrent);
   const Tensor apart = cell.has_apart ? fresh({hidden}, recurrent) : Tensor();
-  AT_DISPATCH_FLOATING_TYPES(recurrent.scalar_type(), "bias", [&] {
-    const scalar_t* const from = recurrent.const_data_ptr<scalar_t>();
-    const scalar_t* const beside = input.defined() ? input.const_data_ptr<scalar_t>() : nullptr;
-    scalar_t* const to = sum.data_ptr<scalar_t>();
-    for (int64_t i = 0; i < rows; ++i) {
-      const scalar_t own = i < shared ? from[i] : 0;
-      to[i] = beside == nullptr ? own : beside[i] + own;
-    }
-    if (apart.defined()) std::copy_n(from + shared, hidden, apart.data_ptr<scalar_t>());
-  });
+  add_biases(input, recurrent, hidden, sum.data_ptr(),
+             apart.defined() ? apart.data_ptr() : nullptr);
   return {sum, apart.defined() ? OptionalTensor(apart) : std::nullopt};
 }
 

@@ -4,7 +4,10 @@
 #include <ATen/TensorOperators.h>
 
 #include <algorithm>
+#include <cstring>
+#include <utility>
 
+#include "cpu/threads.h"
 #include "devices.h"
 #include "products.h"
 #include "widened.h"
@@ -12,6 +15,36 @@
 namespace pyseq {
 
 namespace {
+
+// Memory of the CPU for the length of a call, in pieces. Tensors for what nobody reads afterwards
+// would take as long as a small step.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(bytes), next_(static_cast<char*>(memory_.data())) {}
+
+  void* take(size_t bytes) { return std::exchange(next_, next_ + bytes); }
+
+ private:
+  const cpu::Workspace memory_;
+  char* next_;
+};
+
+// Writes `from`, which takes so many bytes, or zeros into memory of the CPU.
+void fill_memory(void* to, size_t bytes, const OptionalTensor& from) {
+  if (bytes == 0) return;
+  if (from.has_value()) {
+    std::memcpy(to, from->contiguous().const_data_ptr(), bytes);
+  } else {
+    std::memset(to, 0, bytes);
+  }
+}
+
+// A tensor on the CPU of what lies in memory there.
+Tensor copy_memory(const void* from, at::IntArrayRef sizes, const Tensor& like) {
+  const Tensor copy = fresh(sizes, like);
+  if (copy.numel() > 0) std::memcpy(copy.data_ptr(), from, copy.nbytes());
+  return copy;
+}
 
 ScanExtraList join_extras(std::initializer_list<const OptionalTensor*> extras) {
   const bool none = std::none_of(extras.begin(), extras.end(),
@@ -47,11 +80,12 @@ Tensor gate_slots(const ScanArguments& args, const Tensor& states) {
 // Every tensor that a pass forward reads and writes beside its arguments.
 struct ScanBuffers {
   Tensor x;
-  Bias bias;
   bool reads_input;
   bool save, slots;  // whether the gates, and the states, of every step are kept
   ScanSaved kept;
   Tensor masked, y, c_steps;
+  void *states, *cells;           // their slots
+  const void *bias, *apart_bias;  // see Bias; or null
 };
 
 // Calls the kernels of the device: everything was checked and allocated.
@@ -73,18 +107,18 @@ void launch(const ScanArguments& args, const ScanBuffers& all) {
         .threads = thread_count(),
         .x = all.x.const_data_ptr<scalar_t>(),
         .w_ih = all.reads_input ? args.w_ih.const_data_ptr<scalar_t>() : nullptr,
-        .bias = data<scalar_t>(all.bias.sum),
+        .bias = static_cast<const scalar_t*>(all.bias),
         .w_hh = cell.recurrent ? values<scalar_t>(args.w_hh) : nullptr,
         .w_hr = values<scalar_t>(args.w_hr),
         .quantized_hh = quantized(args.w_hh),
         .quantized_hr = quantized(args.w_hr),
-        .apart_bias = data<scalar_t>(all.bias.apart),
+        .apart_bias = static_cast<const scalar_t*>(all.apart_bias),
         .lengths = data<int64_t>(args.lengths),
         .resets = data<bool>(args.resets),
         .gates = data_if<scalar_t>(all.kept.gates),
         .apart = data_if<scalar_t>(all.kept.apart),
-        .states = all.kept.states.data_ptr<scalar_t>(),
-        .cells = data_if<Wide>(all.kept.cells),
+        .states = static_cast<scalar_t*>(all.states),
+        .cells = static_cast<Wide*>(all.cells),
         .inner = data_if<scalar_t>(all.kept.inner),
         .y = all.y.data_ptr<scalar_t>(),
         .c_steps = data_if<Wide>(all.c_steps),
@@ -105,7 +139,7 @@ void launch(const ScanArguments& args, const ScanBuffers& all) {
 }  // namespace
 
 ScanResult ScanRun::results(at::ScalarType type) const {
-  return rounded(ScanResult{y, h_n, c_n, c_steps}, type);
+  return rounded(ScanResult{y, h_n, or_nothing(c_n, y), or_nothing(c_steps, y)}, type);
 }
 
 ScanRun run_scan(const ScanArguments& args, Keep keep, bool return_states) {
@@ -120,14 +154,17 @@ ScanRun run_scan(const ScanArguments& args, Keep keep, bool return_states) {
   const bool at_once =
       x.is_cpu() && !is_quantized(args.w_hh) && !cell.gates_state && !cell.has_heads && !normalises;
   ScanBuffers all{.x = x.contiguous(),
-                  .bias = fold_bias(args.b_ih, args.b_hh, cell, H),
                   .reads_input = cpu::reads_input(T_, B, args.weight_bytes()) && I > 0 && at_once,
                   .save = save,
                   .slots = keep == Keep::kAll || (save && args.keeps_states()),
                   .kept = {},
                   .masked = {},
                   .y = fresh({T_, B, P}, x),
-                  .c_steps = {}};
+                  .c_steps = {},
+                  .states = nullptr,
+                  .cells = nullptr,
+                  .bias = nullptr,
+                  .apart_bias = nullptr};
   const int64_t slots = all.slots ? T_ + 1 : 2, first = all.slots && args.reverse ? T_ : 0;
   const int64_t last = all.slots ? (args.reverse ? 0 : T_) : T_ % 2;
   ScanSaved& to = all.kept;
@@ -138,10 +175,38 @@ ScanRun run_scan(const ScanArguments& args, Keep keep, bool return_states) {
     if (args.lengths.has_value()) cleared = cleared.logical_and(args.lengths->gt(first_step));
     cleared = cleared.unsqueeze(1);
   }
-  to.states = first_state(args.h_0, x, slots, first, B, P, cleared, extras.reset_h);
-  if (cell.has_cell) {
-    to.cells = first_state(args.c_0, wide, slots, first, B, args.shape.cell_size(), cleared,
-                           extras.reset_c);
+  // Slots that take turns are nobody's afterwards, and neither are folded biases.
+  const bool passing = x.is_cpu() && !all.slots && !cleared.defined() && !args.masks_state();
+  const size_t size = x.element_size(), h_bytes = B * P * size,
+               c_bytes = B * args.shape.cell_size() * size;
+  Scratch scratch(passing ? 2 * (h_bytes + c_bytes) + (rows + H) * size : 0);
+  if (passing) {
+    all.states = scratch.take(2 * h_bytes);
+    fill_memory(all.states, h_bytes, args.h_0);
+    if (cell.has_cell) {
+      all.cells = scratch.take(2 * c_bytes);
+      fill_memory(all.cells, c_bytes, args.c_0);
+    }
+  } else {
+    to.states = first_state(args.h_0, x, slots, first, B, P, cleared, extras.reset_h);
+    all.states = to.states.data_ptr();
+    if (cell.has_cell) {
+      to.cells = first_state(args.c_0, wide, slots, first, B, args.shape.cell_size(), cleared,
+                             extras.reset_c);
+      all.cells = to.cells.data_ptr();
+    }
+  }
+  Bias bias;
+  if (passing && all.reads_input && args.b_ih.has_value() && args.b_hh.has_value()) {
+    void* const sum = scratch.take(rows * size);
+    void* const apart = cell.has_apart ? scratch.take(H * size) : nullptr;
+    add_biases(*args.b_ih, *args.b_hh, H, sum, apart);
+    all.bias = sum;
+    all.apart_bias = apart;
+  } else {
+    bias = fold_bias(args.b_ih, args.b_hh, cell, H);
+    all.bias = bias.sum.has_value() ? bias.sum->const_data_ptr() : nullptr;
+    all.apart_bias = bias.apart.has_value() ? bias.apart->const_data_ptr() : nullptr;
   }
   // In the memory of the states where they are the same.
   if (save && !args.keeps_gates()) to.gates = gate_slots(args, to.states);
@@ -152,7 +217,7 @@ ScanRun run_scan(const ScanArguments& args, Keep keep, bool return_states) {
     if (cell.has_cell) to.c_sums = fresh({kept, B, H}, wide);
     if (save) to.moments = fresh({T_, B, 3, 2}, wide);
   } else if (!all.reads_input) {
-    to.gates = project_input(x, args.w_ih, all.bias.sum, to.gates);
+    to.gates = project_input(x, args.w_ih, bias.sum, to.gates);
   } else if (save && !to.gates.defined()) {
     to.gates = fresh({T_, B, rows}, x);
   }
@@ -164,8 +229,27 @@ ScanRun run_scan(const ScanArguments& args, Keep keep, bool return_states) {
   }
   if (return_states && cell.has_cell) all.c_steps = fresh({T_, B, args.shape.cell_size()}, wide);
   launch(args, all);
-  return {all.y, copy_slot(to.states, last), cell.has_cell ? copy_slot(to.cells, last) : nothing(x),
-          all.c_steps.defined() ? all.c_steps : nothing(x), std::move(to)};
+  const auto last_of = [&](const Tensor& states, void* slots, size_t bytes, int64_t width,
+                           const Tensor& like) {
+    return passing ? copy_memory(static_cast<char*>(slots) + last * bytes, {B, width}, like)
+                   : copy_slot(states, last);
+  };
+  return {std::move(all.y), last_of(to.states, all.states, h_bytes, P, x),
+          cell.has_cell ? last_of(to.cells, all.cells, c_bytes, args.shape.cell_size(), wide)
+                        : Tensor(),
+          std::move(all.c_steps), std::move(to)};
+}
+
+ScanRun run_inference(const ScanArguments& args, bool return_states) {
+  // With few rows the input is multiplied ahead. Of a long sequence a stretch at a time, so that
+  // what is written is read again from the cache.
+  constexpr int64_t kAhead = 1 << 19, kLeast = 64;  // numbers; steps
+  const int64_t step = std::max<int64_t>(1, args.shape.batch * args.shape.rows());
+  const int64_t stretch = std::max(kLeast, kAhead / step);
+  const bool few =
+      args.x.is_cpu() && !cpu::reads_input(args.shape.steps, args.shape.batch, args.weight_bytes());
+  return few && args.shape.steps > 2 * stretch ? run_scan_kept(args, stretch, return_states).run
+                                               : run_scan(args, Keep::kNothing, return_states);
 }
 
 namespace {
@@ -254,17 +338,7 @@ ScanResult scan(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const O
                   join_extras({&h_mask, &zoneout_h, &zoneout_c, &reset_h, &reset_c, &gain_ih,
                                &gain_hh, &gain_c, &bias_c}),
                   cell, reverse});
-  // With few rows the input is multiplied ahead. Of a long sequence a stretch at a time, so that
-  // what is written is read again from the cache.
-  constexpr int64_t kAhead = 1 << 19, kLeast = 64;  // numbers; steps
-  const int64_t step = std::max<int64_t>(1, args.shape.batch * args.shape.rows());
-  const int64_t stretch = std::max(kLeast, kAhead / step);
-  const bool few =
-      x.is_cpu() && !cpu::reads_input(args.shape.steps, args.shape.batch, args.weight_bytes());
-  const ScanRun run = few && args.shape.steps > 2 * stretch
-                          ? run_scan_kept(args, stretch, return_states).run
-                          : run_scan(args, Keep::kNothing, return_states);
-  return run.results(x.scalar_type());
+  return run_inference(args, return_states).results(x.scalar_type());
 }
 
 std::vector<Tensor> scan_forward(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,

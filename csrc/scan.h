@@ -96,7 +96,7 @@ cpu::Strided<T> strided(const OptionalTensor& tensor) {
 // How much a pass leaves: nothing; what there is no other way to; all that backward reads.
 enum class Keep { kNothing, kLeast, kAll };
 
-// c_n and c_steps of short types are float32.
+// c_n and c_steps are undefined where there is no such thing; of short types they are float32.
 struct ScanRun {
   Tensor y, h_n, c_n, c_steps;
   ScanSaved saved;
@@ -107,6 +107,9 @@ struct ScanRun {
 
 // Checks no more, allocates, and calls the kernels.
 ScanRun run_scan(const ScanArguments& args, Keep keep, bool return_states);
+
+// The pass that leaves nothing, as it is fastest.
+ScanRun run_inference(const ScanArguments& args, bool return_states);
 
 // The gradients of a scan's results; those that are not there are zero. Of the results themselves
 // and of what is summed up the gradients that a pass gives are float32 for short types.

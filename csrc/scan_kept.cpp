@@ -49,7 +49,7 @@ ScanKept run_scan_kept(const ScanArguments& args, int64_t keep_every, bool retur
   const int64_t count = static_cast<int64_t>(list.size());
   const bool keeps_c = return_states && cell.has_cell;
   ScanKept kept{
-      {fresh({T_, B, P}, x), {}, {}, keeps_c ? fresh({T_, B, cell_size}, wide) : nothing(x), {}},
+      {fresh({T_, B, P}, x), {}, {}, keeps_c ? fresh({T_, B, cell_size}, wide) : Tensor(), {}},
       fresh({count, B, P}, x),
       cell.has_cell ? fresh({count, B, cell_size}, wide) : Tensor()};
   fill_slot(kept.h, 0, args.h_0);

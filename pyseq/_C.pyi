@@ -4,6 +4,7 @@
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module, Parameter
 
 def scan(
     x: Tensor,
@@ -45,6 +46,22 @@ def step(
     w_ch: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``torch.ops.pyseq.scan`` of one step, x (B, I) without its T: h_n, c_n."""
+
+def scan_layers(
+    module: Module,
+    parameters: dict[str, Parameter | None],
+    names: list[list[str]],
+    input: object,
+    hx: object,
+    lengths: object,
+    cell: str,
+    bidirectional: bool,
+    batch_first: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]] | None:
+    """What a recurrent ``module`` of pyseq.nn without options returns for its input, state and
+    lengths; None if the call must go through the operators: where anything but the CPU's kernels
+    would see it, or somebody has a word to say about an argument."""
 
 def attend(
     query: Tensor,

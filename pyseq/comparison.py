@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import functional, reference
-from .functional import products
+from .functional import products, scans
 
 
 @contextmanager
@@ -35,10 +35,13 @@ def reference_operators() -> Iterator[None]:
     # Products are what the other operators call themselves.
     places = [(functional, name) for name in names]
     places += [(products, name) for name in names if hasattr(products, name)]
+    instead = [getattr(reference, name) for _, name in places]
+    places.append((scans, "scan_layers"))
+    instead.append(lambda *_: None)  # the layers are to call the operators
     fused = [getattr(module, name) for module, name in places]
     try:
-        for module, name in places:
-            setattr(module, name, getattr(reference, name))
+        for (module, name), operator in zip(places, instead, strict=True):
+            setattr(module, name, operator)
         yield
     finally:
         for (module, name), operator in zip(places, fused, strict=True):

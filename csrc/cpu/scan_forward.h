@@ -4,6 +4,7 @@
 #pragma once
 
 #include "scan_norm.h"
+#include "turns.h"
 
 namespace pyseq::cpu::PYSEQ_TIER {
 
@@ -59,6 +60,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
     if (projects) w_hr.packed = w_block.packed + w_hh_size + w_ih_size;
   }
   Teams teams(plan);
+  const bool begins = begins_backwards(args.steps);
 
   parallel(plan.threads, [&](int thread, int present) {
     const Place at = place(plan, thread, present, B, teams);
@@ -79,6 +81,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
     const Range units = at.part(heads * head_panels), outputs = at.part(state_panels);
     for (int64_t n = 0; n < args.steps; ++n) {
       const int64_t t = steps.time(n);
+      const bool backwards = (n % 2 != 0) != begins;
       const int64_t before = slot_before(n, args.steps, args.reverse, args.slots);
       const int64_t after = slot_after(n, args.steps, args.reverse, args.slots);
       const T* h_before = states[before];
@@ -142,7 +145,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
         T* const r_sums = norm.r_sums + kept * B * G * H;
         const Segment<T> recurrent = input_segment(h_read, w_hh(0));
         product<T, G, G>(&recurrent, works ? 1 : 0, at.rows.begin, at.rows.end, units.begin,
-                         units.end, n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
+                         units.end, backwards, [&](int64_t row, int64_t panel, const T* sums) {
                            T* const to = r_sums + row * G * H + panel * kLanes<T>;
                            const int count = lanes_inside<T>(H, panel);
                            for (int g = 0; g < G; ++g) {
@@ -227,7 +230,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
         if constexpr (Cell::kGatesState) {
           const Segment<T> first = plain_segment(h_read, w_hh(0));
           product<T, 1, 1>(&first, works ? 1 : 0, at.rows.begin, at.rows.end, units.begin,
-                           units.end, n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
+                           units.end, backwards, [&](int64_t row, int64_t panel, const T* sums) {
                              const int count = lanes_inside<T>(H, panel);
                              const int64_t unit = panel * kLanes<T>, offset = row * H + unit;
                              Vec<T> gated = {};
@@ -288,7 +291,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
             Segment<T> segment = recurrent_segment<Cell>(h_read + first, w_hh(head));
             segment.a_stride = P;
             product<T, G, Cell::kPre>(
-                &segment, works ? 1 : 0, at.rows.begin, at.rows.end, own.begin, own.end, n % 2 != 0,
+                &segment, works ? 1 : 0, at.rows.begin, at.rows.end, own.begin, own.end, backwards,
                 [&](int64_t row, int64_t panel, const T* sums) {
                   step(row, first + panel * kLanes<T>, lanes_inside<T>(recurrent, panel), sums);
                 });
@@ -296,7 +299,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
         } else {
           product<T, kGatesAtOnce, Cell::kPre>(
               segments, works ? segment_count : 0, at.rows.begin, at.rows.end, units.begin,
-              units.end, n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
+              units.end, backwards, [&](int64_t row, int64_t panel, const T* sums) {
                 step(row, panel * kLanes<T>, lanes_inside<T>(H, panel), sums);
               });
         }
@@ -305,7 +308,7 @@ void scan_forward_cell(const ScanForward<T>& args) {
       if (projects) {
         const Segment<T> projection = plain_segment(inner, w_hr);
         product<T, 1, 1>(&projection, works ? 1 : 0, at.rows.begin, at.rows.end, outputs.begin,
-                         outputs.end, n % 2 != 0, [&](int64_t row, int64_t panel, const T* sums) {
+                         outputs.end, backwards, [&](int64_t row, int64_t panel, const T* sums) {
                            keep_state(row, panel * kLanes<T>, lanes_inside<T>(P, panel), load(sums),
                                       steps.active(n, row));
                          });

@@ -10,6 +10,8 @@
 #include <cstring>
 #include <new>
 
+#include "turns.h"
+
 namespace pyseq::cpu {
 
 namespace {
@@ -178,6 +180,13 @@ Place place(const Plan& plan, int thread, int present, int64_t rows, Teams& team
   return {share(rows, team, count), team, thread / count, members, teams.team + team};
 }
 
+bool begins_backwards(int64_t steps) {
+  thread_local bool backwards = true;  // in the last step of the last loop
+  const bool begins = !backwards;
+  backwards = begins != (steps % 2 == 0);
+  return begins;
+}
+
 namespace {
 
 constexpr std::align_val_t kAlign{64};
@@ -189,9 +198,9 @@ struct Kept {
   ~Kept() { ::operator delete(data, kAlign); }
 };
 
-// One for each call inside a call: a loop has its workspace, the products in it theirs, of which
-// a quantized one has two.
-constexpr int kNested = 3;
+// One for each call inside a call: a scan has its states, the loop in it its workspace, the
+// products in that theirs, of which a quantized one has two.
+constexpr int kNested = 4;
 thread_local Kept kept[kNested];
 thread_local int nested = 0;
 

@@ -25,6 +25,8 @@ from ..types import (
 )
 from ._common import beside, check_option, h_and_c, join_state
 
+#: What the layers of :mod:`pyseq.nn` ask before they call the operators.
+scan_layers = _C.scan_layers
 #: Weights of a direction, ``w_ch`` included.
 _WITH_PEEPHOLES = 6
 
