@@ -23,14 +23,13 @@ def group(case: Case) -> tuple[Any, ...]:
 
 
 def settings(case: Case) -> set[tuple[Any, ...]]:
-    """Every setting of the case, each with its group; sizes, of which there are many, are shared
-    among the dtypes."""
+    """Every setting of the case, each with its group. Sizes, of which there are many, are shared
+    among the dtypes, and large ones, which take threads of the host long, among all kernels."""
     own = group(case)
-    any_dtype = tuple(kind for kind in own if not isinstance(kind, torch.dtype))
-    return {
-        (*(any_dtype if field.name == "sizes" else own), field.name, getattr(case, field.name))
-        for field in fields(case)
-    }
+    found = {(*own, f.name, getattr(case, f.name)) for f in fields(case) if f.name != "sizes"}
+    large = max(case.sizes) > 64
+    sharing = [] if large else [kind for kind in own if not isinstance(kind, torch.dtype)]
+    return found | {(op_of(case), *sharing, "sizes", case.sizes)}
 
 
 def few(cases: Sequence[Case]) -> list[Case]:
