@@ -101,10 +101,15 @@ def test_without_gradients_they_do_too(case: Case, set_threads: Callable[[int], 
 
 
 # Weights that are read where they lie, and inputs that are multiplied ahead, since no cache of a
-# core holds them; and panels that ask for the next ones.
-WIDE = tuple(
-    ScanCase(cell="gru", sizes=sizes)
-    for sizes in ((82, 1, 40, 840), (3, 9, 40, 1184), (3, 33, 40, 1184))
+# core holds them; and panels that ask for the next ones. Panels that are taken in pieces, by more
+# tiles than fit together, and several runs of unequal length backward.
+WIDE = (
+    *(
+        ScanCase(cell="gru", sizes=sizes)
+        for sizes in ((82, 1, 40, 840), (3, 9, 40, 1184), (3, 33, 40, 1184))
+    ),
+    ScanCase(cell="lstm", sizes=(7, 135, 4200, 20), lengths="ragged"),
+    ScanCase(cell="gru", sizes=(7, 135, 4200, 20), reverse=True),
 )
 
 

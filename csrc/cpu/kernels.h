@@ -419,6 +419,9 @@ struct Gemm {
   int64_t c_row;
   bool accumulate;
   T* a_sums = nullptr;  // (m) or null: the sums of a's rows, added up likewise
+  // Another product of the same a and as many threads, made on the way, or null. It has no bias,
+  // and accumulates if this one does.
+  const Gemm* beside = nullptr;
 };
 
 // Rows of logits that are made at a time, at most.

@@ -7,9 +7,10 @@
 
 namespace pyseq::cpu::PYSEQ_TIER {
 
-// Rows whose gate gradients are kept until the products of the weight gradients take them:
-// enough for those to run at their full speed, few enough to be still in the cache.
-constexpr int64_t kGradientRows = 384;
+// Rows whose gate gradients are kept until the products of the weight gradients take them, at most:
+// enough for those to run at their full speed, few enough to be still in the cache, and one run of
+// k to those products.
+constexpr int64_t kGradientRows = 448;
 
 // The recurrent weights as the loop backward reads them, in blocks of equal shape: one; of each
 // head and gate; or, of a cell that gates its state, of the last gate beside those before it.
@@ -241,14 +242,10 @@ void scan_gradient_products(const ScanBackward<T>& args, const ScanGradientRun<T
   const int64_t t = run.first_time, rows = (run.end - run.begin) * B;
   const bool adds = run.end < args.steps;
   // c (+)= a^T b, for a (rows, columns) and b (rows, c_columns).
-  const auto accumulate_part = [&](const T* a, int64_t a_stride, int64_t columns, const T* b,
-                                   int64_t b_stride, int64_t c_columns, T* c, T* a_sums) {
-    gemm<T>({columns, c_columns, rows, args.threads, a, 1, a_stride, b, b_stride, 1, nullptr, c,
-             c_columns, adds, a_sums});
-  };
-  const auto accumulate = [&](const T* a, int64_t columns, const T* b, int64_t c_columns, T* c,
-                              T* a_sums) {
-    accumulate_part(a, columns, columns, b, c_columns, c_columns, c, a_sums);
+  const auto part = [&](const T* a, int64_t a_stride, int64_t columns, const T* b, int64_t b_stride,
+                        int64_t c_columns, T* c, T* a_sums) {
+    return Gemm<T>{columns, c_columns, rows, args.threads, a,    1,     a_stride, b, b_stride,
+                   1,       nullptr,   c,    c_columns,    adds, a_sums};
   };
   if (args.d_x != nullptr) {
     gemm<T>({rows, I, gate_rows, args.threads, run.d_x_gates, gate_rows, 1, args.w_ih, I, 1,
@@ -258,28 +255,36 @@ void scan_gradient_products(const ScanBackward<T>& args, const ScanGradientRun<T
   const T* const h_before =
       args.h_mask != nullptr ? run.masked : args.states + (t + (args.reverse ? 1 : 0)) * B * P;
   // Biases come after a normalisation, so theirs are other sums.
-  accumulate(run.d_x_gates, gate_rows, args.x + t * B * I, I, args.d_w_ih,
-             args.norm ? nullptr : args.d_b_ih);
-  if constexpr (Cell::kGatesState) {
+  Gemm<T> of_input = part(run.d_x_gates, gate_rows, gate_rows, args.x + t * B * I, I, I,
+                          args.d_w_ih, args.norm ? nullptr : args.d_b_ih);
+  const Gemm<T> of_state = part(run.d_r_gates, gate_rows, gate_rows, h_before, P, P, args.d_w_hh,
+                                args.norm ? nullptr : args.d_b_hh);
+  constexpr bool kAtOnce = Cell::kRecurrent && !Cell::kGatesState && !Cell::kHeads;
+  const bool same = kAtOnce && run.d_r_gates == run.d_x_gates;
+  if (same) of_input.beside = &of_state;
+  gemm(of_input);
+  if constexpr (kAtOnce) {
+    if (!same) gemm(of_state);
+    if (same && run.begin == 0) {
+      __builtin_memcpy(args.d_b_hh, args.d_b_ih, static_cast<size_t>(gate_rows) * sizeof(T));
+    }
+  } else if constexpr (Cell::kGatesState) {
     const int64_t before = gate_rows - H;
-    accumulate_part(run.d_r_gates, gate_rows, before, h_before, P, P, args.d_w_hh, args.d_b_hh);
-    accumulate_part(run.d_r_gates + before, gate_rows, H, args.inner + t * B * H, H, P,
-                    args.d_w_hh + before * P, args.d_b_hh + before);
+    gemm(part(run.d_r_gates, gate_rows, before, h_before, P, P, args.d_w_hh, args.d_b_hh));
+    gemm(part(run.d_r_gates + before, gate_rows, H, args.inner + t * B * H, H, P,
+              args.d_w_hh + before * P, args.d_b_hh + before));
   } else if constexpr (Cell::kHeads) {
     const int64_t D = H / args.heads;
     for (int64_t head = 0; head < args.heads; ++head) {
       for (int g = 0; g < G; ++g) {
         const int64_t column = g * H + head * D;
-        accumulate_part(run.d_r_gates + column, gate_rows, D, h_before + head * D, P, D,
-                        args.d_w_hh + (head * G + g) * D * D, args.d_b_hh + column);
+        gemm(part(run.d_r_gates + column, gate_rows, D, h_before + head * D, P, D,
+                  args.d_w_hh + (head * G + g) * D * D, args.d_b_hh + column));
       }
     }
-  } else if constexpr (Cell::kRecurrent) {
-    accumulate(run.d_r_gates, gate_rows, h_before, P, args.d_w_hh,
-               args.norm ? nullptr : args.d_b_hh);
   }
   if (args.w_hr != nullptr) {
-    accumulate(run.d_projected, P, args.inner + t * B * H, H, args.d_w_hr, nullptr);
+    gemm(part(run.d_projected, P, P, args.inner + t * B * H, H, H, args.d_w_hr, nullptr));
   }
 }
 
@@ -289,7 +294,11 @@ void scan_backward_cell(const ScanBackward<T>& args) {
   constexpr bool kApart = Cell::kPre > G;
   const int64_t B = args.batch, H = args.hidden, P = args.state_size;
   const bool projects = args.w_hr != nullptr;
-  const int64_t length = smaller(args.steps, larger(1, kGradientRows / larger(1, B)));
+  // In runs of equal length, give or take a step: a short one would take as long to add to the
+  // gradients of large weights.
+  const int64_t full_runs = (args.steps * B + kGradientRows - 1) / kGradientRows;
+  const int runs = static_cast<int>(smaller(args.steps, larger(1, full_runs)));
+  const int64_t length = share(args.steps, 0, runs > 0 ? runs : 1).size();
 
   const int64_t heads = Cell::kHeads ? args.heads : 1, head_size = P / heads;
   const int64_t weights = (Cell::kRecurrent ? G * H * head_size : 0) + (projects ? P * H : 0);
@@ -343,8 +352,10 @@ void scan_backward_cell(const ScanBackward<T>& args) {
   if constexpr (Normed) clear_row_sums<Cell>(args, run.norm);
   Teams teams(plan);
 
-  for (run.end = args.steps; run.end > 0; run.end = run.begin) {
-    run.begin = larger(0, run.end - length);
+  for (int i = runs - 1; i >= 0; --i) {
+    const Range own_steps = share(args.steps, i, runs);
+    run.begin = own_steps.begin;
+    run.end = own_steps.end;
     run.first_time = args.reverse ? args.steps - run.end : run.begin;
     parallel(plan.threads, [&](int thread, int present) {
       if (run.end == args.steps) {

@@ -107,7 +107,8 @@ Plan plan_steps(const StepCost& cost, int threads, int64_t most_teams) {
   // have to rank three plans: one thread, a team per thread, one team of all. (Others answer a call
   // within 2 us, or within 20 if they sleep.)
   constexpr double kMultiplyAdds = 120;
-  constexpr double kWeightBytes = 160;
+  constexpr double kWeightBytes = 160, kFarWeightBytes = 40;
+  constexpr int64_t kFarWeights = 8 << 20;  // bytes that the cores fetch from the same place
   constexpr double kForeignBytes = 2;
   constexpr double kBarrier = 700;
   constexpr double kCall = 5000;
@@ -118,7 +119,8 @@ Plan plan_steps(const StepCost& cost, int threads, int64_t most_teams) {
     const double rows = cost.rows * row_share;
     const double work = rows * (cost.weights + cost.row_work) / kMultiplyAdds;
     // The first tile of a panel waits for it.
-    return unit_share * (work + cost.weight_bytes / kWeightBytes);
+    const double rate = cost.weight_bytes > kFarWeights ? kFarWeightBytes : kWeightBytes;
+    return unit_share * (work + cost.weight_bytes / rate);
   };
   const double alone = time(1, 1);
   const int64_t teams = std::min({int64_t{threads}, cost.rows, most_teams});

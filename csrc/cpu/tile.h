@@ -112,14 +112,13 @@ struct Segment {
 
 namespace detail {
 
-// Asks on the way for as many vectors from `ahead` on as k_count.
+// Panels are panel_stride apart. Asks on the way for as many vectors from `ahead` on as k_count.
 template <class T, int G, int MR, int NP>
 [[gnu::noinline, gnu::noclone]] void multiply(const T* __restrict a, int64_t a_row, int64_t a_k,
-                                              const T* __restrict packed, int64_t k_count,
-                                              T* __restrict sums, int pre, const int* slot,
-                                              bool accumulate, const T* ahead) {
+                                              const T* __restrict packed, int64_t panel_stride,
+                                              int64_t k_count, T* __restrict sums, int pre,
+                                              const int* slot, bool accumulate, const T* ahead) {
   using V = Vec<T>;
-  const int64_t panel_stride = k_count * G * kLanes<T>;
   V sum[NP][MR][G];
 #pragma GCC unroll 8
   for (int p = 0; p < NP; ++p) {
@@ -254,9 +253,14 @@ constexpr bool fits(int gates, int rows, int panels) {
   return rows * panels * gates <= kAccumulators && panels * gates <= 16;
 }
 
+// Of the panels that a tile takes at a time, what all tiles take before they go on where there are
+// more than so many pieces, half of the second-level cache; and how many tiles at most.
+constexpr int64_t kPieceBytes = 128 << 10, kMostPieces = 4;
+constexpr int64_t kTilesTogether = 16;
+
 template <class T>
-using Multiply = void (*)(const T*, int64_t, int64_t, const T*, int64_t, T*, int, const int*, bool,
-                          const T*);
+using Multiply = void (*)(const T*, int64_t, int64_t, const T*, int64_t, int64_t, T*, int,
+                          const int*, bool, const T*);
 
 template <class T, int G, int MR>
 PYSEQ_FORCE_INLINE Multiply<T> pick_panels(int panels) {
@@ -318,18 +322,30 @@ struct QuantizedInputs<float> {
 // to epilogue(row, panel, sums), where sums holds Pre vectors. A sum is added up in the
 // order of the segments and of k, however the rows and panels are cut into tiles, so that
 // the number of threads cannot change a bit. Panels are the outer loop: one comes from far
-// memory once and serves all rows. A loop that comes back to the same weights takes them
-// backwards every other time, and finds the last ones still in the cache.
+// memory once and serves all rows. Where those that a tile takes at a time are more than a part of
+// the second-level cache, all tiles take a piece of them before any goes on to the next. A loop
+// that comes back to the same weights takes them backwards every other time, and finds the last
+// ones still in the cache.
 template <class T, int G, int Pre, class Epilogue>
 PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, int64_t row_begin,
                                 int64_t row_end, int64_t panel_begin, int64_t panel_end,
                                 bool backwards, Epilogue&& epilogue) {
   using detail::fits;
+  using detail::kMaxRows;
   const int64_t rows = row_end - row_begin;
   if (rows <= 0) return;
-  const int64_t tiles = (rows + detail::kMaxRows<G> - 1) / detail::kMaxRows<G>;
-  const int64_t tile_rows = (rows + tiles - 1) / tiles;
-  alignas(64) T sums[kAccumulators * Pre * kLanes<T>];
+  const int64_t tiles = (rows + kMaxRows<G> - 1) / kMaxRows<G>;
+  // Tiles of equal height, give or take one row.
+  const int64_t low = rows / tiles, higher = rows % tiles;
+  const int64_t tile_rows = low + (higher > 0 ? 1 : 0);
+  int64_t longest = 0;
+  bool all_packed = segment_count > 0;
+  for (int s = 0; s < segment_count; ++s) {
+    longest = larger(longest, segments[s].weights.k_count);
+    all_packed = all_packed && segments[s].weights.packed != nullptr;
+  }
+  constexpr int64_t kTileSize = kMaxRows<G> * (G == 1 ? 4 : 1) * Pre * kLanes<T>;
+  alignas(64) T sums[detail::kTilesTogether * kTileSize];
   detail::QuantizedInputs<T> quantized(segments, segment_count, row_begin, rows);
 
   for (int64_t left_panels = panel_end - panel_begin; left_panels > 0;) {
@@ -343,43 +359,81 @@ PYSEQ_FORCE_INLINE void product(const Segment<T>* segments, int segment_count, i
     // to bring as fast as the first tile takes them.
     const int64_t next = backwards ? panel - width : panel + width;
     const bool comes_next = next >= panel_begin && next + width <= panel_end;
-    int64_t tile = 0;
-    for (int64_t row = row_begin; row < row_end; ++tile) {
-      // Tiles of equal height, give or take one row.
-      const int64_t left = (row_end - row + tile_rows - 1) / tile_rows;
-      const int height = static_cast<int>((row_end - row + left - 1) / left);
-      const auto multiply = detail::pick<T, G>(height, width);
-      if constexpr (Pre > G) {
-        for (int i = 0; i < height * width * Pre * kLanes<T>; ++i) sums[i] = 0;
-      } else if (segment_count == 0) {
-        for (int i = 0; i < height * width * Pre * kLanes<T>; ++i) sums[i] = 0;
-      }
-      for (int s = 0; s < segment_count; ++s) {
-        const Segment<T>& segment = segments[s];
-        const bool accumulate = Pre > G || s > 0;
-        if (segment.weights.quantized != nullptr) {
-          quantized.template multiply<G>(s, row - row_begin, panel, width, sums, height, Pre,
-                                         accumulate);
-          continue;
+    const detail::Multiply<T> multiply[] = {detail::pick<T, G>(static_cast<int>(low), width),
+                                            detail::pick<T, G>(static_cast<int>(tile_rows), width)};
+    const int64_t piece = detail::kPieceBytes / (G * width * kVectorBytes);
+    const bool in_pieces = all_packed && longest > detail::kMostPieces * piece;
+    const int64_t together = in_pieces ? detail::kTilesTogether : 1;
+    const auto row_of = [&](int64_t tile) {
+      return row_begin + tile * low + smaller(tile, higher);
+    };
+    for (int64_t first = 0; first < tiles; first += together) {
+      const int64_t last = smaller(tiles, first + together);
+      if (in_pieces) {
+        if constexpr (Pre > G) __builtin_memset(sums, 0, sizeof sums);
+        for (int s = 0; s < segment_count; ++s) {
+          const Segment<T>& segment = segments[s];
+          const Weights<T>& weights = segment.weights;
+          const int pieces = static_cast<int>(larger(1, weights.k_count / piece));
+          for (int i = 0; i < pieces; ++i) {
+            const Range k = share(weights.k_count, i, pieces);
+            const T* const from =
+                weights.packed + panel * weights.panel_size() + k.begin * G * kLanes<T>;
+            // The same panels further on, or the next ones.
+            const T* ahead = from;
+            if (i + 1 < pieces) {
+              ahead += k.size() * G * kLanes<T>;
+            } else if (comes_next) {
+              ahead = weights.packed + next * weights.panel_size();
+            }
+            for (int64_t tile = first; tile < last; ++tile) {
+              const int64_t row = row_of(tile);
+              multiply[tile < higher](
+                  segment.a + row * segment.a_stride + k.begin, segment.a_stride, 1, from,
+                  weights.panel_size(), k.size(), sums + (tile - first) * kTileSize, Pre,
+                  segment.slot, Pre > G || s + i > 0, ahead + tile % width * weights.panel_size());
+            }
+          }
         }
-        if (segment.weights.packed == nullptr) {
-          detail::multiply_rows<T, G>(segment, row, height, panel, width, sums, Pre, accumulate);
-          continue;
+      } else {
+        const int64_t row = row_of(first);
+        const int height = static_cast<int>(low + (first < higher ? 1 : 0));
+        if (Pre > G || segment_count == 0) {
+          for (int i = 0; i < height * width * Pre * kLanes<T>; ++i) sums[i] = 0;
         }
-        const Weights<T>& weights = segment.weights;
-        const int64_t asked = comes_next && tile < G * width
-                                  ? next * weights.panel_size() + tile * weights.k_count * kLanes<T>
-                                  : panel * weights.panel_size();
-        multiply(segment.a + row * segment.a_stride, segment.a_stride, 1,
-                 weights.packed + panel * weights.panel_size(), weights.k_count, sums, Pre,
-                 segment.slot, accumulate, weights.packed + asked);
-      }
-      for (int p = 0; p < width; ++p) {
-        for (int m = 0; m < height; ++m) {
-          epilogue(row + m, panel + p, sums + (p * height + m) * Pre * kLanes<T>);
+        for (int s = 0; s < segment_count; ++s) {
+          const Segment<T>& segment = segments[s];
+          const Weights<T>& weights = segment.weights;
+          const bool accumulate = Pre > G || s > 0;
+          if (weights.quantized != nullptr) {
+            quantized.template multiply<G>(s, row - row_begin, panel, width, sums, height, Pre,
+                                           accumulate);
+            continue;
+          }
+          if (weights.packed == nullptr) {
+            detail::multiply_rows<T, G>(segment, row, height, panel, width, sums, Pre, accumulate);
+            continue;
+          }
+          const int64_t asked =
+              comes_next && first < G * width
+                  ? next * weights.panel_size() + first * weights.k_count * kLanes<T>
+                  : panel * weights.panel_size();
+          multiply[first < higher](segment.a + row * segment.a_stride, segment.a_stride, 1,
+                                   weights.packed + panel * weights.panel_size(),
+                                   weights.panel_size(), weights.k_count, sums, Pre, segment.slot,
+                                   accumulate, weights.packed + asked);
         }
       }
-      row += height;
+      for (int64_t tile = first; tile < last; ++tile) {
+        const int64_t row = row_of(tile);
+        const int height = static_cast<int>(low + (tile < higher ? 1 : 0));
+        const T* const own = sums + (tile - first) * kTileSize;
+        for (int p = 0; p < width; ++p) {
+          for (int m = 0; m < height; ++m) {
+            epilogue(row + m, panel + p, own + (p * height + m) * Pre * kLanes<T>);
+          }
+        }
+      }
     }
   }
 }
