@@ -27,6 +27,8 @@ import pyseq
 from pyseq import functional, reference
 from pyseq.types import CellName, DecoderOutput
 
+from . import cuda_targets
+
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks-cuda.md"
 HIDDEN = (512, 256, 1024, 768, 128, 2048)  # the first come first, in case the time runs out
 BATCHES = (32, 16, 64, 1, 128)
@@ -79,6 +81,7 @@ class Row(NamedTuple):
     pyseq: Timing
     rivals: tuple[Timing | None, ...]
     floor: float  # µs a step, forward; by the cost model
+    path: str  # that forward takes, by the same
 
 
 class Results(NamedTuple):
@@ -201,7 +204,8 @@ def layer_row(case: Layer) -> Row:
         tf32=rounded,
     )
     names = (str(case), case.precision, str(case.hidden), str(case.batch))
-    return Row(names, timing(own_call, STEPS), (timing(rival_call, STEPS),), plan.floor_us)
+    own_time, rival_time = timing(own_call, STEPS), timing(rival_call, STEPS)
+    return Row(names, own_time, (rival_time,), plan.floor_us, plan.path)
 
 
 def decoder_row(hidden: int, batch: int = 32) -> Row:
@@ -237,7 +241,7 @@ def decoder_row(hidden: int, batch: int = 32) -> Row:
         print(f"torch's decoder in a graph, H={hidden}: {error}")
         by_graph = None
     case = ("decode", "float32", str(hidden), str(batch))
-    return Row(case, own, (by_step, by_graph), plan.floor_us)
+    return Row(case, own, (by_step, by_graph), plan.floor_us, plan.path)
 
 
 def flash_row(hidden: int = 768, batch: int = 16) -> Row:
@@ -260,7 +264,7 @@ def flash_row(hidden: int = 768, batch: int = 16) -> Row:
     )
     timed = timing(rival, STEPS)
     case = ("lstm", "bfloat16", str(hidden), str(batch))
-    return Row(case, timing(lambda: own(x)[0], STEPS), (timed,), plan.floor_us)
+    return Row(case, timing(lambda: own(x)[0], STEPS), (timed,), plan.floor_us, plan.path)
 
 
 def number(value: float) -> str:
@@ -269,13 +273,14 @@ def number(value: float) -> str:
 
 def table(rows: list[Row], rivals: tuple[str, ...]) -> Iterator[str]:
     """Lines of Markdown."""
-    heads = ["operator", "dtype", "H", "B", "forward, µs", "with backward, µs", "of the floor, %"]
+    heads = ["operator", "dtype", "H", "B", "path", "forward, µs", "with backward, µs"]
+    heads.append("of the floor, %")
     for rival in rivals:
         heads += [f"{rival}: forward, µs", "ratio", "with backward, µs", "ratio"]
     yield "| " + " | ".join(heads) + " |"
     yield "|" + "---|" * len(heads)
     for row in rows:
-        cells = [*row.case, number(row.pyseq.forward), number(row.pyseq.training)]
+        cells = [*row.case, row.path, number(row.pyseq.forward), number(row.pyseq.training)]
         cells.append(f"{100 * row.floor / row.pyseq.forward:.0f}")
         for timed in row.rivals:
             if timed is None:
@@ -297,7 +302,11 @@ def document(results: Results, device: str, *, tests: str, left: int) -> str:
         "",
         f"µs a step, {STEPS} steps of a layer with I = H, {DECODER_STEPS} of a decoder with "
         f"S = {DECODER_SOURCE}. A ratio above 1 is a rival that takes so many times as long. The "
-        "floor is that of the cost model, `pyseq.cuda_plan`.",
+        "floor, and the path that forward takes, are those of `pyseq.cuda_plan`.",
+        "",
+        f"Targets, of layers with H from {cuda_targets.HIDDEN[0]} to {cuda_targets.HIDDEN[-1]}:",
+        "",
+        *cuda_targets.table(results),
         "",
         *table(results.layers, ("torch.nn",)),
         "",

@@ -16,12 +16,16 @@ from cuda_device import IS_SHIM
 from torch import Tensor
 
 import pyseq
-from benchmarks import cuda
+from benchmarks import cuda, cuda_targets
 from benchmarks.cuda import Case, Failed, Layer, Results, Row, Timing
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYER = Row(("lstm", "float16", "256", "16"), Timing(2.0, 5.0), (Timing(3.0, 10.0),), 0.5)
-DECODER = Row(("decode", "float32", "512", "32"), Timing(10.0, 30.0), (None, None), 4.0)
+LAYER = Row(
+    ("lstm", "float16", "256", "16"), Timing(2.0, 5.0), (Timing(3.0, 10.0),), 0.5, "persistent"
+)
+DECODER = Row(
+    ("decode", "float32", "512", "32"), Timing(10.0, 30.0), (None, None), 4.0, "alternating"
+)
 
 
 def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,11 +39,43 @@ def test_the_page_gives_times_and_ratios() -> None:
     page = cuda.document(results, "Some device", tests="7 passed", left=0)
     assert page.startswith("# Benchmarks on a CUDA device\n\nSome device, torch ")
     assert "Tests on the device: 7 passed." in page
-    expected = "| lstm | float16 | 256 | 16 | 2.00 | 5.00 | 25 | 3.00 | 1.50 | 10.00 | 2.00 |"
+    expected = (
+        "| lstm | float16 | 256 | 16 | persistent | 2.00 | 5.00 | 25 | 3.00 | 1.50 | 10.00 | 2.00 |"
+    )
     assert expected in page.splitlines()
     assert page.endswith("\n- FlashRNN: not installed\n")
     assert "The time ran out before 9 more cases" in cuda.document(
         results, "Some device", tests="7 passed", left=9
+    )
+
+
+def test_the_page_tells_what_the_targets_came_to() -> None:
+    def layer(own: Timing, rival: Timing, *case: str) -> Row:
+        return Row(case, own, (rival,), 0.5, "persistent")
+
+    layers = [
+        LAYER,
+        layer(Timing(2.0, 5.0), Timing(1.5, 5.0), "lstm", "float16", "1024", "32"),
+        # These are not on the persistent path.
+        layer(Timing(2.0, 8.0), Timing(8.0, 16.0), "lstm, ragged", "float16", "512", "32"),
+        layer(Timing(2.0, 4.0), Timing(6.0, 16.0), "lstm", "bfloat16", "768", "16"),
+        # No target is about these sizes.
+        layer(Timing(9.0, 90.0), Timing(1.0, 1.0), "lstm", "float16", "2048", "16"),
+    ]
+    decoder = DECODER._replace(rivals=(Timing(100.0, 660.0), None))
+    made = list(cuda_targets.table(Results(layers, [decoder], [], [])))[2:]
+    assert [[cell.strip() for cell in line.split("|")[2:6]] for line in made] == [
+        ["at least 0.8", "1 of 2", "0.75", "lstm, float16, H = 1024, B = 32"],
+        ["at least 0.8", "2 of 2", "1.00", "lstm, float16, H = 1024, B = 32"],
+        ["at least 3", "2 of 2", "3.00", "lstm, bfloat16, H = 768, B = 16"],
+        ["at least 3", "1 of 2", "2.00", "lstm, ragged, float16, H = 512, B = 32"],
+        ["at most 2.4", "1 of 1", "2.00", "lstm, bfloat16, H = 768, B = 16"],
+        ["at least 20", "1 of 1", "22.00", "decode, float32, H = 512, B = 32"],
+        ["at least 4", "not measured", "", ""],
+        ["at most 2.2", "3 of 4", "3.00", "lstm, ragged, float16, H = 512, B = 32"],
+    ]
+    assert set(made) < set(
+        cuda.document(Results(layers, [decoder], [], []), "", tests="", left=0).splitlines()
     )
 
 
@@ -130,7 +166,7 @@ def test_what_is_measured_computes_the_same(
     written = page.read_text()
     assert written.endswith("Not measured:\n\n- FlashRNN: not installed\n")
     assert len([line for line in written.splitlines() if line[:5] in ("| lst", "| gru")]) == 5
-    assert "| decode | float32 | 8 | 32 | 1.00 | 2.00 |" in written
+    assert "| decode | float32 | 8 | 32 | persistent | 1.00 | 2.00 |" in written
 
 
 def test_the_script_needs_a_torch_that_sees_a_device(tmp_path: Path) -> None:
