@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "scan_layers.h"
+#include "straight.h"
 
 namespace pyseq {
 
@@ -32,11 +33,13 @@ bool read(handle from, Tensor& to) {
 // The same or None.
 bool read(handle from, OptionalTensor& to) { return from.is_none() || read(from, to.emplace()); }
 
-// A state: None, a tensor, or a tuple of them.
+// A state: None, a tensor, or a tuple of two or more. Of less a module has a word to say.
 bool read(handle from, std::vector<Tensor>& to) {
+  constexpr size_t kLeast = 2;
   if (from.is_none()) return true;
   if (!PyTuple_CheckExact(from.ptr())) return read(from, to.emplace_back());
   const auto parts = pybind11::reinterpret_borrow<pybind11::tuple>(from);
+  if (parts.size() < kLeast) return false;
   to.reserve(parts.size());
   for (const handle part : parts) {
     if (!read(part, to.emplace_back())) return false;
@@ -44,9 +47,16 @@ bool read(handle from, std::vector<Tensor>& to) {
   return true;
 }
 
+// Whether the module makes what has this name each time that it is read, as a parametrization does.
+bool makes(handle module, handle name) {
+  return pybind11::hasattr(pybind11::type::handle_of(module), name);
+}
+
 // The weights of a layer or direction, as they are now: w_ih, w_hh, both biases or none, w_hr or
-// not. Most are among the parameters; what is not (quantized, parametrized) the module gives.
-bool read(handle module, const dict& parameters, const list& names, DirectionWeights& to) {
+// not. Most are among the parameters; what is not (quantized, parametrized) the module gives. None
+// is made where the operators will be called all the same, and it would be made once more.
+bool read(handle module, const dict& parameters, const list& names, bool may_make,
+          DirectionWeights& to) {
   constexpr size_t kBoth = 2;
   const size_t count = names.size(), biases = count / 2 * 2;
   OptionalTensor* const optional[] = {&to.b_ih, &to.b_hh};
@@ -55,7 +65,11 @@ bool read(handle module, const dict& parameters, const list& names, DirectionWei
     const handle name = names[i];
     object weight =
         pybind11::reinterpret_borrow<object>(PyDict_GetItemWithError(parameters.ptr(), name.ptr()));
-    if (!weight) weight = module.attr(name);
+    if (!weight) {
+      if (PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
+      if (!may_make && makes(module, name)) return false;
+      weight = module.attr(name);
+    }
     const bool is_tensor = i == 0        ? read(weight, to.w_ih)
                            : i == 1      ? read(weight, to.w_hh)
                            : i >= biases ? read(weight, to.w_hr)
@@ -90,10 +104,12 @@ object call_scan_layers(handle module, const dict& parameters, const list& names
   if (!read(input, in.x) || !read(hx, in.state) || !read(lengths, in.lengths)) {
     return pybind11::none();
   }
+  const bool may_make =
+      !at::GradMode::is_enabled() && StraightCall::is_open() && StraightCall().computes_in(in.x);
   in.weights.resize(names.size());
   for (size_t i = 0; i < in.weights.size(); ++i) {
-    const auto own = pybind11::reinterpret_borrow<list>(names[i]);
-    if (!read(module, parameters, own, in.weights[i])) return pybind11::none();
+    const auto own = names[i].cast<list>();
+    if (!read(module, parameters, own, may_make, in.weights[i])) return pybind11::none();
   }
   std::optional<LayersResult> result;
   try {

@@ -31,12 +31,14 @@ bool is_straight(const LayersInputs& in) {
   return takes_all;
 }
 
+int64_t directions(const LayersInputs& in) { return in.bidirectional ? 2 : 1; }
+
 // Whether the arguments have the dimensions that a module takes; sizes are the operators' affair.
 bool has_layout(const LayersInputs& in, const CellShape& cell) {
   const int64_t dim = in.x.dim(), count = static_cast<int64_t>(in.weights.size());
   const size_t parts = cell.has_cell ? 2 : 1;
-  bool fits = cell.states <= 1 && (dim == 2 || dim == 3) &&
-              (in.state.empty() || in.state.size() == parts) &&
+  bool fits = cell.states <= 1 && (dim == 2 || dim == 3) && count > 0 &&
+              count % directions(in) == 0 && (in.state.empty() || in.state.size() == parts) &&
               !(dim == 2 && in.lengths.has_value());
   for (const Tensor& part : in.state) fits = fits && part.dim() == dim && part.size(0) == count;
   return fits;
@@ -73,9 +75,8 @@ struct LayerRun {
 };
 
 LayerRun run_layer(const LayersInputs& in, const Tensor& x, size_t first) {
-  const int64_t directions = in.bidirectional ? 2 : 1;
-  const OptionalTensor h_0 = state_of(in, 0, first, directions),
-                       c_0 = state_of(in, 1, first, directions);
+  const OptionalTensor h_0 = state_of(in, 0, first, directions(in)),
+                       c_0 = state_of(in, 1, first, directions(in));
   const DirectionWeights& own = in.weights[first];
   if (!in.bidirectional) {
     ScanRun run = run_inference(
@@ -104,6 +105,10 @@ Tensor room_for(const Tensor& like, int64_t layers) {
   return fresh(sizes, like);
 }
 
+bool fits_slot(const Tensor& slots, const Tensor& from) {
+  return slots.sizes().slice(1) == from.sizes();
+}
+
 // The shape of a contiguous result that nobody has seen yet.
 void reshape(const Tensor& own, at::IntArrayRef sizes) {
   own.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
@@ -116,7 +121,7 @@ std::optional<LayersResult> scan_layers(const LayersInputs& in) {
   if (!has_layout(in, cell) || !is_straight(in)) return std::nullopt;
   const at::AutoDispatchBelowADInplaceOrView below;
   const bool one = in.x.dim() == 2;  // sequence, without a dimension for the batch
-  const int64_t count = static_cast<int64_t>(in.weights.size()), each = in.bidirectional ? 2 : 1;
+  const int64_t count = static_cast<int64_t>(in.weights.size()), each = directions(in);
   const int64_t layers = count / each;
   Tensor y = time_major(in), h_n, c_n;
   for (int64_t layer = 0; layer < layers; ++layer) {
@@ -130,6 +135,10 @@ std::optional<LayersResult> scan_layers(const LayersInputs& in) {
     if (layer == 0) {
       h_n = room_for(run.h_n, layers);
       if (cell.has_cell) c_n = room_for(run.c_n, layers);
+    }
+    // Of weights that were exchanged for others, whose states the module cannot put together.
+    if (!fits_slot(h_n, run.h_n) || (cell.has_cell && !fits_slot(c_n, run.c_n))) {
+      return std::nullopt;
     }
     fill_slot(h_n, layer, run.h_n);
     if (cell.has_cell) fill_slot(c_n, layer, run.c_n);

@@ -156,6 +156,32 @@ def test_quantized_weights_go_straight_too(weights: Any, answers: list[bool]) ->
         module.train()(torch.randn(1, 1, I))
 
 
+class Counted(torch.nn.Module):
+    """A parametrization that counts how often it makes its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.count += 1
+        return weight * 2
+
+
+@pytest.mark.parametrize("around", ["gradients", "autocast", "profiler", "dispatch_mode"])
+def test_no_weight_is_made_for_a_call_that_is_handed_back(around: str, answers: list[bool]) -> None:
+    module, made = layer("lstm"), Counted()
+    parametrize.register_parametrization(module, "weight_hh_l0", made, unsafe=True)
+    x = torch.randn(1, 1, I)
+    made.count = 0
+    with torch.no_grad():
+        module(x)
+        assert (made.count, answers) == (1, [True])
+        with AROUND[around]():
+            module(x)
+    assert (made.count, answers) == (2, [True, False])
+
+
 def test_weights_are_those_of_the_moment(answers: list[bool]) -> None:
     module = layer("lstm")
     x = torch.randn(1, 1, I)
@@ -255,6 +281,18 @@ def test_what_is_special_about_an_argument_goes_to_the_operators(answers: list[b
     assert not answers.pop()
 
 
+def test_inference_mode_goes_straight(answers: list[bool]) -> None:
+    module, x = layer("lstm", num_layers=2), torch.randn(2, 3, I)
+    with torch.no_grad():
+        expected = flat(module(x))
+    with torch.inference_mode():
+        first = module(x)
+        second = module(first[0][..., :I], first[1])
+    assert answers == [True] * 3
+    assert all(each.is_inference() for each in flat(second))
+    assert all(map(torch.equal, flat(first), expected))
+
+
 def test_forward_mode_is_refused_as_ever() -> None:
     module, x = layer("lstm").requires_grad_(False), torch.randn(1, 1, I)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
@@ -310,3 +348,43 @@ def test_errors_are_said_in_the_same_words(input: Tensor, hx: Any) -> None:
                 module(input, hx)
             said.append(str(error.value))
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["one", "both"])
+@pytest.mark.parametrize("size", [H - 3, H + 3])
+def test_layers_of_different_sizes_are_refused(size: int, both: bool) -> None:
+    module = layer("gru", num_layers=2, bidirectional=both)
+    other = nn.GRU(2 * H if both else H, size, bidirectional=both)
+    for name, weight in other.named_parameters():
+        setattr(module, name.replace("_l0", "_l1"), weight)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"{H}.* {size}"):
+        module(torch.randn(2, 3, I))
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("parts", [0, 1, 3])
+def test_a_state_of_other_parts_is_refused(kind: str, parts: int) -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match=f"the state of .*got tuple of {parts}"):
+        layer(kind)(torch.randn(1, 1, I), (torch.zeros(1, 1, H),) * parts)
+
+
+@pytest.mark.parametrize(
+    ("names", "bidirectional", "error"),
+    [
+        ([], False, None),
+        ([["weight_ih_l0", "weight_hh_l0"]] * 3, True, None),
+        ([["weight_ih_l0"]], False, None),
+        ([["weight_ih_l0", "weight_hh_l0"] * 3], False, None),
+        ([None], False, TypeError),
+        ([["weight_ih_l0", 3]], False, TypeError),
+        ([["weight_ih_l0", []]], False, TypeError),
+        ([["weight_ih_l0", "weight_hh_l9"]], False, AttributeError),
+    ],
+)
+def test_wrong_names_of_weights_do_no_harm(
+    names: Any, bidirectional: bool, error: type[Exception] | None
+) -> None:
+    module, x = layer("lstm"), torch.randn(2, 3, I)
+    call = (module, module._parameters, names, x, None, None, "lstm", bidirectional, False, False)
+    with torch.no_grad(), contextlib.nullcontext() if error is None else pytest.raises(error):
+        assert scans.scan_layers(*call) is None
