@@ -123,7 +123,7 @@ at::Tensor quantize_weight(const at::Tensor& weight, int64_t gates,
   std::vector<QuantizedWeights> shapes;
   int64_t bytes = 0;
   for (const int64_t count : columns) {
-    TORCH_CHECK(count <= kMostColumns, "weight must have at most ", kMostColumns,
+    TORCH_CHECK(count >= 0 && count <= kMostColumns, "weight must have 0 to ", kMostColumns,
                 " columns in a run, got ", count);
     shapes.push_back(kernels.shape(type, rows / gates, gates, count));
     bytes += aligned(kernels.bytes(shapes.back()));

@@ -427,6 +427,11 @@ def infinite() -> torch.nn.Module:
             "weight must be float32 on the CPU, got Float on meta",
         ),
         (
+            lambda: _packed.pack(torch.randn(4, 7), "int8", columns=(7, 60000, -60000)),
+            RuntimeError,
+            "weight must have 0 to 65536 columns in a run, got -60000",
+        ),
+        (
             lambda: pyseq.quantize(torch.randn(3)),  # type: ignore[type-var]
             TypeError,
             "module must be a torch.nn.Module, got Tensor",
@@ -444,6 +449,7 @@ def infinite() -> torch.nn.Module:
         "slstm",
         "input",
         "meta",
+        "columns",
         "no-module",
     ],
 )

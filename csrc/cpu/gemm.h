@@ -251,7 +251,8 @@ void gemm(const Gemm<T>& args) {
   using detail::kGroup;
   constexpr int kRows = detail::kMaxRows<1>;
   const bool copies_a = args.a_column != 1 || args.a_sums != nullptr;
-  if (detail::are_few_rows(args.m, args.k) && args.b_row == 1 && !copies_a && !args.accumulate) {
+  if (detail::are_few_rows(args.m, args.k) && args.b_row == 1 && !copies_a && !args.accumulate &&
+      args.beside == nullptr) {
     return detail::gemm_of_few_rows(args);
   }
   const auto groups_of = [](const Gemm<T>& one) {
