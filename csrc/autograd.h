@@ -46,7 +46,7 @@ Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Te
                             const OptionalTensor& bias, int64_t ignore_index,
                             double label_smoothing);
 
-// For inference alone: who wants gradients calls `scan` for each direction.
+// With gradients a `scan` of each direction, which has them.
 std::tuple<Tensor, Tensor, Tensor> scan_both(const Tensor& x,
                                              const c10::List<OptionalTensor>& weights,
                                              const OptionalTensor& h_0, const OptionalTensor& c_0,
