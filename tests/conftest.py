@@ -9,6 +9,7 @@ for more: where the cores are shared, small products wait longer than they compu
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import cuda_device  # before torch
@@ -17,6 +18,9 @@ import torch
 
 # What deterministic products on a CUDA device need, before there are any.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
