@@ -81,6 +81,13 @@ def test_a_search_names_what_is_of_another_kind(
         call(pyseq.Seq2Seq(9, 7, embedding_size=4, hidden_size=4))
 
 
+def test_a_search_names_a_length_that_is_none() -> None:
+    model = pyseq.Seq2Seq(9, 7, embedding_size=4, hidden_size=4, target_extra_size=2)
+    extra: Any = {"max_length": "3", "target_extra": torch.zeros(3, 1, 2)}
+    with pytest.raises(ValueError, match="max_length must be an integer, got '3'"):
+        model.generate(tokens(4), LENGTHS, **extra)
+
+
 def test_labels_name_them_too() -> None:
     with pytest.raises(IndexError, match="source must hold ids"):
         pyseq.Tagger(9, 3, embedding_size=4, hidden_size=4)(tokens(4, 9), LENGTHS)

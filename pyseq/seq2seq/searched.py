@@ -55,10 +55,10 @@ class Searched(torch.nn.Module):
             ValueError: an option is out of its range.
             RuntimeError: the logits are not finite.
         """
-        model = self._given(source_extra, target_extra, copies, max_length)
         options = SearchOptions(
             max_length=max_length, beam_size=beam_size, length_penalty=length_penalty
         )
+        model = self._given(source_extra, target_extra, copies, options.max_length)
         return [best[0] for best in search.search(model, source, source_lengths, options)]
 
     def search(
