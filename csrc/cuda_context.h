@@ -3,6 +3,7 @@
 // around a kernel's memory. For the files that are compiled only against a torch that has CUDA.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
@@ -89,11 +90,20 @@ inline bool run_at_once(int64_t blocks, int64_t each, const cuda::DeviceFacts& f
   return blocks <= most;
 }
 
+// What a loop over numbers of type T is planned for: torch may be allowed to round the factors of a
+// library's products of float32, which makes those faster than the persistent kernel's.
 template <class T>
-constexpr cuda::Storage kStorage = std::is_same_v<T, double>         ? cuda::Storage::kFloat64
-                                   : std::is_same_v<T, float>        ? cuda::Storage::kFloat32
-                                   : std::is_same_v<T, at::BFloat16> ? cuda::Storage::kBFloat16
-                                                                     : cuda::Storage::kFloat16;
+cuda::Storage storage() {
+  if constexpr (std::is_same_v<T, float>) {
+    const at::Float32Precision products =
+        at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+    return products == at::Float32Precision::TF32 ? cuda::Storage::kTf32 : cuda::Storage::kFloat32;
+  } else if constexpr (std::is_same_v<T, double>) {
+    return cuda::Storage::kFloat64;
+  } else {
+    return std::is_same_v<T, at::BFloat16> ? cuda::Storage::kBFloat16 : cuda::Storage::kFloat16;
+  }
+}
 
 // What kernels call torch's types.
 template <class T>

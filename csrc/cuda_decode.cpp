@@ -52,7 +52,7 @@ std::optional<cuda::DecodeTiles> decode_tiles(const cpu::Decode<on_cuda::Native<
                                                    .projects_query = args.w_query != nullptr,
                                                    .feeding = args.feeding,
                                                    .backward = backward},
-                                                  on_cuda::kStorage<T>);
+                                                  on_cuda::storage<T>());
   const cuda::StepPlan plan = cuda::plan_step(facts, shape, choice);
   if (plan.path == cuda::Path::kAlternating) return std::nullopt;
   int each = 0;

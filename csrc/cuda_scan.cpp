@@ -96,7 +96,7 @@ std::optional<cuda::ScanTiles> scan_tiles(const cuda::ScanSizes& sizes, int64_t 
                                                  .recurrent = cell.recurrent,
                                                  .gates_state = cell.gates_state,
                                                  .backward = backward},
-                                                on_cuda::kStorage<T>);
+                                                on_cuda::storage<T>());
   const cuda::DeviceFacts facts = on_cuda::facts();
   const cuda::StepPlan plan = cuda::plan_step(facts, shape, choice, bytes);
   if (plan.path == cuda::Path::kAlternating) return std::nullopt;

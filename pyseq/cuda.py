@@ -64,7 +64,7 @@ class CudaPlan(NamedTuple):
     barrier_bytes: int  #: device memory of the groups' barriers
     step_us: float  #: a step of the path taken
     persistent_us: float  #: a step of the persistent kernel; infinite where it does not fit
-    alternating_us: float  #: a step of the alternating path, inside a captured graph
+    alternating_us: float  #: a step of the alternating path, outside a captured graph
     floor_us: float  #: what no implementation of the step can be faster than
 
     def __str__(self) -> str:
@@ -172,7 +172,7 @@ def cuda_plan(
     additive: bool = False,
     input_feeding: bool = True,
     backward: bool = False,
-    tf32: bool = False,
+    tf32: bool | None = None,
     path: PathName | None = None,
 ) -> CudaPlan:
     """Which way a loop over time would take on a CUDA device, and why.
@@ -204,7 +204,8 @@ def cuda_plan(
         additive: whether the score is concat.
         input_feeding: whether a decoder feeds its output back.
         backward: of the gradients' loop instead.
-        tf32: whether float32 products may round their factors.
+        tf32: whether a library's float32 products may round their factors; None: as torch allows
+            (``torch.backends.cuda.matmul.fp32_precision``). Those of a persistent kernel never do.
         path: a choice that comes before the environment's; None leaves it that.
 
     Raises:
@@ -257,6 +258,8 @@ def cuda_plan(
         }
     sizes["backward"] = backward
     facts = cuda_device(device)._asdict()
+    if tf32 is None:
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     name = "tf32" if tf32 and dtype == torch.float32 else _DTYPES[dtype]
     plan = _C.cuda_plan(
         operator,

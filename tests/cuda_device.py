@@ -5,10 +5,12 @@ module built with it, on one of the host's threads (tests/cuda/device). To be im
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ASKED = os.environ.get("PYSEQ_CUDA") == "shim"
@@ -50,3 +52,15 @@ def why_none() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
     return "pyseq is built without CUDA kernels" if _BUILT in ("none", "shim") else None
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """A library's products of float32 at ``precision``, ``ieee`` or ``tf32``, until the end."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

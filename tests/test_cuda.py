@@ -16,7 +16,7 @@ import cuda_checked
 import pytest
 import torch
 from cuda_cases import chosen
-from cuda_device import IS_SHIM, on_a_gpu, why_none
+from cuda_device import IS_SHIM, float32_products, on_a_gpu, why_none
 from operator_cases import (
     CELLS,
     AttendCase,
@@ -42,7 +42,8 @@ from test_scan_both import both_call, tensors_of
 from tolerances import STORED, assert_close, assert_same_bits
 from torch import Tensor
 
-from pyseq import functional, nn, reference
+from pyseq import _C, cuda_plan, functional, nn, reference
+from pyseq.cuda import CudaDevice
 from pyseq.types import CellName
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -346,3 +347,32 @@ def test_both_paths(case: Case, path: str, monkeypatch: pytest.MonkeyPatch) -> N
     actual = run(functional, on_device(call))
     assert_close(on_cpu(actual.outputs), expected.outputs)
     assert_close(on_cpu(actual.gradients), expected.gradients)
+
+
+@pytest.mark.parametrize("products", ["ieee", "tf32"])
+def test_a_scan_goes_the_way_that_is_planned(
+    products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, batch, steps = 256, 96, 3
+    x = torch.randn(steps, batch, 1, device=DEVICE)
+    weights = [torch.randn(hidden, size, device=DEVICE) / 16 for size in (1, hidden)]
+
+    def products_of(path: str) -> int:
+        monkeypatch.setenv("PYSEQ_CUDA_PATH", path)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            functional.scan(x, *weights, cell="rnn_tanh")
+        return sum(event.name == "aten::mm" for event in seen.events())
+
+    with float32_products(products):
+        plan = cuda_plan(
+            device=CudaDevice(**_C.cuda_device()),
+            cell="rnn_tanh",
+            hidden_size=hidden,
+            batch_size=batch,
+            steps=steps,
+        )
+        counts = {path: products_of(path) for path in ("persistent", "alternating")}
+        assert counts["alternating"] >= counts["persistent"] + steps
+        assert products_of("auto") == counts[plan.path]
+    if IS_SHIM:  # of so few multiprocessors that what a library may do makes the difference
+        assert plan.path == ("alternating" if products == "tf32" else "persistent")

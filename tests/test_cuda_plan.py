@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_device import float32_products
 
 import pyseq
 from pyseq.cuda import CUDA_DEVICES, CudaDevice, CudaPlan, cuda_device
@@ -92,6 +93,27 @@ def test_a_decoder_of_many_rows_of_short_numbers_alternates() -> None:
     made = plan(dtype=torch.float16, **sizes)
     assert made.path == "alternating"
     assert plan(dtype=torch.float16, **sizes | {"batch_size": 1}).path == "persistent"
+
+
+def test_rounded_products_are_for_a_library() -> None:
+    sizes = {"hidden_size": 1024, "batch_size": 128}
+    strict, rounded = (plan(tf32=tf32, **sizes) for tf32 in (False, True))
+    # The persistent kernel never rounds, so that its time stays.
+    assert (strict.path, rounded.path) == ("persistent", "alternating")
+    assert strict.persistent_us == rounded.persistent_us
+    for allowed, expected in (("ieee", strict), ("tf32", rounded)):
+        with float32_products(allowed):
+            assert plan(**sizes) == expected
+            # Other types know no such thing.
+            double = plan(dtype=torch.float64, **sizes)
+            assert double == plan(dtype=torch.float64, tf32=False, **sizes)
+
+
+def test_the_host_launches_every_step_of_the_alternating_path() -> None:
+    once = plan(hidden_size=8, batch_size=1).alternating_us
+    assert once > 5
+    assert plan(hidden_size=8, batch_size=1, directions=2).alternating_us == 2 * once
+    assert plan(hidden_size=8, batch_size=1, proj_size=4).alternating_us == 2 * once
 
 
 def test_fewer_multiprocessors_hold_more_units_each() -> None:

@@ -54,14 +54,21 @@ cudaError_t resident_blocks(void (*)(Args...), int, int64_t, int* blocks) {
 
 #else
 
-// More than 48 KB a block must be asked for.
+// More than 48 KB a block must be asked for. It is for as much as there is: a kernel has one such
+// limit, and another thread of the host that set a lower one before this one's launch would make
+// that fail.
 template <class... Args>
 cudaError_t allow_shared(void (*kernel)(Args...), int64_t shared) {
   constexpr int64_t kWithoutAsking = 48 << 10;
   if (shared <= kWithoutAsking) return cudaSuccess;
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error != cudaSuccess) return error;
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(shared));
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 template <class... Args>

@@ -20,7 +20,8 @@ constexpr double kExchangeCycles = 600;     // a number stored by one block and 
 constexpr double kL2BytesPerCycle = 32;     // that one multiprocessor gets of the L2
 constexpr double kProductEfficiency = 0.5;  // of a product from shared memory; of a library's too
 constexpr double kEpilogueCycles = 60;      // the activations of a unit of a row, on one thread
-constexpr double kLaunchSeconds = 1.8e-6;   // from kernel to kernel inside a captured graph
+constexpr double kLaunchSeconds = 1.8e-6;   // from kernel to kernel, on the device
+constexpr double kHostSeconds = 4e-6;       // that the host takes to launch either of the two below
 constexpr int kLaunchesPerExchange = 2;     // a product and a pointwise kernel
 
 constexpr int64_t kRegisters = 168;        // of a thread, about what the kernels take
@@ -119,7 +120,11 @@ double alternating_cost(const DeviceFacts& device, const StepShape& shape) {
       bytes > device.l2_bytes ? bytes / device.bandwidth * 1e6 : l2_us(device, bytes);
   const double work = microseconds(device, step_work(shape) / rate);
   const double launches = double(kLaunchesPerExchange) * shape.exchanges * shape.directions;
-  return launches * kLaunchSeconds * 1e6 + std::max({loading, work, streamed_us(device, shape)});
+  const double on_device =
+      launches * kLaunchSeconds * 1e6 + std::max({loading, work, streamed_us(device, shape)});
+  // The host runs ahead where it can. A captured graph spares it, but is planned alike: the call
+  // before the capture must load the kernels that the graph will hold.
+  return std::max(on_device, launches * kHostSeconds * 1e6);
 }
 
 std::string unfit_reason(const DeviceFacts& device, const StepShape& shape, int64_t blocks,

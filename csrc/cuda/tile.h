@@ -267,10 +267,13 @@ struct TileOf<double> {
 template <class S>
 using Tile = typename TileOf<S>::type;
 
-// Whether so many threads can make the product, if there is one.
+// Whether so many threads can make the product, if there is one. None makes more than a part of the
+// tile; that is asked of each side alone first, because the number of parts may be beyond an int.
 template <class S>
 constexpr bool fits_threads(const TileShape& shape, int threads) {
-  return shape.rows == 0 || Tile<S>::split(shape, threads).slices > 0;
+  const int most = threads * Tile<S>::kSide;
+  return shape.rows == 0 ||
+         (shape.rows <= most && shape.columns <= most && Tile<S>::split(shape, threads).slices > 0);
 }
 
 template <class S>
