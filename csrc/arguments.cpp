@@ -334,6 +334,13 @@ void check_shared_rows(const DecodeInputs& in) {
   check_lengths(in.lengths, sources, shape.source, "S");
 }
 
+bool DecodeArguments::reads_input() const {
+  if (!x.is_cpu() || shape.input == 0 || is_quantized(w_ih[0])) return false;
+  size_t bytes = combine.nbytes();
+  for (size_t l = 0; l < w_ih.size(); ++l) bytes += w_ih[l].nbytes() + w_hh[l].nbytes();
+  return cpu::reads_input(shape.steps, shape.batch, static_cast<int64_t>(bytes));
+}
+
 DecodeArguments check_decode(const DecodeInputs& in) {
   const DecodeShape shape = check_shape(in);
   OptionalTensor source_rows, lengths = in.lengths;

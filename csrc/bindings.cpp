@@ -13,6 +13,7 @@
 #include "autocast.h"
 #include "autograd.h"
 #include "build_info.h"
+#include "call_decoder.h"
 #include "call_layers.h"
 #include "check.h"
 #include "cpu/kernels.h"
@@ -267,6 +268,7 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("cell"), pybind11::arg("w_ch"), without_gil,
         "torch.ops.pyseq.scan of one step, without its T.");
   pyseq::define_scan_layers(m);
+  pyseq::define_decode_whole(m);
   m.def("attend", Bound<&pyseq::attend>::to("pyseq::attend"), pybind11::arg("query"),
         pybind11::arg("keys"), pybind11::arg("memory"), pybind11::arg("weight_v"),
         pybind11::arg("lengths"), pybind11::arg("score"), pybind11::arg("positions") = std::nullopt,

@@ -1,9 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arguments are read, and results made, as objects of Python: pybind11's conversions of so many
-// would take longer than a small step does.
 #include "call_layers.h"
-
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <optional>
@@ -11,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "python_values.h"
 #include "scan_layers.h"
 #include "straight.h"
 
@@ -23,53 +20,18 @@ using pybind11::handle;
 using pybind11::list;
 using pybind11::object;
 
-// A tensor; none of a class of its own, which may have plans of its own for a call.
-bool read(handle from, Tensor& to) {
-  if (!THPVariable_CheckExact(from.ptr())) return false;
-  to = THPVariable_Unpack(from.ptr());
-  return true;
-}
-
-// The same or None.
-bool read(handle from, OptionalTensor& to) { return from.is_none() || read(from, to.emplace()); }
-
-// A state: None, a tensor, or a tuple of two or more. Of less a module has a word to say.
-bool read(handle from, std::vector<Tensor>& to) {
-  constexpr size_t kLeast = 2;
-  if (from.is_none()) return true;
-  if (!PyTuple_CheckExact(from.ptr())) return read(from, to.emplace_back());
-  const auto parts = pybind11::reinterpret_borrow<pybind11::tuple>(from);
-  if (parts.size() < kLeast) return false;
-  to.reserve(parts.size());
-  for (const handle part : parts) {
-    if (!read(part, to.emplace_back())) return false;
-  }
-  return true;
-}
-
-// Whether the module makes what has this name each time that it is read, as a parametrization does.
-bool makes(handle module, handle name) {
-  return pybind11::hasattr(pybind11::type::handle_of(module), name);
-}
-
 // The weights of a layer or direction, as they are now: w_ih, w_hh, both biases or none, w_hr or
-// not. Most are among the parameters; what is not (quantized, parametrized) the module gives. None
-// is made where the operators will be called all the same, and it would be made once more.
-bool read(handle module, const dict& parameters, const list& names, bool may_make,
-          DirectionWeights& to) {
+// not. None is made where the operators will be called all the same, and it would be made once
+// more.
+bool read_weights(handle module, const dict& parameters, const list& names, bool may_make,
+                  DirectionWeights& to) {
   constexpr size_t kBoth = 2;
   const size_t count = names.size(), biases = count / 2 * 2;
   OptionalTensor* const optional[] = {&to.b_ih, &to.b_hh};
   if (count < kBoth || biases > 2 * kBoth) return false;
   for (size_t i = 0; i < count; ++i) {
-    const handle name = names[i];
-    object weight =
-        pybind11::reinterpret_borrow<object>(PyDict_GetItemWithError(parameters.ptr(), name.ptr()));
-    if (!weight) {
-      if (PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
-      if (!may_make && makes(module, name)) return false;
-      weight = module.attr(name);
-    }
+    const object weight = attribute_now(module, parameters, names[i], may_make);
+    if (!weight) return false;
     const bool is_tensor = i == 0        ? read(weight, to.w_ih)
                            : i == 1      ? read(weight, to.w_hh)
                            : i >= biases ? read(weight, to.w_hr)
@@ -77,10 +39,6 @@ bool read(handle module, const dict& parameters, const list& names, bool may_mak
     if (!is_tensor) return false;
   }
   return true;
-}
-
-object wrapped(Tensor&& tensor) {
-  return pybind11::reinterpret_steal<object>(THPVariable_Wrap(std::move(tensor)));
 }
 
 // Whether a call repays letting other threads of Python in, which takes as long as some thousand
@@ -109,7 +67,7 @@ object call_scan_layers(handle module, const dict& parameters, const list& names
   in.weights.resize(names.size());
   for (size_t i = 0; i < in.weights.size(); ++i) {
     const auto own = names[i].cast<list>();
-    if (!read(module, parameters, own, may_make, in.weights[i])) return pybind11::none();
+    if (!read_weights(module, parameters, own, may_make, in.weights[i])) return pybind11::none();
   }
   std::optional<LayersResult> result;
   try {

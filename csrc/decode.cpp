@@ -8,6 +8,8 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
+#include <cstring>
+
 #include "devices.h"
 #include "products.h"
 #include "widened.h"
@@ -21,7 +23,14 @@ struct DecodeTensors {
   Tensor gates_first;  // (T, B, G*H)
   Tensor gates_above;  // (L - 1, T or 1, B, G*H)
   Tensor apart, states, cells, query, context, attn, output, positions, centers, pasts;
+  Tensor input;  // (T, B, I), where the loop multiplies it itself
 };
+
+// What lies at an index of the first dimension, or null: no tensor that would be looked at.
+template <class T>
+T* slice_of(const Tensor& tensor, int64_t index) {
+  return tensor.defined() ? tensor.data_ptr<T>() + index * tensor.stride(0) : nullptr;
+}
 
 template <class T>
 std::vector<cpu::DecoderLayer<T>> decoder_layers(const DecodeArguments& args,
@@ -32,11 +41,10 @@ std::vector<cpu::DecoderLayer<T>> decoder_layers(const DecodeArguments& args,
     const int64_t below = l > 0 ? shape.hidden : args.feeding ? shape.fed_size : 0;
     cpu::DecoderLayer<T> layer =
         layer_weights<T>(args.w_ih[l], args.w_hh[l], args.bias[l], below, /*run=*/l > 0 ? 0 : 1);
-    layer.gates =
-        l == 0 ? all.gates_first.data_ptr<T>() : all.gates_above.select(0, l - 1).data_ptr<T>();
-    if (all.apart.defined()) layer.apart = all.apart.select(0, l).data_ptr<T>();
-    layer.states = all.states.select(0, l).data_ptr<T>();
-    if (all.cells.defined()) layer.cells = all.cells.select(0, l).data_ptr<cpu::Accumulate<T>>();
+    layer.gates = l == 0 ? all.gates_first.data_ptr<T>() : slice_of<T>(all.gates_above, l - 1);
+    layer.apart = slice_of<T>(all.apart, l);
+    layer.states = slice_of<T>(all.states, l);
+    layer.cells = slice_of<cpu::Accumulate<T>>(all.cells, l);
     if (args.masks.has_value() && l + 1 < shape.layers) {
       layer.mask = args.masks->select(0, l).const_data_ptr<T>();
     }
@@ -99,16 +107,53 @@ cpu::Decode<T> decode_arguments(const DecodeArguments& args, const DecodeTensors
       .positions = data_if<T>(all.positions),
       .centers = data_if<cpu::Accumulate<T>>(all.centers),
       .past = data_if<cpu::Accumulate<T>>(all.pasts),
+      .x = data_if<T>(all.input),
+      .w_x = all.input.defined() ? args.w_ih[0].const_data_ptr<T>() : nullptr,
+      .input = all.input.defined() ? shape.input : 0,
+      .w_x_stride = args.w_ih[0].size(1),
   };
+}
+
+// Calls body with the number of each layer, its state in a slot of `states` (L, slots, B, H) on the
+// CPU, and how many bytes that is. Of small models torch's operators take longer than the copying.
+template <class Body>
+void for_each_layer(const Tensor& states, int64_t slot, const Body& body) {
+  const size_t bytes = static_cast<size_t>(states.stride(1)) * states.element_size();
+  if (states.numel() == 0) return;
+  char* const first = static_cast<char*>(states.data_ptr()) + static_cast<size_t>(slot) * bytes;
+  for (int64_t l = 0; l < states.size(0); ++l) {
+    body(l, first + static_cast<size_t>(l * states.size(1)) * bytes, bytes);
+  }
 }
 
 // States of all layers in `slots`, of which the first is filled.
 Tensor first_states(const OptionalTensor& initial, const DecodeShape& shape, int64_t slots,
                     const Tensor& like) {
   const Tensor states = fresh({shape.layers, slots, shape.batch, shape.hidden}, like);
-  const Tensor first = states.select(1, 0);
-  initial.has_value() ? first.copy_(*initial) : first.zero_();
+  if (!states.is_cpu()) {
+    const Tensor first = states.select(1, 0);
+    initial.has_value() ? first.copy_(*initial) : first.zero_();
+    return states;
+  }
+  const Tensor given = initial.has_value() ? initial->contiguous() : Tensor();
+  for_each_layer(states, 0, [&](int64_t l, char* state, size_t bytes) {
+    if (given.defined()) {
+      std::memcpy(state, static_cast<const char*>(given.const_data_ptr()) + l * bytes, bytes);
+    } else {
+      std::memset(state, 0, bytes);
+    }
+  });
   return states;
+}
+
+// A copy of those in one slot, (L, B, H).
+Tensor copy_states(const Tensor& states, int64_t slot) {
+  if (!states.is_cpu()) return states.select(1, slot).clone();
+  const Tensor copy = fresh({states.size(0), states.size(2), states.size(3)}, states);
+  for_each_layer(states, slot, [&](int64_t l, const char* state, size_t bytes) {
+    std::memcpy(static_cast<char*>(copy.data_ptr()) + l * bytes, state, bytes);
+  });
+  return copy;
 }
 
 // Calls the kernels of the device: everything was checked and allocated.
@@ -131,8 +176,10 @@ DecodeRun run_decode(const DecodeArguments& args, bool save, bool keep_attn) {
   const int64_t rows = args.shape.rows(), kept = save ? T_ : 1;
   const bool all_states = save && args.keeps_states();
   const int64_t slots = all_states ? T_ + 1 : 2, last = all_states ? T_ : T_ % 2;
+  const bool reads_input = args.reads_input();
   DecodeTensors all{
-      .gates_first = project_input(x, args.w_ih[0], args.bias[0].sum),
+      .gates_first = reads_input ? fresh({kept, B, rows}, x)
+                                 : project_input(x, args.w_ih[0], args.bias[0].sum),
       .gates_above = fresh({L - 1, kept, B, rows}, x),
       .apart = save && cell.has_apart ? fresh({L, T_, B, H}, x) : Tensor(),
       .states = first_states(args.h_0, args.shape, slots, x),
@@ -144,12 +191,13 @@ DecodeRun run_decode(const DecodeArguments& args, bool save, bool keep_attn) {
       .positions = args.predicts ? fresh({kept, B, P}, x) : Tensor(),
       .centers = args.predicts ? fresh({kept, B}, wide) : Tensor(),
       .pasts = args.remembers ? fresh({save ? T_ + 1 : 2, B, N, S}, wide) : Tensor(),
+      .input = reads_input ? x.contiguous() : Tensor(),
   };
   if (args.remembers) fill_slot(all.pasts, 0, args.past);
   launch(args, all, save);
   return {rounded(Decoded{all.output, save || keep_attn ? all.attn : nothing(x),
-                          all.states.select(1, last).clone(),
-                          cell.has_cell ? all.cells.select(1, last).clone() : nothing(x),
+                          copy_states(all.states, last),
+                          cell.has_cell ? copy_states(all.cells, last) : nothing(x),
                           args.feeds_context ? copy_slot(all.context, all.context.size(0) - 1)
                                              : nothing(x),
                           args.remembers ? copy_slot(all.pasts, save ? T_ : T_ % 2) : nothing(x)},

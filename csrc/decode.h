@@ -60,6 +60,8 @@ struct DecodeArguments {
   // the contexts, which without windows are one product.
   bool keeps_states() const { return !x.is_cpu(); }
   bool keeps_context() const { return windows() || !x.is_cpu(); }
+  // Whether the loop multiplies the input itself.
+  bool reads_input() const;
 };
 
 DecodeArguments check_decode(const DecodeInputs& inputs);

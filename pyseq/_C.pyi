@@ -63,6 +63,29 @@ def scan_layers(
     lengths; None if the call must go through the operators: where anything but the CPU's kernels
     would see it, or somebody has a word to say about an argument."""
 
+def decode_whole(
+    module: Module,
+    parameters: dict[str, Parameter | None],
+    names: list[str],
+    score: Module,
+    combine: Module,
+    x: object,
+    memory: object,
+    keys: object,
+    lengths: object,
+    state: object,
+    cell: str,
+    order: str,
+    fed: str,
+    heads: int,
+    input_feeding: bool,
+    batch_first: bool,
+    training: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | tuple[Tensor, Tensor], Tensor] | None:
+    """What an attention decoder of pyseq.nn returns, steps first: output, weights, the last state
+    and what is fed. None if the call must go through the operators, as for ``scan_layers``."""
+
 def attend(
     query: Tensor,
     keys: Tensor,

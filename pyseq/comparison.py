@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import functional, reference
-from .functional import products, scans
+from .functional import decoding, products, scans
 
 
 @contextmanager
@@ -36,8 +36,9 @@ def reference_operators() -> Iterator[None]:
     places = [(functional, name) for name in names]
     places += [(products, name) for name in names if hasattr(products, name)]
     instead = [getattr(reference, name) for _, name in places]
-    places.append((scans, "scan_layers"))
-    instead.append(lambda *_: None)  # the layers are to call the operators
+    for place in ((scans, "scan_layers"), (decoding, "decode_whole")):
+        places.append(place)
+        instead.append(lambda *_: None)  # the modules are to call the operators
     fused = [getattr(module, name) for module, name in places]
     try:
         for (module, name), operator in zip(places, instead, strict=True):

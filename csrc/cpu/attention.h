@@ -88,7 +88,7 @@ void scores(const T* query, int64_t query_stride, const T* keys, int64_t key_cou
                                            out + s, out_stride);
     s += Keys;
   };
-  while (s + K <= key_count) block.template operator()<K>();
+  while (key_count - s > K / 2) block.template operator()<K>();
   while (s < key_count) block.template operator()<kFew>();
 }
 
@@ -113,25 +113,37 @@ void weighted_sum(const T* weights, int64_t weight_stride, const T* rows, int64_
 template <class T>
 [[gnu::noinline, gnu::noclone]] void softmax(const T* scores, int64_t count, T* attn) {
   using V = Vec<T>;
+  constexpr int N = kLanes<T>;
+  // The first vectors stay here: what was stored in part is not there again for a while.
+  constexpr int64_t kHere = 8;
   if (count == 0) return;
+  V here[kHere];
+  const int64_t all = vectors<T>(count);
   V above = broadcast(scores[0]);
-  for (int64_t s = 0; s < count; s += kLanes<T>) {
-    const int inside = lanes_inside<T>(count, s / kLanes<T>);
-    const V some = load(scores + s, inside);
+  for (int64_t i = 0; i < all; ++i) {
+    const int inside = lanes_inside<T>(count, i);
+    const V some = load(scores + i * N, inside);
+    if (i < kHere) here[i] = some;
     above = (some > above) & lanes_below<T>(inside) ? some : above;
   }
   const T largest = max_lanes<T>(above);
   V sum = {};
-  for (int64_t s = 0; s < count; s += kLanes<T>) {
-    const int inside = lanes_inside<T>(count, s / kLanes<T>);
-    const V e = Math<T>::exp_nonpositive(load(scores + s, inside) - largest);
-    store(attn + s, e, inside);
-    sum += inside == kLanes<T> ? e : load(attn + s, inside);
+  for (int64_t i = 0; i < all; ++i) {
+    const int inside = lanes_inside<T>(count, i);
+    const V some = i < kHere ? here[i] : load(scores + i * N, inside);
+    const V e = Math<T>::exp_nonpositive(some - largest);
+    if (i < kHere) {
+      here[i] = e;
+    } else {
+      store(attn + i * N, e, inside);
+    }
+    sum += lanes_below<T>(inside) ? e : V{};
   }
   const T scale = 1 / sum_lanes<T>(sum);
-  for (int64_t s = 0; s < count; s += kLanes<T>) {
-    const int inside = lanes_inside<T>(count, s / kLanes<T>);
-    store(attn + s, load(attn + s, inside) * scale, inside);
+  for (int64_t i = 0; i < all; ++i) {
+    const int inside = lanes_inside<T>(count, i);
+    const V e = i < kHere ? here[i] : load(attn + i * N, inside);
+    store(attn + i * N, e * scale, inside);
   }
 }
 

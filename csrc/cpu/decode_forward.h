@@ -3,6 +3,7 @@
 #pragma once
 
 #include "decode_step.h"
+#include "gemm.h"
 
 namespace pyseq::cpu::PYSEQ_TIER {
 
@@ -63,23 +64,73 @@ struct DecoderApart {
   }
 };
 
+// Whether the combination is applied to the memory ahead, so that steps only add up what it makes
+// of it: one product in place of a smaller one at every step, which pays where the steps are no
+// fewer than the positions. Nobody may want the contexts themselves.
+template <class T>
+bool folds_memory(const Decode<T>& args) {
+  return args.combine != nullptr && !args.save && !args.attends_first && !args.feeds_context &&
+         !args.by_rows() && args.source_rows == nullptr && args.source <= args.steps;
+}
+
+// What takes the place of memory and context then.
+template <class T>
+struct FoldedMemory {
+  T* memory;   // (B, S, H)
+  T* context;  // (B, H)
+
+  static FoldedMemory take(const Decode<T>& args, bool folded, Pieces<T>& pieces) {
+    const int64_t rows = folded ? args.batch : 0;
+    return {pieces.take(rows * args.source * args.hidden), pieces.take(rows * args.hidden)};
+  }
+
+  // Lets `own`, a copy of `args`, attend to what is made here.
+  void enter(const Decode<T>& args, Decode<T>& own) const {
+    const int64_t H = args.hidden, M = args.memory_size;
+    gemm<T>({.m = args.batch * args.source,
+             .n = H,
+             .k = M,
+             .threads = args.threads,
+             .a = args.memory,
+             .a_row = M,
+             .a_column = 1,
+             .b = args.combine,
+             .b_row = 1,
+             .b_column = M + H,
+             .bias = nullptr,
+             .c = memory,
+             .c_row = H,
+             .accumulate = false,
+             .a_sums = nullptr});
+    own.memory = memory;
+    own.context = context;
+  }
+};
+
 template <class T, class Cell, class Score>
-void decode_forward_cell(const Decode<T>& args) {
+void decode_forward_cell(const Decode<T>& given) {
   constexpr int G = Cell::kGates;
-  const int64_t B = args.batch, H = args.hidden, L = args.layer_count;
-  const Plan plan = plan_decode(args, G, static_cast<int>(L) + 3 + (args.projects_query() ? 1 : 0));
-  const bool packs =
-      repays_packing(args.steps, B, args.hidden, decoder_cost(args, G, 0).weight_bytes);
+  const int64_t B = given.batch, H = given.hidden, L = given.layer_count;
+  const bool folded = folds_memory(given);
+  Decode<T> args = given;
+  if (folded) args.memory_size = H;
+  const int barriers = static_cast<int>(L) + (folded ? 1 : 3) + (given.projects_query() ? 1 : 0);
+  const StepCost cost = decoder_cost(given, G, barriers, folded);
+  const Plan plan = plan_steps(cost, given.threads);
+  const bool packs = repays_packing(given.steps, B, H, cost.weight_bytes);
 
   Pieces<T> count(nullptr);
-  DecoderWeights<T>::take(args, G, packs, /*folded=*/false, count);
+  DecoderWeights<T>::take(given, G, packs, folded, count);
   DecoderScratch<T>::take(args, plan.threads, count);
   DecoderApart<T>::take(args, plan, Cell::kStates > 0, count);
+  FoldedMemory<T>::take(given, folded, count);
   Workspace workspace(count.bytes());
   Pieces<T> pieces(workspace.data());
-  const auto weights = DecoderWeights<T>::take(args, G, packs, /*folded=*/false, pieces);
+  const auto weights = DecoderWeights<T>::take(given, G, packs, folded, pieces);
   const auto scratch = DecoderScratch<T>::take(args, plan.threads, pieces);
   const auto apart = DecoderApart<T>::take(args, plan, Cell::kStates > 0, pieces);
+  const auto memory = FoldedMemory<T>::take(given, folded, pieces);
+  if (folded) memory.enter(given, args);
   const bool keeps_apart = plan.teams > 1 && args.steps > 0;
   Teams teams(plan);
 
@@ -110,7 +161,7 @@ void decode_forward_cell(const Decode<T>& args) {
                           args.attn + t * args.attn_step,
                           past(slot_before(t, args.steps, false, args.save)),
                           past(slot_after(t, args.steps, false, args.save)),
-                          /*folded=*/false};
+                          folded};
       if (args.attends_first) {
         attend_step<T, Score>(own, weights, scratch, step, at, thread,
                               own.layers[L - 1].states + step.before);

@@ -11,6 +11,7 @@ namespace pyseq::cpu::PYSEQ_TIER {
 // memory, once for good (see Pieces).
 template <class T>
 struct DecoderWeights {
+  Weights<T> w_x;
   Weights<T> w_in[kMaxLayers];
   Weights<T> w_hh[kMaxLayers];
   Weights<T> combine_context;
@@ -29,6 +30,7 @@ struct DecoderWeights {
       return taken;
     };
     DecoderWeights all{};
+    all.w_x = weights(args.w_x, nullptr, args.w_x_stride, H, gates, args.input);
     for (int64_t l = 0; l < args.layer_count; ++l) {
       const DecoderLayer<T>& layer = args.layers[l];
       all.w_in[l] = weights(layer.w_in, layer.quantized_in, layer.w_in_stride, H, gates,
@@ -46,6 +48,7 @@ struct DecoderWeights {
   }
 
   void pack(int64_t layer_count, int thread, int present) const {
+    pack_rows(w_x, thread, present);
     for (int64_t l = 0; l < layer_count; ++l) {
       pack_rows(w_in[l], thread, present);
       pack_rows(w_hh[l], thread, present);
@@ -63,13 +66,17 @@ int64_t decoder_row_workspace(const Decode<T>& args) {
   return (size + 15) / 16 * 16;
 }
 
+// Rows of the batch whose attention a thread makes together, phase by phase: a row's phases wait
+// for one another's last instruction, and what other rows have to do fills the time.
+constexpr int64_t kRowsTogether = 8;
+
 // Where the phases of a step leave what the next ones read; taken like the weights.
 template <class T>
 struct DecoderScratch {
   T* below;   // (2, B, H): a layer's output times its dropout mask; layers take turns
   T* scores;  // (B, S)
-  T* own;     // (threads, own_size): a row of attention weights for each thread
-  int64_t own_size;
+  T* own;     // (threads, own_size): kRowsTogether rows of attention weights for each thread
+  int64_t own_row, own_size;
   T* rows;  // (threads, row_size): what an AttentionRow works in
   int64_t row_size;
 
@@ -77,7 +84,8 @@ struct DecoderScratch {
     DecoderScratch scratch{};
     scratch.below = pieces.take(2 * args.batch * args.hidden);
     scratch.scores = pieces.take(args.batch * args.source);
-    scratch.own_size = (args.source + 15) / 16 * 16 + kGap<T>;
+    scratch.own_row = (args.source + 15) / 16 * 16;
+    scratch.own_size = kRowsTogether * scratch.own_row + kGap<T>;
     scratch.own = pieces.take(scratch.own_size * threads);
     scratch.row_size = decoder_row_workspace(args) + kGap<T>;
     scratch.rows = pieces.take(scratch.row_size * threads);
@@ -106,10 +114,11 @@ struct DecoderStep {
 constexpr int64_t kTanhWork = 16, kWaitWork = 40000;
 
 template <class T>
-StepCost decoder_cost(const Decode<T>& args, int gates, int barriers) {
+StepCost decoder_cost(const Decode<T>& args, int gates, int barriers, bool folded = false) {
   constexpr int64_t kBytes = sizeof(T);
   const int64_t H = args.hidden;
-  int64_t weights = args.attends() ? H * (args.memory_size + H) : 0;
+  int64_t weights = gates * H * args.input;
+  if (args.attends()) weights += H * (folded ? H : args.memory_size + H);
   for (int64_t l = 0; l < args.layer_count; ++l) {
     weights += gates * H * H * (args.layers[l].reads_below() ? 2 : 1);
   }
@@ -122,6 +131,12 @@ StepCost decoder_cost(const Decode<T>& args, int gates, int barriers) {
                         {args.batch, weights, row_work, weights * kBytes,
                          (args.layer_count * H + args.key_size + args.memory_size + H) * kBytes,
                          barriers, args.steps});
+}
+
+// Multiply-adds of the scores of so many rows.
+template <class T>
+int64_t score_work(const Decode<T>& args, int64_t rows) {
+  return rows * args.source * args.key_size * (args.additive ? kTanhWork : 1);
 }
 
 template <class T>
@@ -141,14 +156,17 @@ const T* step_cells(const Decode<T>& args, const DecoderWeights<T>& weights,
   const T* below = step.fed;
   for (int64_t l = 0; l < L; ++l) {
     const DecoderLayer<T>& layer = args.layers[l];
-    Segment<T> segments[2];
+    Segment<T> segments[3];
     int segment_count = 0;
+    const bool reads_x = l == 0 && args.x != nullptr, has_product = l == 0 && !reads_x;
+    if (reads_x)
+      segments[segment_count++] = input_segment(args.x + t * B * args.input, weights.w_x);
     if (layer.reads_below()) {
       segments[segment_count++] = input_segment(below, weights.w_in[l]);
     }
     segments[segment_count++] =
         recurrent_segment<Cell>(layer.states + step.before, weights.w_hh[l]);
-    T* const gates = layer.gates + (l == 0 ? t : t * kept) * B * G * H;
+    T* const gates = layer.gates + (has_product ? t : t * kept) * B * G * H;
     const bool masked = layer.mask != nullptr && l + 1 < L;
     T* const masked_output = scratch.below + (l & 1) * B * H;
     product<T, G, Cell::kPre>(
@@ -164,7 +182,7 @@ const T* step_cells(const Decode<T>& args, const DecoderWeights<T>& weights,
             c_next = layer.cells + step.after + offset;
           }
           const Vec<T> h = cell_forward<Cell>(
-              UnitForward<T>{H, lanes, l == 0 ? row_gates : layer.bias + unit,
+              UnitForward<T>{H, lanes, has_product ? row_gates : layer.bias + unit,
                              layer.apart_bias == nullptr ? nullptr : layer.apart_bias + unit,
                              args.save ? row_gates : nullptr,
                              layer.apart == nullptr ? nullptr : layer.apart + t * B * H + offset,
@@ -318,21 +336,27 @@ void attend_step(const Decode<T>& args, const DecoderWeights<T>& weights,
                         args.v, row_scores + part.begin, 0);
   };
   T* const context = args.context + step.t * args.context_step;
-  const auto attend_row = [&](int64_t row, const T* row_scores) {
-    const int64_t from = source_row(args, row), valid = attended_positions(args, row);
-    softmax(row_scores, valid, own_attn);
-    for (int64_t s = valid; s < S; ++s) own_attn[s] = 0;
-    weighted_sum<T, 1>(own_attn, 0, args.memory + from * S * M, valid, M, memory_part,
-                       context + row * M, 0);
+  const auto soften_row = [&](int64_t row, const T* row_scores, T* row_attn) {
+    const int64_t valid = attended_positions(args, row);
+    softmax(row_scores, valid, row_attn);
+    set_zero(row_attn + valid, S - valid);
+  };
+  const auto mix_row = [&](int64_t row, const T* row_attn) {
+    weighted_sum<T, 1>(row_attn, 0, args.memory + source_row(args, row) * S * M,
+                       attended_positions(args, row), M, memory_part, context + row * M, 0);
     const Range part = at.part(S);
     T* const attn = step.attn + row * S;
-    for (int64_t s = part.begin; s < part.end; ++s) attn[s] = own_attn[s];
+    for (int64_t s = part.begin; s < part.end; ++s) attn[s] = row_attn[s];
   };
-  const int64_t score_work = at.rows.size() * S * A * (Score::kAdditive ? kTanhWork : 1);
-  if (at.members == 1 || (step.folded && score_work <= kWaitWork)) {
-    for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
-      score_row(row, {0, attended_positions(args, row)}, own_attn);
-      attend_row(row, own_attn);
+  if (at.members == 1 || (step.folded && score_work(args, at.rows.size()) <= kWaitWork)) {
+    for (int64_t begin = at.rows.begin; begin < at.rows.end; begin += kRowsTogether) {
+      const int64_t end = smaller(begin + kRowsTogether, at.rows.end);
+      const auto own_row = [&](int64_t row) { return own_attn + (row - begin) * scratch.own_row; };
+      for (int64_t row = begin; row < end; ++row) {
+        score_row(row, {0, attended_positions(args, row)}, own_row(row));
+      }
+      for (int64_t row = begin; row < end; ++row) soften_row(row, own_row(row), own_row(row));
+      for (int64_t row = begin; row < end; ++row) mix_row(row, own_row(row));
     }
   } else {
     for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
@@ -340,7 +364,8 @@ void attend_step(const Decode<T>& args, const DecoderWeights<T>& weights,
     }
     at.wait();
     for (int64_t row = at.rows.begin; row < at.rows.end; ++row) {
-      attend_row(row, scratch.scores + row * S);
+      soften_row(row, scratch.scores + row * S, own_attn);
+      mix_row(row, own_attn);
     }
     if (!step.folded) at.wait();
   }

@@ -303,6 +303,12 @@ struct Decode {
   A* centers;                 // (T or 1, B), of windows with w_position
   A* past;                    // (slots, B*N, S), with taps
 
+  // The input where the loop multiplies it itself; else null, and the product is in the first
+  // layer's gates.
+  const T* x = nullptr;    // (T, B, I)
+  const T* w_x = nullptr;  // (G*H, I) with rows w_x_stride apart
+  int64_t input = 0, w_x_stride = 0;
+
   int64_t head_count() const { return heads == 0 ? 1 : heads; }
   int64_t fed_size() const { return feeds_context ? memory_size : hidden; }
   bool by_rows() const { return heads > 1 || window > 0 || taps > 0; }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_shape
+from .._library import _C  # which registers torch.ops.pyseq
 from ..types import (
     GATES,
     AttentionState,
@@ -26,6 +27,9 @@ from ..types import (
 from ._attending import attending
 from ._common import beside, check_option, flatten, h_and_c
 from .keys import check_keys, check_score, core, core_keys
+
+#: What the decoder of :mod:`pyseq.nn` asks before it calls the operators.
+decode_whole = _C.decode_whole
 
 
 def decode(

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeGuard, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.nn import init
+from torch.nn.modules import module as _of_all_modules
 
 from .._checks import autocasts, check_positive
 from .._packed import QuantizedName, computing_dtype, is_quantized
@@ -97,6 +98,12 @@ def is_bare(module: torch.nn.Module, kind: type[M]) -> TypeGuard[M]:
         module._backward_pre_hooks,
     )
     return not any(len(each) for each in hooks)
+
+
+def all_are_hooked() -> bool:
+    """Whether torch calls hooks around the ``forward`` of every module."""
+    hooks = _of_all_modules._global_forward_hooks, _of_all_modules._global_forward_pre_hooks
+    return any(hooks)
 
 
 def check_not_quantized(module: torch.nn.Module) -> None:

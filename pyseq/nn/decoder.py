@@ -47,6 +47,7 @@ from ._common import (
 from ._masks import Probabilities, draw_masks, dropout_alone
 from ._stack import scan_layers
 from ._stepwise import decode_stepwise
+from ._whole import decode_whole
 from .attention import check_window
 from .score import Positions, Score
 
@@ -197,6 +198,7 @@ class AttentionDecoder(torch.nn.Module):
         self.window = window
         self.window_size = check_window(window, window_size)
         self.history = cast(HistoryName | None, history)
+        self._names = [name for layer in range(num_layers) for name in self._layer_names(layer)]
 
         rows = GATES[self.cell] * hidden_size
         for layer in range(num_layers):
@@ -232,7 +234,8 @@ class AttentionDecoder(torch.nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         fill_in(self, _PICKLED)
-        fill_in(self, {"fed_size": self.hidden_size})
+        names = [name for layer in range(self.num_layers) for name in self._layer_names(layer)]
+        fill_in(self, {"fed_size": self.hidden_size, "_names": names})
 
     @staticmethod
     def _layer_names(layer: int) -> tuple[str, ...]:
@@ -348,6 +351,10 @@ class AttentionDecoder(torch.nn.Module):
             RuntimeError: a tensor has the wrong shape, dtype or device, or is missing.
             TypeError: what must be a tensor is none.
         """
+        if type(self) is AttentionDecoder and dropout_masks is memory_rows is None:
+            whole = decode_whole(self, self._names, x, memory, keys, lengths, state, need_weights)
+            if whole is not None:
+                return self._in_layout(whole)
         letters = "(B, T, I)" if self.batch_first else "(T, B, I)"
         check_shape("x", x, letters, (-1, -1, self.input_size))
         if self.batch_first:
@@ -371,6 +378,9 @@ class AttentionDecoder(torch.nn.Module):
             result = self._forward_attentive(
                 x, memory, keys, lengths, state, need_weights, dropout_masks, memory_rows
             )
+        return self._in_layout(result)
+
+    def _in_layout(self, result: DecoderOutput) -> DecoderOutput:
         if not self.batch_first:
             return result
         weights = None if result.weights is None else result.weights.transpose(0, 1)

@@ -15,7 +15,7 @@ from .._pickled import fill_in
 from ..copying import Copying
 from ..extra import Conditions, ExtraInformation, ExtraOptions, check_extra
 from ..nn import AttentionDecoder, AttentionOptions
-from ..nn._common import Device, weights_now
+from ..nn._common import Device, all_are_hooked, weights_now
 from ..recurrent import LayerOptions
 from ..scheduled import Sampling
 from ..search import EncodedSource
@@ -506,7 +506,7 @@ class Decoder(torch.nn.Module):
         than the operator's; and not if a module has hooks, is parametrised or was replaced by one
         of another class, nor if it takes a context or extra information or copies.
         """
-        if self.context_size is not None or fused.all_are_hooked():
+        if self.context_size is not None or all_are_hooked():
             return False
         # By the dictionary: found by name a module takes four times as long.
         own = self._modules

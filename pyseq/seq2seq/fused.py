@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as _of_all_modules
 
 from .. import functional
 from .._checks import check_smoothing
@@ -78,12 +77,6 @@ def options_of(rnn: AttentionDecoder) -> dict[str, Any]:
         "window": rnn.window_size,
         "history": rnn.history,
     }
-
-
-def all_are_hooked() -> bool:
-    """Whether torch calls hooks around the ``forward`` of every module."""
-    hooks = _of_all_modules._global_forward_hooks, _of_all_modules._global_forward_pre_hooks
-    return any(hooks)
 
 
 def exact_results(weight: Tensor) -> AbstractContextManager[object]:
