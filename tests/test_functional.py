@@ -1096,13 +1096,59 @@ def test_bad_options_are_refused(make: Callable[[], Call], message: str) -> None
         (lambda: layer_call(1, 0, None), r"w_ih of layers\[1\] must be a tensor, got NoneType"),
         (lambda: layer_call(0, 1, None), r"w_hh of layers\[0\] must be a tensor, got NoneType"),
         (lambda: loss_call(hidden=[1.0]), "hidden must be a tensor, got list of 1"),
+        (lambda: loss_call(weight=None), "weight must be a tensor, got NoneType"),
+        (lambda: loss_call(target=3), "target must be a tensor, got int"),
+        (lambda: scan_call(x=None), "x must be a tensor, got NoneType"),
+        (lambda: scan_call(w_ih=None), "w_ih must be a tensor, got NoneType"),
+        (lambda: scan_call(w_hh=[1.0]), "w_hh must be a tensor, got list of 1"),
+        (lambda: scan_call(b_hh=0.0), "b_hh must be a tensor, got float"),
+        (lambda: attend_call(query=None), "query must be a tensor, got NoneType"),
+        (lambda: attend_call(memory=None), "memory must be a tensor, got NoneType"),
+        (lambda: decode_call(x=None), "x must be a tensor, got NoneType"),
+        (lambda: decode_call(combine=None), "combine must be a tensor, got NoneType"),
     ],
-    ids=["lengths", "resets", "general-lengths", "weight", "w_ih", "w_hh", "hidden"],
+    ids=[
+        "lengths",
+        "resets",
+        "general-lengths",
+        "weight",
+        "w_ih",
+        "w_hh",
+        "hidden",
+        "loss-weight",
+        "loss-target",
+        "scan-x",
+        "scan-w_ih",
+        "scan-w_hh",
+        "scan-b_hh",
+        "attend-query",
+        "attend-memory",
+        "decode-x",
+        "decode-combine",
+    ],
 )
 def test_what_is_no_tensor_is_refused(make: Callable[[], Call], message: str) -> None:
     call = make()
     with pytest.raises(TypeError, match=message):
         outputs_of(functional, call)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w, u: functional.step(None, w, u), "x must be a tensor, got NoneType"),
+        (lambda w, u: functional.step(w[:, :3], w, None), "w_hh must be a tensor, got NoneType"),
+        (lambda w, u: functional.step(w, w, u, w_ch=3), "w_ch must be a tensor, got int"),
+        (lambda w, u: functional.scan_both(None, (w, u), (w, u)), "x must be a tensor, got None"),
+        (lambda w, u: functional.linear(w, None), "weight must be a tensor, got NoneType"),
+    ],
+    ids=["step-x", "step-w_hh", "step-w_ch", "both-x", "linear"],
+)
+def test_what_is_no_tensor_is_refused_elsewhere(
+    call: Callable[[Tensor, Tensor], object], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        call(torch.randn(8, 3), torch.randn(8, 2))
 
 
 @pytest.mark.parametrize("case", by_id(SEQUENCES))

@@ -84,6 +84,8 @@ def attend(
     check_keys(score, keys)
     check_window(window)
     check_centres(window, positions, step)
+    check_tensor("query", query)
+    check_tensor("memory", memory)
     size = None
     if weight is not None:
         check_shape("query", query, "(T, B, Q)", (-1, -1, -1))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_shape
+from .._checks import check_shape, check_tensor
 from .._library import _C  # which registers torch.ops.pyseq
 from ..types import (
     GATES,
@@ -127,6 +127,9 @@ def decode(
     # The query is the top state, made inside the loop, so its projection happens there.
     check_score(score, weight, weight_query, weight_v)
     check_keys(score, keys)
+    check_tensor("x", x)
+    check_tensor("memory", memory)
+    check_tensor("combine", combine)
     if weight is not None:
         check_shape("combine", combine, "(H, M + H)", (-1, -1))
     size = None if weight is None else combine.shape[0]

@@ -28,8 +28,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         RuntimeError: a tensor has the wrong shape, dtype or device.
+        TypeError: what must be a tensor is none.
     """
     check_tensor("x", x)
+    check_tensor("weight", weight)
     # Of short numbers torch's library multiplies twice as many at a time, and sums in float32 too.
     # On other devices it has what there is.
     if (is_short(x) and not autocasts(x.device)) or x.device.type not in ("cpu", "meta"):
@@ -74,12 +76,15 @@ def linear_cross_entropy(
     Raises:
         ValueError: ``label_smoothing`` is out of its range.
         RuntimeError: a tensor has the wrong shape, dtype or device, or a target is no symbol.
+        TypeError: what must be a tensor is none.
 
     Reference:
         Szegedy et al. 2016, arXiv 1512.00567, section 7 (label smoothing).
     """
     check_smoothing(label_smoothing)
     check_tensor("hidden", hidden)
+    check_tensor("weight", weight)
+    check_tensor("target", target)
     loss: Tensor = torch.ops.pyseq.linear_cross_entropy(
         hidden, weight, target, bias, ignore_index, label_smoothing
     )

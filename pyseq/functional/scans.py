@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_unary
 
-from .._checks import check_positive
+from .._checks import check_positive, check_tensor
 from .._library import _C  # which registers torch.ops.pyseq
 from ..types import (
     SCAN_GATES,
@@ -31,14 +31,29 @@ scan_layers = _C.scan_layers
 _WITH_PEEPHOLES = 6
 
 
+#: The tensors among the arguments of the operator, by their places; the first three must be there.
+_TENSORS = {0: "x", 1: "w_ih", 2: "w_hh", 3: "b_ih", 4: "b_hh", 5: "w_hr"}
+_TENSORS |= {14: "w_ch", 15: "h_mask", 16: "zoneout_h", 17: "zoneout_c"}
+_NEEDED = 3
+
+
+def _check_tensors(*arguments: object) -> None:
+    """Raise a TypeError that names what must be a tensor and is none. Asked when a call was
+    refused: before each it would take a part of the time of a small step."""
+    for place, name in _TENSORS.items():
+        given = arguments[place] if place < len(arguments) else None
+        if place < _NEEDED or given is not None:
+            check_tensor(name, given)
+
+
 def _scan_operator(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``torch.ops.pyseq.scan``, past its Python binding where nothing looks on there: a fifth of
-    the time of a small step. The binding also says better what a wrong argument is."""
+    the time of a small step."""
     if not is_compiling() and not has_torch_function_unary(x):
         try:
             return _C.scan(x, *others)
         except TypeError:
-            pass
+            _check_tensors(x, *others)  # else the binding says better what is wrong
     return torch.ops.pyseq.scan(x, *others)
 
 
@@ -231,6 +246,7 @@ def scan(
         (zoneout); Ba et al. 2016, arXiv 1607.06450, eq. 20 to 22 (layer normalisation; their GRU,
         eq. 23 to 25, normalises the candidate apart from the other gates).
     """
+    check_tensor("x", x)
     check_option("cell", cell, SCAN_GATES)
     if type(keep_every) is not int or keep_every != 1:
         check_positive(keep_every=keep_every)
@@ -306,7 +322,13 @@ def step(
         return last
     check_option("cell", cell, SCAN_GATES)
     h, c = (None, None) if state is None else h_and_c(state_parts(cell, state))
-    return join_state(cell, *_C.step(x, w_ih, w_hh, b_ih, b_hh, h, c, cell, w_ch))
+    try:
+        return join_state(cell, *_C.step(x, w_ih, w_hh, b_ih, b_hh, h, c, cell, w_ch))
+    except TypeError:
+        _check_tensors(x, w_ih, w_hh, b_ih, b_hh)
+        if w_ch is not None:
+            check_tensor("w_ch", w_ch)
+        raise
 
 
 def scan_both(
@@ -352,6 +374,7 @@ def scan_both(
     check_option("cell", cell, SCAN_GATES)
     h_0, c_0 = h_and_c(state_parts(cell, state))
     both = [weights, weights_reverse]
+    check_tensor("x", x)
     if extras is not None:
         # The operator takes them behind the peepholes.
         both = [
