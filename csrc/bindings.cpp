@@ -15,6 +15,7 @@
 #include "build_info.h"
 #include "call_decoder.h"
 #include "call_layers.h"
+#include "call_search.h"
 #include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
@@ -269,6 +270,7 @@ PYBIND11_MODULE(_C, m) {
         "torch.ops.pyseq.scan of one step, without its T.");
   pyseq::define_scan_layers(m);
   pyseq::define_decode_whole(m);
+  pyseq::define_search_whole(m);
   m.def("attend", Bound<&pyseq::attend>::to("pyseq::attend"), pybind11::arg("query"),
         pybind11::arg("keys"), pybind11::arg("memory"), pybind11::arg("weight_v"),
         pybind11::arg("lengths"), pybind11::arg("score"), pybind11::arg("positions") = std::nullopt,

@@ -5,6 +5,7 @@
 #include <string_view>
 #include <utility>
 
+#include "bare_module.h"
 #include "decode_whole.h"
 #include "python_values.h"
 
@@ -17,36 +18,6 @@ using pybind11::handle;
 using pybind11::list;
 using pybind11::object;
 using pybind11::tuple;
-
-// A weight, unless it would be made: those who have such weights are of classes of their own.
-template <class To>
-bool read_now(handle module, const dict& parameters, handle name, To& to) {
-  const object weight = attribute_now(module, parameters, name, /*may_make=*/false);
-  return weight && read(weight, to);
-}
-
-// A module of which only the weights are wanted: calling it would do no more than its class does.
-class BareModule {
- public:
-  explicit BareModule(handle module)
-      : module_(module), own_(module.attr("__dict__")), parameters_(own_["_parameters"]) {}
-
-  bool is_bare() const {
-    return !own_.contains("forward") && is_empty("_forward_hooks") &&
-           is_empty("_forward_pre_hooks") && is_empty("_backward_hooks") &&
-           is_empty("_backward_pre_hooks");
-  }
-  template <class To>
-  bool read_weight(const char* name, To& to) const {
-    return read_now(module_, parameters_, pybind11::str(name), to);
-  }
-
- private:
-  bool is_empty(const char* name) const { return PyObject_Size(object(own_[name]).ptr()) == 0; }
-
-  handle module_;
-  dict own_, parameters_;
-};
 
 // (hidden, feed) or what a decoder returns, without what only some have. Hidden is a pair where the
 // cell has a c.
@@ -93,10 +64,7 @@ object call_decode_whole(handle module, const dict& parameters, const list& name
     return pybind11::none();
   }
   in.weight_keys = weight_memory.has_value() ? std::move(weight_memory) : std::move(weight);
-  in.layers.resize(names.size());
-  for (size_t i = 0; i < in.layers.size(); ++i) {
-    if (!read_now(module, parameters, names[i], in.layers[i])) return pybind11::none();
-  }
+  if (!read_now(module, parameters, names, in.layers)) return pybind11::none();
   std::optional<Decoded> result;
   try {
     std::optional<pybind11::gil_scoped_release> without_gil;

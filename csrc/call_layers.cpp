@@ -64,11 +64,7 @@ object call_scan_layers(handle module, const dict& parameters, const list& names
   }
   const bool may_make =
       !at::GradMode::is_enabled() && StraightCall::is_open() && StraightCall().computes_in(in.x);
-  in.weights.resize(names.size());
-  for (size_t i = 0; i < in.weights.size(); ++i) {
-    const auto own = names[i].cast<list>();
-    if (!read_weights(module, parameters, own, may_make, in.weights[i])) return pybind11::none();
-  }
+  if (!read_layers(module, parameters, names, may_make, in.weights)) return pybind11::none();
   std::optional<LayersResult> result;
   try {
     std::optional<pybind11::gil_scoped_release> without_gil;
@@ -87,6 +83,16 @@ object call_scan_layers(handle module, const dict& parameters, const list& names
 }
 
 }  // namespace
+
+bool read_layers(handle module, const dict& parameters, const list& names, bool may_make,
+                 std::vector<DirectionWeights>& to) {
+  to.resize(names.size());
+  for (size_t i = 0; i < to.size(); ++i) {
+    const auto own = names[i].cast<list>();
+    if (!read_weights(module, parameters, own, may_make, to[i])) return false;
+  }
+  return true;
+}
 
 void define_scan_layers(pybind11::module_& m) {
   using pybind11::arg;

@@ -86,6 +86,46 @@ def decode_whole(
     """What an attention decoder of pyseq.nn returns, steps first: output, weights, the last state
     and what is fed. None if the call must go through the operators, as for ``scan_layers``."""
 
+def search_whole(
+    others: tuple[Module, ...],
+    encoder: tuple[Module, Module],
+    encoder_names: list[list[str]],
+    bridge: Module,
+    decoder: tuple[Module, ...],
+    decoder_names: list[str],
+    source: object,
+    lengths: object,
+    encoder_cell: str,
+    bidirectional: bool,
+    bridge_kind: str,
+    c_from_h: bool,
+    decoder_layers: int,
+    hidden_size: int,
+    cell: str,
+    order: str,
+    fed: str,
+    heads: int,
+    input_feeding: bool,
+    max_length: int,
+    beam_size: int,
+    length_penalty: float,
+    need_weights: bool,
+    min_length: int,
+    n_best: int,
+    block_ngrams: int,
+    prefix: object,
+    coverage_penalty: float,
+    sample: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> list[tuple[list[int], float, Tensor | None]] | None:
+    """What a search of a model of pyseq.seq2seq finds: tokens, score and weights of n_best results
+    for each row. The modules are (embedding, layers) of the encoder, (embedding, layers, output) of
+    the decoder with (score, combine) where it attends, and others that are called on the way. None
+    if the call must go through the operators, as for ``scan_layers``."""
+
 def attend(
     query: Tensor,
     keys: Tensor,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import functional, reference
-from .functional import decoding, products, scans
+from .functional import decoding, generation, products, scans
 
 
 @contextmanager
@@ -36,7 +36,11 @@ def reference_operators() -> Iterator[None]:
     places = [(functional, name) for name in names]
     places += [(products, name) for name in names if hasattr(products, name)]
     instead = [getattr(reference, name) for _, name in places]
-    for place in ((scans, "scan_layers"), (decoding, "decode_whole")):
+    for place in (
+        (scans, "scan_layers"),
+        (decoding, "decode_whole"),
+        (generation, "search_whole"),
+    ):
         places.append(place)
         instead.append(lambda *_: None)  # the modules are to call the operators
     fused = [getattr(module, name) for module, name in places]

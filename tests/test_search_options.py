@@ -322,6 +322,7 @@ def test_one_operator_or_many_steps(
         return operator(*args, **options)
 
     monkeypatch.setattr(functional, "generate", generate)
+    monkeypatch.setattr(functional.generation, "search_whole", lambda *_: None)
     options = SearchOptions(max_length=MAX_LENGTH, **HOW[how], **RULES[rules])
     torch.manual_seed(1)
     fused = model.search(source, lengths, options)

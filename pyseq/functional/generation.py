@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_shape
+from .._library import _C  # which registers torch.ops.pyseq
 from ..errors import SearchError
 from ..types import (
     GATES,
@@ -26,6 +27,9 @@ from ..types import (
 from ._attending import attending
 from ._common import beside, check_option, flatten, h_and_c
 from .keys import check_keys, check_score, core, core_keys
+
+#: What the models of :mod:`pyseq.seq2seq` ask before they call the operators.
+search_whole = _C.search_whole
 
 
 def generate(

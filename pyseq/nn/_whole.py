@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .decoder import AttentionDecoder
 
 #: Scores whose keys are the memory, or a product of it and nothing else.
-_SCORES = ("dot", "general", "concat")
+WHOLE_SCORES = ("dot", "general", "concat")
 
 
 def decode_whole(
@@ -41,7 +41,7 @@ def decode_whole(
     score, combine = decoder._modules.get("score"), decoder._modules.get("combine")
     if (
         type(score) is not Score
-        or score.name not in _SCORES
+        or score.name not in WHOLE_SCORES
         or type(combine) is not torch.nn.Linear
         or not (decoder.window is decoder.history is None)
         or (decoder.training and decoder.dropout > 0)

@@ -15,6 +15,9 @@ from .options import Hypothesis, SearchOptions
 from .protocols import FusedSearch, SearchModel
 from .rules import Rules
 
+#: Tokens, score and weights.
+_Found = tuple[list[int], float, Tensor | None]
+
 
 def fused_search_of(model: SearchModel, options: SearchOptions) -> FusedSearch | None:
     """The model's, if it can search like that."""
@@ -43,6 +46,30 @@ def _drawing(options: SearchOptions, seed: Tensor | None) -> dict[str, Any]:
     return {}
 
 
+def _prefix(options: SearchOptions, source: Tensor) -> Tensor | None:
+    """(B, P), if there is any."""
+    if not any(options.prefix):
+        return None
+    return Rules.of(options, source.shape[0], source.device).prefix
+
+
+def search_whole(
+    model: SearchModel,
+    source: Tensor,
+    source_lengths: Tensor,
+    options: SearchOptions,
+    seed: Tensor | None,
+) -> list[list[Hypothesis]] | None:
+    """What the model finds in one call with all that comes before the search, if it can: as in
+    eval mode, whatever its own."""
+    find: Callable[..., list[_Found] | None] | None = getattr(model, "search_whole", None)
+    if find is None or not source.is_cpu:  # on another device to read the seed would be to wait
+        return None
+    drawn = 0 if seed is None else int(seed)
+    found = find(source, source_lengths, options, _prefix(options, source), drawn)
+    return None if found is None else _by_rows(found, options)
+
+
 def search_fused(
     model: SearchModel,
     fused: FusedSearch,
@@ -53,9 +80,6 @@ def search_fused(
 ) -> list[list[Hypothesis]]:
     with search_mode(model):
         encoded, state = model.encode_source(source, source_lengths)
-        prefix: Tensor | None = None
-        if any(options.prefix):
-            prefix = Rules.of(options, source.shape[0], source.device).prefix
         found = fused(
             encoded,
             state,
@@ -66,18 +90,28 @@ def search_fused(
             min_length=options.min_length,
             n_best=options.n_best,
             block_ngrams=options.block_ngrams,
-            prefix=prefix,
+            prefix=_prefix(options, source),
             **_drawing(options, seed),
         )
-    columns = (found.tokens, found.lengths, found.scores)
     widths = source_lengths.tolist()
-    hypotheses: list[list[Hypothesis]] = [[] for _ in widths]
+    columns = (found.tokens, found.lengths, found.scores)
+    results: list[_Found] = []
     for place, (tokens, length, score) in enumerate(
         zip(*(column.tolist() for column in columns), strict=True)
     ):
-        row = place // options.n_best
-        if hypotheses[row] and score == -math.inf and not options.sample:
+        width, weights = widths[place // options.n_best], found.weights
+        cut = None if weights is None else weights[place, :length, :width]
+        results.append((tokens[:length], score, cut))
+    return _by_rows(results, options)
+
+
+def _by_rows(found: list[_Found], options: SearchOptions) -> list[list[Hypothesis]]:
+    """Those of each row, of ``n_best`` results for each."""
+    count = options.n_best
+    hypotheses: list[list[Hypothesis]] = [[] for _ in range(len(found) // count)]
+    for place, (tokens, score, weights) in enumerate(found):
+        row = hypotheses[place // count]
+        if row and score == -math.inf and not options.sample:
             continue  # it is none
-        cut = None if found.weights is None else found.weights[place, :length, : widths[row]]
-        hypotheses[row].append(Hypothesis(tokens[:length], score, cut))
+        row.append(Hypothesis(tokens, score, weights))
     return hypotheses

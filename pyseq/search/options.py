@@ -66,13 +66,18 @@ class SearchOptions:
     need_weights: bool = True
 
     def __post_init__(self) -> None:
+        # What is of its type already is left alone: a search may take less than setting all anew.
         for name in ("max_length", "min_length", "beam_size", "n_best", "block_ngrams", "top_k"):
             value = getattr(self, name)
-            if value is not None or name not in ("block_ngrams", "top_k"):
-                object.__setattr__(self, name, integer(name, value))
+            if type(value) is int or (value is None and name in ("block_ngrams", "top_k")):
+                continue
+            object.__setattr__(self, name, integer(name, value))
         for name in ("length_penalty", "coverage_penalty", "temperature", "top_p"):
-            object.__setattr__(self, name, number(name, getattr(self, name)))
-        object.__setattr__(self, "prefix", _sequences(self.prefix))
+            value = getattr(self, name)
+            if type(value) is not float:
+                object.__setattr__(self, name, number(name, value))
+        if type(self.prefix) is not tuple or self.prefix:
+            object.__setattr__(self, "prefix", _sequences(self.prefix))
         if self.max_length < 1:
             raise ValueError(f"max_length must be at least 1 token, got {self.max_length!r}")
         if not 0 <= self.min_length <= self.max_length:

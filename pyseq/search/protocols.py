@@ -104,9 +104,12 @@ class SearchModel(Protocol):
     What it carries from step to step, ``encoded`` and ``state``, is its own affair as long as
     it is :class:`Selectable`. One that also has a method ``fused_search``, without arguments,
     may return there a :class:`FusedSearch` that does the same as the searches here do with its
-    ``step``, or None where it cannot. One that is no torch module may have a method
-    ``in_eval_mode``, without arguments, which returns one like it whose modules are in eval mode;
-    of others the modules are put into it during a search, which only one thread may do then.
+    ``step``, or None where it cannot. One that has a method ``search_whole`` is asked by that
+    before: of source, lengths, options, a prefix (B, P) or None, and the seed of draws it makes
+    tokens, score and weights of ``n_best`` results for each row, as in eval mode, or None where
+    all else is to be asked. One that is no torch module may have a method ``in_eval_mode``,
+    without arguments, which returns one like it whose modules are in eval mode; of others the
+    modules are put into it during a search, which only one thread may do then.
     """
 
     def modules(self) -> Iterator[torch.nn.Module]:

@@ -12,7 +12,7 @@ from .beams import beam_search
 from .draws import draw_seed
 from .evaluation import in_eval_mode
 from .followed import follow, follow_streaming
-from .fused import fused_search_of, search_fused
+from .fused import fused_search_of, search_fused, search_whole
 from .options import Hypothesis, SearchOptions, StreamedToken
 from .protocols import SearchModel
 from .resident import search_resident
@@ -51,8 +51,11 @@ def search(
     check_given(options, source, source_lengths)
     if source.shape[0] == 0:
         return []
-    model = in_eval_mode(model)
     seed = draw_seed(generator, source.device) if options.sample else None
+    found = search_whole(model, source, source_lengths, options, seed)
+    if found is not None:
+        return found
+    model = in_eval_mode(model)
     fused = fused_search_of(model, options)
     if fused is not None:
         return search_fused(model, fused, source, source_lengths, options, seed)

@@ -14,9 +14,10 @@ from .._checks import check_all, check_shape, check_tensor
 from ..bridge import SOURCELESS, Bridge
 from ..extra import Conditions
 from ..scheduled import Sampling
-from ..search import EncodedSource, FusedSearch, Step
+from ..search import EncodedSource, FusedSearch, SearchOptions, Step
 from ..search.rules import widened
 from ..types import PAD, Copies, DecoderState, State, kind, state_parts
+from . import whole
 from .decoder import Decoder
 from .encoder import Encoder
 from .inputs import check_vocab_size, rows_together, valid_steps
@@ -24,6 +25,10 @@ from .options import Placing, Seq2SeqArguments, config_of
 from .searched import Searched
 
 __all__ = ["Seq2Seq"]
+
+
+#: What a search in one call makes no use of.
+_LEFT_OUT = ("encode_source", "step", "fused_search", "_encode", "_copies")
 
 
 class _Encoded(NamedTuple):
@@ -472,3 +477,23 @@ class Seq2Seq(Searched):
         own = type(self).step is not Seq2Seq.step or "step" in vars(self)
         decoder = self.decoder
         return None if own or not decoder.is_fused() else decoder.generate
+
+    def search_whole(
+        self,
+        source: Tensor,
+        lengths: Tensor,
+        options: SearchOptions,
+        prefix: Tensor | None,
+        seed: int,
+    ) -> list[tuple[list[int], float, Tensor | None]] | None:
+        """A search in one call from the source on; see ``SearchModel``.
+
+        None if a method that it leaves out is not this class's, or where it does not apply.
+        """
+        own, cls = vars(self), type(self)
+        for name in _LEFT_OUT:
+            if name in own:
+                return None
+            if cls is not Seq2Seq and getattr(cls, name) is not getattr(Seq2Seq, name):
+                return None
+        return whole.search_whole(self, source, lengths, options, prefix, seed)
