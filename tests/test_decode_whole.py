@@ -291,7 +291,14 @@ def replaced(module: nn.AttentionDecoder) -> None:
     module.combine = torch.nn.Sequential(torch.nn.Linear(M + H, H))  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("change", [hooked, pruned, parametrized, replaced])
+def own_keys(module: nn.AttentionDecoder) -> None:
+    assert module.score is not None
+    weight = module.score.weight
+    assert weight is not None
+    module.score.project = lambda memory, _=None: -memory @ weight.T  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [hooked, pruned, parametrized, replaced, own_keys])
 def test_changed_parts_are_called(
     change: Callable[[nn.AttentionDecoder], None], answers: list[bool]
 ) -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyseq
 from pyseq import Seq2Seq
+from pyseq.bridge import Bridge
 from pyseq.comparison import reference_operators
 from pyseq.errors import SearchError
 from pyseq.functional import generation
@@ -243,6 +244,23 @@ def _own_step(model: Seq2Seq) -> None:
     model.step = lambda *args, **options: step(*args, **options)  # type: ignore[method-assign]
 
 
+def _own_start(model: Seq2Seq) -> None:
+    start = model.decoder.rnn.start
+    model.decoder.rnn.start = lambda hidden: start(  # type: ignore[method-assign]
+        tuple(2 * part for part in hidden)
+    )
+
+
+def _own_keys(model: Seq2Seq) -> None:
+    score = model.decoder.rnn.score
+    assert score is not None
+    score.project = lambda memory, _=None: 3 * memory  # type: ignore[method-assign]
+
+
+def _not_fused(model: Seq2Seq) -> None:
+    model.decoder.is_fused = lambda: False  # type: ignore[method-assign]
+
+
 def _largest_norm(model: Seq2Seq) -> None:
     assert isinstance(model.encoder.embedding, torch.nn.Embedding)
     model.encoder.embedding.max_norm = 1.0
@@ -256,6 +274,9 @@ class _Scaled(torch.nn.Module):
 CHANGES: dict[str, Callable[[Seq2Seq], object]] = {
     "forward": _own_forward,
     "step": _own_step,
+    "start": _own_start,
+    "keys": _own_keys,
+    "not_fused": _not_fused,
     "max_norm": _largest_norm,
     "pruned": lambda model: prune.l1_unstructured(model.decoder.output, "weight", 0.5),
     "parametrized": lambda model: parametrize.register_parametrization(
@@ -276,6 +297,38 @@ def test_what_is_not_plain_is_for_the_operators(change: str, answers: list[bool]
     ours = model.search(source, lengths, options)
     assert True not in answers
     assert_same(ours, by_the_operators(model, source, lengths, options))
+
+
+def test_other_layers_in_the_place_of_the_encoders(answers: list[bool]) -> None:
+    model, source, lengths = model_and_sources("rnn", cell="rnn_tanh")
+    options = SearchOptions(max_length=LENGTH)
+    before = model.search(source, lengths, options)
+    layers = pyseq.nn.RNN(6, 8, nonlinearity="relu")
+    layers.load_state_dict(model.encoder.rnn.state_dict())
+    model.encoder.rnn = layers
+    after = model.search(source, lengths, options)
+    assert answers == [True]
+    assert after[0][0].score != before[0][0].score
+    assert_same(after, by_the_operators(model, source, lengths, options))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"cell": "gru"},
+        {"encoder_cell": "gru"},
+        {"decoder_layers": 2, "decoder_size": 4},
+        {"encoder_layers": 2, "encoder_size": 4},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_bridges_that_do_not_fit_are_refused(other: dict[str, Any], answers: list[bool]) -> None:
+    model, source, lengths = model_and_sources()
+    sizes = {"encoder_layers": 1, "encoder_size": 8, "decoder_layers": 1, "decoder_size": 8}
+    model.bridge = Bridge("tanh", **{"cell": "lstm", **sizes, **other})
+    with pytest.raises((RuntimeError, ValueError), match="must be"):
+        model.generate(source, lengths, max_length=LENGTH)
+    assert answers == []
 
 
 @pytest.mark.parametrize(

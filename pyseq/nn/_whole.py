@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from .decoder import AttentionDecoder
 
 #: Scores whose keys are the memory, or a product of it and nothing else.
-WHOLE_SCORES = ("dot", "general", "concat")
+_SCORES = ("dot", "general", "concat")
+#: What a call in one makes no use of.
+_LEFT_OUT = ("project", "limit")
+
+
+def is_whole(score: torch.nn.Module | None) -> TypeGuard[Score]:
+    """Whether calls in one may make the keys of ``score``."""
+    return (
+        type(score) is Score
+        and score.name in _SCORES
+        and score._parameters.get("weight_history") is None
+        and vars(score).keys().isdisjoint(_LEFT_OUT)
+    )
 
 
 def decode_whole(
@@ -40,8 +52,7 @@ def decode_whole(
     """
     score, combine = decoder._modules.get("score"), decoder._modules.get("combine")
     if (
-        type(score) is not Score
-        or score.name not in WHOLE_SCORES
+        not is_whole(score)
         or type(combine) is not torch.nn.Linear
         or not (decoder.window is decoder.history is None)
         or (decoder.training and decoder.dropout > 0)

@@ -11,9 +11,9 @@ from torch.compiler import is_dynamo_compiling
 
 from ..bridge import Bridge
 from ..functional import generation
-from ..nn import GRU, LSTM, RNN, AttentionDecoder, Score
+from ..nn import GRU, LSTM, RNN, AttentionDecoder
 from ..nn._common import all_are_hooked
-from ..nn._whole import WHOLE_SCORES
+from ..nn._whole import is_whole
 from ..search import SearchOptions
 from .decoder import Decoder
 from .encoder import Encoder
@@ -24,6 +24,25 @@ if TYPE_CHECKING:
 #: Bridges that make a state of the encoder's, and nothing else.
 _BRIDGES = ("copy", "linear", "tanh", "relu")
 _LARGEST = 2**63 - 1  # int64
+#: What a search in one call makes no use of, of a decoder and of the layers in it.
+_LEFT_OUT = ("generate", "is_fused", "start", "project", "layer_weights")
+
+
+def _fit(
+    encoder: Encoder, layers: GRU | LSTM | RNN, bridge: Bridge, decoder: AttentionDecoder
+) -> bool:
+    """Whether cells and states of the parts are what the others take them for: each may have been
+    put in the place of another."""
+    size = (layers.proj_size or layers.hidden_size) * (2 if layers.bidirectional else 1)
+    return (
+        layers.bidirectional == encoder.bidirectional
+        and layers.cell == encoder.cell == bridge.encoder_cell
+        and layers.num_layers == bridge.encoder_layers
+        and size == bridge.encoder_size
+        and decoder.cell == bridge.cell
+        and decoder.num_layers == bridge.decoder_layers
+        and decoder.hidden_size == bridge.decoder_size
+    )
 
 
 def search_whole(
@@ -76,6 +95,9 @@ def search_whole(
         or rnn.batch_first
         or not (rnn.window is rnn.history is None)
         or type(output) is not torch.nn.Linear
+        or not _fit(encoder, layers, bridge, rnn)
+        or not vars(decoder).keys().isdisjoint(_LEFT_OUT)
+        or not vars(rnn).keys().isdisjoint(_LEFT_OUT)
     ):
         return None
     attending = rnn._modules
@@ -83,11 +105,7 @@ def search_whole(
     heads = 1
     decoding: tuple[torch.nn.Module, ...] = (embedding, rnn, output)
     if score is not None:
-        if (
-            type(score) is not Score
-            or score.name not in WHOLE_SCORES
-            or type(combine) is not torch.nn.Linear
-        ):
+        if not is_whole(score) or type(combine) is not torch.nn.Linear:
             return None
         heads, decoding = score.heads, (*decoding, score, combine)
     block_ngrams, top_k = options.block_ngrams or 0, options.top_k or 0
