@@ -35,8 +35,9 @@ bool read_start(handle from, WholeInputs& to) {
 
 // Whether a call repays letting other threads of Python in; see call_layers.cpp.
 bool takes_long(const WholeInputs& in) {
-  constexpr int64_t kShort = 1 << 18;  // multiply-adds: some microseconds
-  return in.x.numel() * in.combine.numel() > kShort;
+  constexpr double kShort = 1 << 18;  // multiply-adds: some microseconds
+  const double numbers = static_cast<double>(in.x.numel()) + static_cast<double>(in.memory.numel());
+  return numbers * static_cast<double>(in.combine.numel()) > kShort;
 }
 
 // (output, weights, h or (h, c), feed) or None.
