@@ -50,13 +50,14 @@ def decode_whole(
         names: of the weights of its layers, in the order of the operators.
         x, memory, keys, lengths, state, need_weights: as its ``forward`` takes them.
     """
+    if is_dynamo_compiling():  # first, since it follows none of what is asked below
+        return None
     score, combine = decoder._modules.get("score"), decoder._modules.get("combine")
     if (
         not is_whole(score)
         or type(combine) is not torch.nn.Linear
         or not (decoder.window is decoder.history is None)
         or (decoder.training and decoder.dropout > 0)
-        or is_dynamo_compiling()
         or all_are_hooked()
     ):
         return None
